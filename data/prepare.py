@@ -1,0 +1,210 @@
+"""From a source of text to a prepared folder: read, tokenise, hold out, shuffle, pack, draw prompts, describe.
+
+The documents are tokenised once into a file on disk (documents.DocumentSpool); everything after that works on document numbers.
+"""
+
+import heapq
+import sys
+import time
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data.documents import DocumentSpool, choose_held_out, pack
+from data.folder import finished_set, refuse_inside, write_manifest, writing
+from data.manifest import FORMAT_VERSION
+from data.sources import Skipped, open_source
+from data.tables import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
+from data.tokenizer import encode_documents, load_tokenizer, use_threads
+from fms_spec.errors import UserError
+
+# Each random choice has a stream of its own, so that e.g. asking for prompts of another length does not reorder the rows.
+READING, HOLDING_OUT, SHUFFLING, PROMPTING = range(4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the output, besides the contents of the source and the tokenizer."""
+
+    seq_length: int = 4096
+    text_column: str = "text"
+    prompt_length: int = 64
+    held_out: int = 0
+    max_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, smallest in dict(seq_length=2, prompt_length=1, held_out=0, seed=0).items():
+            if getattr(self, name) < smallest:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least {smallest}")
+        if self.max_tokens is not None and self.max_tokens < self.seq_length:
+            raise UserError(f"--max_tokens={self.max_tokens}: less than one row of --seq_length={self.seq_length}")
+
+    def generator(self, *stream):
+        """A random generator for one kind of choice."""
+        return np.random.default_rng((self.seed, *stream))
+
+
+def prepare(*, source, tokenizer, out_dir, workers=None, **settings):
+    """Write the folder that RowReader and read_prompts read, or find it written from the same inputs. Returns its manifest.
+
+    source, tokenizer, out_dir: as typed by the user; workers: threads of the tokenizer (None: all cores), without effect on
+    the output; settings: see Settings. Same inputs give the same bytes.
+
+    Raises:
+        UserError: anything wrong with the source, the tokenizer, a setting or `out_dir`; nothing is left behind.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers={workers}: must be at least 1")
+    use_threads(workers)
+    settings = Settings(**settings)
+    opened = open_source(source, settings.text_column)
+    refuse_inside(out_dir, source)
+    loaded = load_tokenizer(tokenizer)
+    inputs = {
+        "format_version": FORMAT_VERSION,
+        "source": opened.fingerprint(),
+        "tokenizer": loaded.sha256,
+        **asdict(settings),
+    }
+    manifest = finished_set(out_dir, inputs)
+    if manifest:
+        print(f"{out_dir} already holds this set, nothing to do: {summary(manifest)}")
+        return manifest
+
+    started = time.monotonic()
+    skipped = Skipped(opened)
+    with writing(out_dir, inputs) as folder, DocumentSpool(folder) as spool:
+        read_documents(spool, opened, loaded, settings, skipped)
+        if not len(spool):
+            reason = f"; {skipped}" if skipped.first else ""
+            raise UserError(f"source {source}: no documents{reason}")
+        tables = write_tables(folder, spool, opened, loaded, settings)
+        manifest = {
+            "inputs": inputs,
+            "source": {"name": source, "documents_read": len(spool), "tokens_read": spool.token_count, "skipped": dict(skipped.counts)},
+            "tokenizer": loaded.identity(),
+            "tables": tables,
+        }
+        write_manifest(folder, manifest)
+    if skipped.first:
+        print(f"warning: {skipped}", file=sys.stderr)
+    rate = spool.token_count / (time.monotonic() - started)
+    print(f"{out_dir}: {summary(manifest)}; {rate:,.0f} tokens/s")
+    return manifest
+
+
+def summary(manifest):
+    """One line about a prepared folder."""
+    parts = [
+        f"{name} {table['rows']:,}" + (f" ({table['documents']:,} documents)" if "documents" in table else "")
+        for name, table in manifest["tables"].items()
+        if name != "token_counts"
+    ]
+    return ", ".join(parts)
+
+
+def read_documents(spool, source, tokenizer, settings, skipped):
+    """Tokenise the source into the spool; with max_tokens, only as much of it as is needed."""
+    enough = Enough(settings)
+    documents = source.documents(settings.generator(READING))
+    with tqdm(desc="tokenise", unit="token", unit_scale=True, total=settings.max_tokens) as progress:
+        for document, tokens in encode_documents(documents, tokenizer, skipped):
+            spool.append(tokens, document.file, document.row)
+            progress.update(len(tokens))
+            if enough.after(len(tokens)):
+                return
+
+
+class Enough:
+    """Tells when max_tokens will be there for the train rows, whichever documents are held out later."""
+
+    def __init__(self, settings):
+        self.settings, self.longest, self.total = settings, [], 0
+
+    def after(self, length):
+        """True if, with one more document of `length` tokens, no more are needed."""
+        wanted, held_out = self.settings.max_tokens, self.settings.held_out
+        if wanted is None:
+            return False
+        self.total += length
+        heapq.heappush(self.longest, length)
+        if len(self.longest) > held_out:
+            heapq.heappop(self.longest)
+        for_prompts = len(self.longest) == held_out and all(other > self.settings.prompt_length for other in self.longest)
+        return for_prompts and self.total - sum(self.longest) >= wanted
+
+
+def write_tables(folder, spool, source, tokenizer, settings):
+    """Write the tables of every split and the token counts; returns the manifest's entries."""
+    try:
+        held_out, train = choose_held_out(spool, settings.held_out, settings.prompt_length, settings.generator(HOLDING_OUT))
+    except ValueError as error:
+        raise UserError(f"--held_out={settings.held_out}: {error}; lower --held_out or --prompt_length") from None
+    about = metadata_of(tokenizer, settings.seq_length, settings.seed)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    splits = {"train": train, "held_out": held_out} if settings.held_out else {"train": train}
+    tables = {}
+    for number, (split, documents) in enumerate(splits.items()):
+        if source.finite:
+            documents = settings.generator(SHUFFLING, number).permutation(documents)
+        rows = write_rows(folder, split, documents, spool, settings, about, counts if split == "train" else None)
+        if split == "train" and rows["rows"] == 0:
+            found = int(spool.lengths[documents].sum())
+            raise UserError(f"only {found} tokens in the source, less than one row of --seq_length={settings.seq_length}; lower it")
+        tables[f"rows-{split}"] = rows
+        used = documents[: rows["documents"]]
+        tables[f"prompts-{split}"] = write_prompts(folder, split, used, spool, source, settings, about, number)
+    tables["token_counts"] = write_token_counts(folder, counts, about)
+    return tables
+
+
+def write_rows(folder, split, documents, spool, settings, about, counts):
+    """Pack `documents` (numbers, in order) into rows; `counts` [vocabulary], if given, is added to. Returns the table's entry."""
+    seq_length = settings.seq_length
+    limit = settings.max_tokens // seq_length if split == "train" and settings.max_tokens is not None else None
+    used = tokens_used = 0
+
+    def taken():
+        nonlocal used, tokens_used
+        for document in documents:
+            tokens = spool[document]
+            used, tokens_used = used + 1, tokens_used + len(tokens)
+            yield tokens
+
+    writer = TableWriter(folder, f"rows-{split}", rows_schema(seq_length, about), seq_length)
+    for tokens, starts in tqdm(islice(pack(taken(), seq_length), limit), desc=f"pack {split}", unit="row", leave=False):
+        if counts is not None:
+            np.add.at(counts, tokens, 1)
+        writer.append((tokens, starts))
+    table = writer.close()
+    packed = table["rows"] * seq_length
+    return {**table, "documents": used, "tokens": packed, "dropped_tail_tokens": tokens_used - packed}
+
+
+def write_prompts(folder, split, documents, spool, source, settings, about, number):
+    """Draw one prompt from each document that is long enough. Returns the table's entry.
+
+    The offset is random because the beginnings of files are licence headers, all alike. The end-of-text token is left out: a
+    continuation of it would be another document.
+    """
+    length, generator = settings.prompt_length, settings.generator(PROMPTING, number)
+    writer = TableWriter(folder, f"prompts-{split}", prompts_schema(length, about), length)
+    for document in documents.tolist():
+        tokens = spool[document][:-1]
+        if len(tokens) >= length:
+            offset = int(generator.integers(len(tokens) - length + 1))
+            writer.append((writer.rows, document, source.label(*spool.origin(document)), tokens[offset : offset + length]))
+    return writer.close()
+
+
+def write_token_counts(folder, counts, about):
+    """Write token frequencies, one file for the whole vocabulary. Returns the table's entry."""
+    path = folder / "token_counts.parquet"
+    table = pa.Table.from_arrays([pa.array(np.arange(len(counts), dtype=np.int32)), pa.array(counts)], schema=token_counts_schema(about))
+    pq.write_table(table, path, compression="zstd")
+    return {"rows": len(counts), "shards": [shard_entry(path, len(counts))]}

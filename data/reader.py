@@ -1,0 +1,180 @@
+"""Reading a prepared folder: endless shuffled batches of rows, prompts, token counts. Shapes: b batch, n sequence, p prompts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from data.manifest import check_contents, check_sizes, read_manifest, table_of
+from data.tokenizer import check_tokenizer
+from fms_spec.batch import Batch
+from fms_spec.errors import UserError
+
+__all__ = ["Prompts", "RowReader", "check_tokenizer", "read_manifest", "read_prompts", "read_token_counts"]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A prompt table. tokens: int64 [p, prompt_length]; ids: int64 [p]; sources: where each document was read."""
+
+    tokens: torch.Tensor
+    ids: torch.Tensor
+    sources: list
+
+    def __len__(self):
+        return len(self.sources)
+
+
+class RowReader:
+    """Endless batches of packed rows, in an order drawn from the seed anew for each epoch.
+
+    Shards come in a drawn order, and so do the rows within each; one shard is in memory at a time. Batches always hold
+    `batch_size` rows and may span shards and epochs.
+    """
+
+    def __init__(self, data_dir, split="train", *, batch_size, seed):
+        """Check the folder without reading the rows.
+
+        Raises:
+            UserError: the folder is half-written, lacks the split, has no rows in it, or a shard is missing or cut short.
+        """
+        self.data_dir, self.split, self.batch_size, self.seed = Path(data_dir), split, batch_size, seed
+        self.manifest = read_manifest(data_dir)
+        table = table_of(self.manifest, data_dir, f"rows-{split}")
+        if not table["rows"]:
+            raise UserError(f"{data_dir}: rows-{split} has no rows (its documents fill none); prepare with a larger --held_out")
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: must be at least 1")
+        self.shards = [shard for shard in table["shards"] if shard["rows"]]
+        check_sizes(data_dir, self.shards)
+        self._sizes = np.array([shard["rows"] for shard in self.shards])
+        self._first_rows = np.cumsum(self._sizes) - self._sizes
+        self._epoch, self._position, self._checked = 0, 0, set()
+        self._loaded, self._shard, self._drawn, self._row_order = None, None, None, None
+
+    def __len__(self):
+        """Rows per epoch."""
+        return int(self._sizes.sum())
+
+    @property
+    def seq_length(self):
+        """Tokens of a row."""
+        return self.manifest["inputs"]["seq_length"]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        """The next Batch, tokens [batch_size, seq_length].
+
+        Raises:
+            UserError: a shard was altered since it was prepared; names it.
+        """
+        pieces, missing = [], self.batch_size
+        while missing:
+            pieces.append(self._take(missing))
+            missing -= len(pieces[-1][0])
+        tokens, segment_ids, row_ids = (torch.from_numpy(np.concatenate(part)) for part in zip(*pieces))
+        return Batch(tokens, segment_ids, torch.zeros(self.batch_size, dtype=torch.int64), row_ids)
+
+    def state_dict(self):
+        """Where the next batch begins; small, and fit for JSON."""
+        return {"epoch": self._epoch, "position": self._position, "seed": self.seed, "rows": len(self)}
+
+    def load_state_dict(self, state):
+        """Continue where `state` was taken: the batches are those of a reader that was never interrupted.
+
+        Raises:
+            UserError: the state is of another seed or of a table of another size.
+        """
+        for name, mine in dict(seed=self.seed, rows=len(self)).items():
+            if state[name] != mine:
+                raise UserError(f"{self.data_dir}: the saved position is for {name} {state[name]}, not {mine}; resume with the same data")
+        self._epoch, self._position = state["epoch"], state["position"]
+
+    def _take(self, count):
+        """At most `count` rows from one shard, and move on: tokens int64 [b, n], segment_ids int32 [b, n], row_ids int64 [b]."""
+        if self._position == len(self):
+            self._epoch, self._position = self._epoch + 1, 0
+        order = np.random.default_rng((self.seed, self._epoch)).permutation(len(self.shards))
+        ends = np.cumsum(self._sizes[order])
+        place = int(np.searchsorted(ends, self._position, side="right"))
+        shard = int(order[place])
+        offset = self._position - int(ends[place] - self._sizes[shard])
+        self._load(shard)
+        rows = self._row_order[offset : offset + count]
+        self._position += len(rows)
+        return *self._shard.rows(rows), self._first_rows[shard] + rows
+
+    def _load(self, shard):
+        """Have `shard` in memory, and the order of its rows in this epoch."""
+        if self._drawn != (self._epoch, shard):
+            # + 1: numpy gives (seed, epoch, 0) the same stream as (seed, epoch), which orders the shards
+            self._row_order = np.random.default_rng((self.seed, self._epoch, shard + 1)).permutation(self._sizes[shard])
+            self._drawn = (self._epoch, shard)
+        if self._loaded == shard:
+            return
+        self._loaded, self._shard = None, None  # let go of one shard before the next is read
+        if shard not in self._checked:
+            check_contents(self.data_dir, self.shards[shard])
+            self._checked.add(shard)
+        self._shard = RowShard(self.data_dir / self.shards[shard]["file"], self.shards[shard]["rows"], self.seq_length)
+        self._loaded = shard
+
+
+class RowShard:
+    """One shard in memory."""
+
+    def __init__(self, path, row_count, seq_length):
+        self.tokens = np.empty((row_count, seq_length), np.int32)
+        starts, lengths, filled = [], [], 0
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):  # group by group, so that the shard is never in memory twice
+                table = file.read_row_group(group)
+                tokens, document_starts = (table.column(name).combine_chunks() for name in ("tokens", "document_starts"))
+                self.tokens[filled : filled + len(table)] = tokens.flatten().to_numpy().reshape(-1, seq_length)
+                starts.append(document_starts.flatten().to_numpy())
+                lengths.append(document_starts.value_lengths().to_numpy())
+                filled += len(table)
+        self.starts, ends = np.concatenate(starts), np.cumsum(np.concatenate(lengths))
+        self.spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+
+    def rows(self, rows):
+        """tokens int64 [b, n] and segment_ids int32 [b, n] of the rows with these numbers [b]."""
+        begins = np.zeros((len(rows), self.tokens.shape[1]), np.int32)
+        for number, (start, end) in enumerate(self.spans[rows]):
+            begins[number, self.starts[start + 1 : end]] = 1
+        return self.tokens[rows].astype(np.int64), np.cumsum(begins, axis=1, dtype=np.int32)
+
+
+def read_prompts(data_dir, split="train"):
+    """The prompt table of a split, as Prompts.
+
+    Raises:
+        UserError: the folder is half-written, lacks the split, or a shard is missing, cut short or altered.
+    """
+    table = read_table(data_dir, f"prompts-{split}")
+    length = int(table.schema.metadata[b"prompt_length"])
+    tokens = table.column("tokens").combine_chunks().flatten().to_numpy().reshape(-1, length).astype(np.int64)
+    ids = table.column("prompt_id").to_numpy().astype(np.int64)
+    return Prompts(torch.from_numpy(tokens), torch.from_numpy(ids), table.column("source").to_pylist())
+
+
+def read_token_counts(data_dir):
+    """How often each token occurs in the train rows: int64 [vocabulary].
+
+    Raises:
+        UserError: the folder is half-written, or the file is missing, cut short or altered.
+    """
+    return torch.from_numpy(read_table(data_dir, "token_counts").column("count").to_numpy().copy())
+
+
+def read_table(data_dir, name):
+    """All shards of a table, checked against the manifest, as one Arrow table."""
+    shards = table_of(read_manifest(data_dir), data_dir, name)["shards"]
+    for shard in shards:
+        check_contents(data_dir, shard)
+    return pa.concat_tables([pq.read_table(Path(data_dir) / shard["file"]) for shard in shards])

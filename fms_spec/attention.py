@@ -1,0 +1,153 @@
+"""Attention over packed rows and over one preallocated cache, for both base-model backends.
+
+Shapes: b batch, n query tokens, l cached tokens, h query heads, g key-value heads, d head width.
+
+Two ways to attend, chosen per call:
+- packed: a row holds several documents one after the other; no token sees another document. Each document is a causal attention of
+  its own, so the cost is the sum of the documents' squares and no mask is ever built.
+- cached: new tokens are stored in place into a `KVCache` and attend to whatever a boolean mask allows. The mask is always given:
+  ibm-fms without one uses a top-left causal mask, silently wrong as soon as more than one token meets a filled cache.
+
+Grouped-query heads are never expanded: the query heads that share a key-value head are laid side by side as further query rows.
+"""
+
+import torch
+from fms.modules.attention import register_attention_op
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+PACKED = "fms_spec_packed"
+CACHED = "fms_spec_cached"
+
+
+def document_spans(segment_ids):
+    """Where each document of a packed batch lies.
+
+    Args:
+        segment_ids: int [b, n] on the CPU (reading spans off a GPU would wait for it); equal neighbours belong to one document,
+            -1 is padding and belongs to none.
+
+    Returns:
+        list of (row, start, end), end exclusive.
+    """
+    spans = []
+    for row, ids in enumerate(segment_ids):
+        lengths = torch.unique_consecutive(ids, return_counts=True)
+        start = 0
+        for segment, length in zip(lengths[0].tolist(), lengths[1].tolist()):
+            if segment >= 0:
+                spans.append((row, start, start + length))
+            start += length
+    return spans
+
+
+def span_positions(segment_ids):
+    """Position of each token within its document: int64 [b, n], restarting at 0 with every document."""
+    positions = torch.zeros_like(segment_ids, dtype=torch.int64)
+    for row, start, end in document_spans(segment_ids):
+        positions[row, start:end] = torch.arange(end - start)
+    return positions
+
+
+def attend_packed(query, keys, values, spans, scale):
+    """Causal attention within each span: query [b, h, n, d], keys and values [b, g, n, d] -> [b, h, n, d]; padding gives zeros."""
+    attended = torch.zeros_like(query)
+    for row, start, end in spans:
+        part = (slice(row, row + 1), slice(None), slice(start, end))
+        attended[part] = F.scaled_dot_product_attention(
+            query[part], keys[part], values[part], is_causal=True, scale=scale, enable_gqa=query.shape[1] != keys.shape[1]
+        )
+    return attended
+
+
+def attend_masked(query, keys, values, mask, scale):
+    """Attention under a mask: query [b, h, n, d], keys and values [b, g, l, d], mask bool [b, n, l] -> [b, h, n, d]."""
+    batch, heads, tokens, width = query.shape
+    groups = keys.shape[1]
+    shared = heads // groups  # query heads per key-value head
+    folded = query.reshape(batch, groups, shared * tokens, width)
+    mask = mask[:, None].expand(batch, shared, tokens, mask.shape[-1]).reshape(batch, 1, shared * tokens, -1)
+    attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    return attended.reshape(batch, heads, tokens, width)
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: [layers, 2, b, capacity, g, d].
+
+    `lengths` int64 [b] counts the tokens each sequence holds. A forward stores its tokens at `slots` behind them; they count only
+    once `lengths` has been advanced, so dropping rejected tokens is not advancing. Nothing is ever concatenated or expanded.
+    """
+
+    def __init__(self, layers, batch, capacity, groups, width, dtype, device):
+        self.store = torch.empty(layers, 2, batch, capacity, groups, width, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]
+
+    @property
+    def capacity(self):
+        return self.store.shape[3]
+
+    def layer(self, index):
+        """(keys, values) of one layer, each [b, capacity, g, d], views."""
+        return self.store[index, 0], self.store[index, 1]
+
+    def keep_sequences(self, kept):
+        """Drop finished sequences: `kept` int64 [m], ascending. Moves the survivors to the front in place, layer by layer."""
+        for layer in self.store:
+            layer[:, : len(kept)] = layer[:, kept]
+        self.store = self.store[:, :, : len(kept)]
+        self.lengths = self.lengths[kept]
+        self.rows = self.rows[: len(kept)]
+
+
+def store_in_place(keys, values, key_cache, value_cache, rows, slots, end):
+    """Write keys and values [b, n, g, d] at `slots` int64 [b, n]; return what to attend to, views [b, g, end, d]."""
+    key_cache[rows, slots] = keys
+    value_cache[rows, slots] = values
+    return key_cache[:, :end].transpose(1, 2), value_cache[:, :end].transpose(1, 2)
+
+
+def _fms_store(keys, values, key_cache, value_cache, *, rows, slots, end, **_):
+    seen_keys, seen_values = store_in_place(keys, values, key_cache, value_cache, rows, slots, end)
+    return seen_keys, seen_values, key_cache, value_cache
+
+
+def _fms_store_nothing(*_, **__):
+    raise AssertionError("packed rows are attended to without a cache")
+
+
+def _fms_compute_packed(query, keys, values, nheads, kvheads, p_dropout, scale_factor, *, spans, **_):
+    attended = attend_packed(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), spans, scale_factor)
+    return attended.transpose(1, 2).contiguous()
+
+
+def _fms_compute_cached(query, keys, values, nheads, kvheads, p_dropout, scale_factor, *, mask, **_):
+    return attend_masked(query.transpose(1, 2), keys, values, mask, scale_factor).transpose(1, 2).contiguous()
+
+
+def _transformers_packed(module, query, keys, values, attention_mask, *, spans, scaling=None, **_):
+    return attend_packed(query, keys, values, spans, scaling).transpose(1, 2).contiguous(), None
+
+
+def _transformers_cached(module, query, keys, values, attention_mask, *, mask, scaling=None, **_):
+    return attend_masked(query, keys, values, mask, scaling).transpose(1, 2).contiguous(), None
+
+
+class TransformersCacheView:
+    """What a `transformers` attention layer sees of a `KVCache` for one forward: an `update` that stores in place."""
+
+    def __init__(self, cache, slots, end):
+        self.cache, self.slots, self.end = cache, slots, end
+
+    def update(self, keys, values, layer_index, *_, **__):
+        """keys, values [b, g, n, d] -> everything stored so far, views [b, g, end, d]."""
+        key_cache, value_cache = self.cache.layer(layer_index)
+        return store_in_place(
+            keys.transpose(1, 2), values.transpose(1, 2), key_cache, value_cache, self.cache.rows, self.slots, self.end
+        )
+
+
+register_attention_op(PACKED, _fms_store_nothing, _fms_compute_packed)
+register_attention_op(CACHED, _fms_store, _fms_compute_cached)
+AttentionInterface.register(PACKED, _transformers_packed)
+AttentionInterface.register(CACHED, _transformers_cached)

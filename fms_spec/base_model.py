@@ -1,0 +1,218 @@
+"""The frozen base model: the one seam to ibm-fms, with `transformers` for architectures that ibm-fms lacks.
+
+Shapes: b batch, n tokens, d base width, v vocabulary.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fms_spec.attention import CACHED, PACKED, KVCache, TransformersCacheView, document_spans, span_positions
+from fms_spec.errors import UserError
+
+# What ibm-fms loads from a Hugging Face checkpoint and what was compared with `transformers` here (tests/test_base_model.py).
+FMS_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM", "Qwen3ForCausalLM")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Bytes of every tensor that enter the fingerprint: a fine-tune changes nearly all of them, and 70B weights take seconds, not minutes.
+FINGERPRINT_BYTES = 4096
+
+
+def resolve_base_model(name):
+    """Directory of a base model given as a directory or a Hugging Face hub name.
+
+    Raises:
+        UserError: no such directory or hub model, or one without config or safetensors weights.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = type(error).__name__
+            raise UserError(f"base model {name}: no such directory, and not to be had from the hub ({reason})") from error
+    if not (path / "config.json").is_file():
+        raise UserError(f"base model {name}: no config.json in it, so it is not a Hugging Face model directory")
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"base model {name}: no *.safetensors weights in it; save the model with save_pretrained first")
+    return path
+
+
+def fingerprint(path):
+    """Hash (hex, 32 characters) that tells base models apart, whatever backend or dtype they are loaded with.
+
+    Over every tensor's name, dtype, shape and 4 KiB from its middle, in name order, so that re-sharded files agree.
+
+    Raises:
+        UserError: a weights file that can't be read.
+    """
+    tensors = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass  # checks that the header and the file's size agree
+            with open(file, "rb") as stream:
+                header_size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(header_size))
+                header.pop("__metadata__", None)
+                for name, entry in header.items():
+                    start, end = entry["data_offsets"]
+                    stream.seek(8 + header_size + start + max(0, (end - start - FINGERPRINT_BYTES) // 2))
+                    sample = stream.read(min(FINGERPRINT_BYTES, end - start))
+                    tensors[name] = f"{name} {entry['dtype']} {entry['shape']} ".encode() + sample
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"base model weights {file}: can't be read ({error}); copy or download them again") from error
+    return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()[:32]
+
+
+class BaseModel:
+    """A frozen language model that gives hidden states, and vocabulary logits only where they are asked for.
+
+    Attributes:
+        name: directory or hub name as given. fingerprint: see `fingerprint`. backend: "fms" or "transformers".
+        width (d), vocab_size (v), context_length (tokens), eos_token_ids (set), dtype, device.
+        embedding_weight [v, d] and output_weight [v, d]: the frozen token embedding and lm_head, shared with the model.
+    """
+
+    def __init__(self, name, *, dtype="bfloat16", backend="auto", device=None):
+        """Load the model.
+
+        Args:
+            name: directory or hub name. dtype: a key of DTYPES. backend: "fms", "transformers", or "auto" for ibm-fms where it
+            knows the architecture. device: a torch device; the first GPU if there is one by default.
+
+        Raises:
+            UserError: not a model that can be loaded, or one whose cache can't drop tokens or whose logits are not a linear map.
+        """
+        path = resolve_base_model(name)
+        self.path, self.name = path, str(name)
+        self.config = read_config(path)
+        architecture = (self.config.architectures or ["unknown"])[0]
+        self.backend = backend if backend != "auto" else ("fms" if architecture in FMS_ARCHITECTURES else "transformers")
+        if self.backend == "fms" and architecture not in FMS_ARCHITECTURES:
+            raise UserError(f"base model {name}: {architecture} is not one ibm-fms loads here; use backend=transformers")
+        self.dtype = DTYPES[dtype]
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.fingerprint = fingerprint(path)
+        self._load_fms() if self.backend == "fms" else self._load_transformers()
+        self.model.eval().requires_grad_(False)
+        self.width, self.vocab_size = self.config.hidden_size, self.output_weight.shape[0]
+        if getattr(self.config, "logits_scaling", 1.0) != 1.0:  # Granite divides its logits; a divided lm_head says the same
+            self.output_weight = self.output_weight / self.config.logits_scaling
+        self.context_length = self.config.max_position_embeddings
+        self.eos_token_ids = read_eos_token_ids(path, self.config)
+
+    def _load_fms(self):
+        from fms.models import get_model
+
+        self.model = get_model("hf_pretrained", model_path=str(self.path), data_type=self.dtype, device_type=self.device.type)
+        self.trunk = self.model.base_model
+        self.embedding_weight, self.output_weight = self.trunk.embedding.weight, self.model.head.weight
+
+    def _load_transformers(self):
+        self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype).to(self.device)
+        self.trunk = self.model.get_decoder()
+        self.embedding_weight = self.model.get_input_embeddings().weight
+        self.output_weight = self.model.get_output_embeddings().weight
+
+    @torch.no_grad()
+    def hidden_states(self, tokens, segment_ids):
+        """States after the final norm for packed rows; no vocabulary logits are computed.
+
+        Args:
+            tokens: int64 [b, n]. segment_ids: int [b, n], on the CPU; see `attention.document_spans`.
+
+        Returns:
+            [b, n, d] in the model's dtype; padding holds arbitrary finite values.
+
+        Raises:
+            UserError: a document longer than the base model's context.
+        """
+        spans = document_spans(segment_ids)
+        longest = max((end - start for _, start, end in spans), default=0)
+        if longest > self.context_length:
+            raise UserError(f"a document piece of {longest} tokens is over the context of {self.name}, {self.context_length}")
+        positions = span_positions(segment_ids).to(self.device)
+        tokens = tokens.to(self.device)
+        if self.backend == "fms":
+            return self.trunk(tokens, position_ids=positions, use_cache=False, attn_name=PACKED, spans=spans)[0]
+        self.trunk.config._attn_implementation = PACKED
+        return self.trunk(tokens, position_ids=positions, use_cache=False, spans=spans).last_hidden_state
+
+    def new_cache(self, batch, capacity):
+        """An empty `KVCache` for `batch` sequences of up to `capacity` tokens.
+
+        Raises:
+            UserError: a capacity over the base model's context.
+        """
+        if capacity > self.context_length:
+            raise UserError(f"{capacity} tokens (prompt and continuation) are over the context of {self.name}, {self.context_length}")
+        config = self.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return KVCache(config.num_hidden_layers, batch, capacity, groups, width, self.dtype, self.device)
+
+    @torch.no_grad()
+    def extend(self, tokens, cache, mask=None, positions=None):
+        """Run new tokens on top of a cache; they are stored behind each sequence's `cache.lengths`, which stay as they are.
+
+        Args:
+            tokens: int64 [b, n], on the model's device. mask: bool [b, n, end], which slots each token sees, where end is the
+                largest length plus n; by default every token sees its sequence and the new tokens up to itself.
+            positions: int64 [b, n]; by default the slots' own numbers.
+
+        Returns:
+            [b, n, d] states after the final norm.
+        """
+        count = tokens.shape[1]
+        slots = cache.lengths[:, None] + torch.arange(count, device=self.device)
+        end = int(cache.lengths.max()) + count
+        if mask is None:
+            mask = torch.arange(end, device=self.device) <= slots[:, :, None]
+        positions = slots if positions is None else positions
+        if self.backend == "fms":
+            layers = [cache.layer(index) for index in range(len(cache.store))]
+            return self.trunk(
+                tokens, position_ids=positions, past_key_value_states=layers, use_cache=True,
+                attn_name=CACHED, rows=cache.rows, slots=slots, end=end, mask=mask,
+            )[0]  # fmt: skip
+        self.trunk.config._attn_implementation = CACHED
+        view = TransformersCacheView(cache, slots, end)
+        return self.trunk(tokens, position_ids=positions, past_key_values=view, use_cache=True, mask=mask).last_hidden_state
+
+    def logits(self, states):
+        """Vocabulary logits [..., v] of states [..., d]."""
+        return F.linear(states, self.output_weight)
+
+
+def read_config(path):
+    """The model's `transformers` config, refused where speculation on it can't be exact.
+
+    Raises:
+        UserError: an unreadable config; sliding windows or state-space layers (their caches can't drop tokens); soft-capped logits.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"base model {path}: its config.json can't be used ({str(error).splitlines()[0]})") from error
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if kinds != {"full_attention"} or (windowed and "layer_types" not in config.to_dict()):
+        raise UserError(f"base model {path}: only full attention is supported; sliding windows and state spaces can't drop tokens")
+    if getattr(config, "final_logit_softcapping", None):
+        raise UserError(f"base model {path}: soft-capped logits are not supported")
+    return config
+
+
+def read_eos_token_ids(path, config):
+    """Set of end-of-sequence token ids, from generation_config.json where there is one, else from the config."""
+    file = Path(path) / "generation_config.json"
+    found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    found = config.eos_token_id if found is None else found
+    return set(found) if isinstance(found, list) else set() if found is None else {found}

@@ -1,0 +1,104 @@
+"""The small interface behind which every family of attached heads stands.
+
+Shapes: m positions (of a row in training, of a batch in decoding), d base width, k feature width, r draft vocabulary.
+
+Alignment, the same in training and decoding: h_t is the base model's state after its final norm at position t. Head i (from 0) has
+seen h_t and the tokens x_{t+1} ... x_{t+1+i}, and predicts x_{t+2+i}.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fms_spec.errors import UserError
+
+
+class Speculator(nn.Module):
+    """Attached heads that guess `n_predict` tokens from one hidden state of a frozen base model.
+
+    A family defines `start`, `advance` and `output`; training and proposing are the same three calls. `start` may return any tensor or
+    tuple of tensors as the running state, so that a family that reads more of the base model, or keeps a cache, fits in.
+    """
+
+    family: str
+    n_predict: int
+    draft_ids: torch.Tensor | None  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
+
+    def attach(self, base_model):
+        """Take what is frozen and shared (embedding, lm_head) from the base model. Nothing of it is trained or saved."""
+
+    def teacher_weight(self, base_model):
+        """The base model's lm_head on the draft vocabulary: [r, d]."""
+        return base_model.output_weight if self.draft_ids is None else base_model.output_weight[self.draft_ids]
+
+    def draft_targets(self, tokens):
+        """Draft-vocabulary entry of each token, -1 where it has none: int64, the tokens' shape."""
+        return tokens
+
+    def start(self, hidden):
+        """Running state before any token is seen: hidden [m, d]."""
+        raise NotImplementedError
+
+    def advance(self, state, tokens, head):
+        """Running state after head number `head` has seen its token: tokens int64 [m]."""
+        raise NotImplementedError
+
+    def output(self, state, head):
+        """(features [m, k], weight [r, k]): the head's logits are features @ weight.T, never formed here."""
+        raise NotImplementedError
+
+    def saved_config(self):
+        """Everything the constructor needs, as plain JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config):
+        """Build an untrained one from a config.json's values; raises UserError for what is missing."""
+        raise NotImplementedError
+
+    def published_state(self):
+        """{key: tensor} as written to model.safetensors."""
+        return self.state_dict()
+
+    def load_published_state(self, tensors):
+        """Load what `published_state` wrote.
+
+        Raises:
+            UserError: a tensor that is missing, unknown or of another shape.
+        """
+        own = self.state_dict()
+        for key in own | tensors:
+            found = list(tensors[key].shape) if key in tensors else "missing"
+            wanted = list(own[key].shape) if key in own else "not expected"
+            if found != wanted:
+                raise UserError(f"speculator tensor {key}: the file says {found}, the config {wanted}; export it again")
+        self.load_state_dict(tensors)
+
+    def heads(self, hidden, tokens):
+        """Training forward: yield each head's (features, weight).
+
+        Args:
+            hidden: [m, d] states h_t. tokens: int64 [m, >= n_predict], x_{t+1} onwards.
+        """
+        state = self.start(hidden)
+        for head in range(self.n_predict):
+            state = self.advance(state, tokens[:, head], head)
+            yield self.output(state, head)
+
+    @torch.inference_mode()
+    def propose(self, hidden, tokens, count):
+        """The most likely chain of `count` tokens.
+
+        Args:
+            hidden: [m, d] states at the last token the base model has processed. tokens: int64 [m], the token that follows it.
+
+        Returns:
+            int64 [m, count] tokens, without any wait for the device.
+        """
+        state, chain = self.start(hidden), []
+        for head in range(count):
+            state = self.advance(state, tokens, head)
+            best = F.linear(*self.output(state, head)).argmax(-1)
+            tokens = best if self.draft_ids is None else self.draft_ids[best]
+            chain.append(tokens)
+        return torch.stack(chain, dim=1)

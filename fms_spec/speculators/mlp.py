@@ -1,0 +1,117 @@
+"""The MLP speculator as published: arXiv 2404.19124, in the layout of IBM's accelerators.
+
+Formulas (D base width, d inner width, n heads, V vocabulary; s_w = 0.5^(0.5/n), e_w = sqrt((1 - s_w^2) d / 2)):
+    s_0 = h, or RMS(h) / sqrt(2) with scaled input
+    u = P_i s_i + (e_w / s_w) E_i[token];  s_{i+1} = GELU(g_i * RMS(u) + b_i);  logits_i = W_i s_{i+1}
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fms_spec.errors import UserError
+from fms_spec.speculators.base import Speculator
+
+EPS = 1e-6
+
+
+def rms(x):
+    """RMS norm without parameters, in fp32: [..., d] -> same shape and dtype."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
+
+
+class MLPSpeculator(Speculator):
+    """Published MLP speculator. Tied: one E, one W, one (g, b); P_0 (D -> d) stands apart and P_1 serves all later heads."""
+
+    family = "mlp_speculator"
+    draft_ids = None
+
+    def __init__(self, emb_dim, vocab_size, n_predict=3, inner_dim=4096, tie_weights=True, scale_input=True):
+        """emb_dim: D. inner_dim: d. vocab_size: V."""
+        super().__init__()
+        self.emb_dim, self.vocab_size, self.n_predict = emb_dim, vocab_size, n_predict
+        self.inner_dim, self.tie_weights, self.scale_input = inner_dim, tie_weights, scale_input
+        copies = 1 if tie_weights else n_predict
+        projections = min(2, n_predict) if tie_weights else n_predict
+        self.emb = nn.ModuleList(nn.Embedding(vocab_size, inner_dim) for _ in range(copies))
+        self.proj = nn.ModuleList(nn.Linear(emb_dim if i == 0 else inner_dim, inner_dim, bias=False) for i in range(projections))
+        self.head = nn.ModuleList(nn.Linear(inner_dim, vocab_size, bias=False) for _ in range(copies))
+        self.ln = nn.ModuleList(GainAndShift(inner_dim) for _ in range(copies))
+        state_weight = 0.5 ** (0.5 / n_predict)
+        self.token_scale = math.sqrt((1 - state_weight**2) * inner_dim / 2) / state_weight
+        for weight in [m.weight for part in (self.emb, self.proj, self.head) for m in part]:
+            nn.init.normal_(weight, std=1 / math.sqrt(inner_dim))
+
+    def start(self, hidden):
+        return rms(hidden) / math.sqrt(2) if self.scale_input else hidden
+
+    def advance(self, state, tokens, head):
+        own = 0 if self.tie_weights else head
+        projection = self.proj[min(head, 1) if self.tie_weights else head]
+        mixed = projection(state) + self.token_scale * self.emb[own](tokens)
+        return F.gelu(self.ln[own](rms(mixed)))
+
+    def output(self, state, head):
+        return state, self.head[0 if self.tie_weights else head].weight
+
+    def saved_config(self):
+        return {
+            "model_type": self.family, "architectures": ["MLPSpeculatorPreTrainedModel"], "emb_dim": self.emb_dim,
+            "inner_dim": self.inner_dim, "vocab_size": self.vocab_size, "n_predict": self.n_predict, "n_candidates": 1,
+            "top_k_tokens_per_head": [1] * self.n_predict, "tie_weights": self.tie_weights, "scale_input": self.scale_input,
+        }  # fmt: skip
+
+    @classmethod
+    def from_config(cls, config):
+        """Build from a published config.json."""
+        names = ("emb_dim", "vocab_size", "n_predict", "inner_dim", "tie_weights", "scale_input")
+        missing = [name for name in names[:4] if name not in config]
+        if missing:
+            raise UserError(f"speculator config lacks {missing[0]}, which the published MLP layout has")
+        # Both flags are absent from the oldest published configs, which are untied and unscaled.
+        return cls(**{"tie_weights": False, "scale_input": False} | {name: config[name] for name in names if name in config})
+
+    def published_state(self):
+        """Tensors under the published keys; tied weights are kept once, at index 0 (and proj.1)."""
+        return {f"speculator.{key}": value for key, value in self.state_dict().items()}
+
+    def load_published_state(self, tensors):
+        """Load tensors under the published keys; tied files may repeat a shared weight at every index.
+
+        Raises:
+            UserError: a missing tensor, a wrong shape, or repeats of a tied weight that differ.
+        """
+        own = self.state_dict()
+        for key, value in tensors.items():
+            name = key.removeprefix("speculator.")
+            part, index, rest = name.split(".", 2)
+            target = name
+            if self.tie_weights:
+                target = f"{part}.{min(int(index), 1) if part == 'proj' else 0}.{rest}"
+            if target not in own:
+                raise UserError(f"speculator tensor {key} has no place in a {self.n_predict}-head MLP speculator")
+            if target != name and target in {k.removeprefix("speculator.") for k in tensors}:
+                if not torch.equal(value, tensors[f"speculator.{target}"]):
+                    raise UserError(f"speculator tensor {key} differs from speculator.{target}, though the config ties them")
+                continue
+            if own[target].shape != value.shape:
+                raise UserError(f"speculator tensor {key} is {list(value.shape)}, the config says {list(own[target].shape)}")
+            own[target] = value
+        missing = [name for name in self.state_dict() if f"speculator.{name}" not in tensors]
+        if missing:
+            raise UserError(f"speculator tensor speculator.{missing[0]} is missing from the file")
+        self.load_state_dict(own)
+
+
+class GainAndShift(nn.Module):
+    """g * x + b, the trained part of the published norm; its tensors are called weight and bias there."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return self.weight * x + self.bias

@@ -1,0 +1,43 @@
+"""From a config to an untrained speculator."""
+
+import torch
+
+from fms_spec.errors import UserError
+from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
+
+
+def build_speculator(config, base_model, token_counts):
+    """An attached speculator with fp32 weights drawn from the config's seed.
+
+    Args:
+        token_counts: int64 [tokenizer vocabulary], how often each token stands in the corpus; the draft vocabulary is its most frequent.
+
+    Raises:
+        UserError: a draft vocabulary larger than the base model's.
+    """
+    torch.manual_seed(config.seed)
+    settings = config.speculator
+    if settings.family == "mlp":
+        speculator = MLPSpeculator(
+            base_model.width, base_model.vocab_size, settings.n_predict, settings.inner_dim, settings.tie_weights, settings.scale_input
+        )
+    else:
+        size = settings.draft_vocab_size or base_model.vocab_size
+        if size > base_model.vocab_size:
+            raise UserError(f"speculator.draft_vocab_size {size} is over the base model's vocabulary, {base_model.vocab_size}")
+        speculator = HiddenStateSpeculator(
+            base_model.width, base_model.vocab_size, most_frequent(token_counts, size, base_model), settings.n_predict, settings.inner_dim
+        )
+    speculator.to(base_model.device)
+    speculator.attach(base_model)
+    return speculator
+
+
+def most_frequent(token_counts, size, base_model):
+    """Ids of the `size` most frequent tokens and of EOS, ascending: int64 [size]. Equal counts go to the lower id."""
+    counts = torch.zeros(base_model.vocab_size, dtype=torch.int64)
+    known = min(len(token_counts), base_model.vocab_size)
+    counts[:known] = token_counts[:known]
+    for eos in base_model.eos_token_ids:
+        counts[eos] = counts.max() + 1
+    return counts.argsort(descending=True, stable=True)[:size].sort().values

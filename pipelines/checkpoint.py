@@ -1,0 +1,72 @@
+"""Checkpoints that hold everything needed to go on: weights, optimiser, data positions, counters, RNG.
+
+Tensors go through torch.distributed.checkpoint; the rest is JSON. A checkpoint is written beside its final name and renamed, so that a
+directory called step-N is always whole.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from fms_spec.errors import UserError
+
+
+def save_checkpoint(directory, step, speculator, optimizer, description, progress, keep):
+    """Write `directory/step-N` and remove all but the newest `keep`; returns its path.
+
+    Args:
+        description: the speculator's config.json, for export. progress: JSON-able state of everything that is no tensor.
+    """
+    final = Path(directory) / f"step-{step:08d}"
+    partial = final.with_suffix(".partial")
+    for stale in Path(directory).glob("*.partial"):
+        shutil.rmtree(stale)
+    partial.mkdir(parents=True)
+    weights, moments = get_state_dict(speculator, optimizer)
+    dcp.save({"speculator": weights, "optimizer": moments, "rng": torch.get_rng_state()}, checkpoint_id=partial, no_dist=True)
+    (partial / "speculator.json").write_text(json.dumps(description, indent=2))
+    (partial / "progress.json").write_text(json.dumps(progress, indent=2))
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    for old in whole_checkpoints(directory)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def whole_checkpoints(directory):
+    """Whole checkpoints of a run, oldest first."""
+    return sorted(path for path in Path(directory).glob("step-*") if path.suffix != ".partial")
+
+
+def load_checkpoint(path, speculator, optimizer):
+    """Restore weights, optimiser and RNG in place; returns what was saved as progress.
+
+    Raises:
+        UserError: files that are missing or cut short.
+    """
+    weights, moments = get_state_dict(speculator, optimizer)
+    state = {"speculator": weights, "optimizer": moments, "rng": torch.get_rng_state()}
+    read_tensors(path, state)
+    set_state_dict(speculator, optimizer, model_state_dict=state["speculator"], optim_state_dict=state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return json.loads((Path(path) / "progress.json").read_text())
+
+
+def load_weights(path, speculator):
+    """Restore only the speculator's weights, in place."""
+    weights = speculator.state_dict()
+    read_tensors(path, {"speculator": weights})
+    speculator.load_state_dict(weights)
+
+
+def read_tensors(path, state):
+    """Fill `state` from a checkpoint directory; raises UserError where that fails."""
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+    except Exception as error:  # torch wraps whatever went wrong on any rank in its own exception type
+        raise UserError(f"checkpoint {path}: can't be read ({str(error).splitlines()[0]}); use an older one") from error

@@ -1,0 +1,182 @@
+"""The training loop: both phases on the frozen base model, in the order the schedule says."""
+
+import json
+import math
+
+import torch
+from tqdm import tqdm
+
+from fms_spec.alignment import make_windows, usable_positions
+from fms_spec.errors import UserError
+from fms_spec.losses import LossWeights, head_losses
+from fms_spec.speculators import describe
+from pipelines.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
+from pipelines.metrics import Metrics, Stopwatch
+from pipelines.schedule import learning_rate_factor
+from pipelines.validation import head_agreement
+
+
+class Trainer:
+    """One run. What it needs of the world is passed in: a base model, an attached speculator, and a source of batches for each phase.
+
+    Args:
+        config: `RunConfig`. speculator: fp32 weights, on the base model's device. batches: {phase: iterator of `Batch` with
+        state_dict and load_state_dict}. states: {phase: `HiddenStates`}. validation: a held-out `Batch` or None.
+        out_dir: of the run, already claimed with `claim_run`.
+    """
+
+    def __init__(self, config, base_model, speculator, batches, states, out_dir, validation=None):
+        self.config, self.base_model, self.speculator = config, base_model, speculator
+        self.batches, self.states, self.out_dir, self.validation = batches, states, out_dir, validation
+        self.schedule = config.schedule.build()
+        self.phase_steps = self.schedule.phase_steps()
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            speculator.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.weights = {phase: loss_weights(config, phase) for phase in self.phase_steps}
+        self.step = 0
+        self.watch = Stopwatch()
+        self.tokens = 0  # of continuations and corpus rows trained on
+        self.logged = {}  # phase -> device tensors since the last log line, read only when logged
+
+    def resume(self):
+        """Go on from the newest whole checkpoint, if there is one; returns the step."""
+        found = whole_checkpoints(self.out_dir / "checkpoints")
+        if found:
+            progress = load_checkpoint(found[-1], self.speculator, self.optimizer)
+            self.step, self.tokens = progress["step"], progress["tokens"]
+            self.watch = Stopwatch(progress["seconds"])
+            for phase, state in progress["batches"].items():
+                self.batches[phase].load_state_dict(state)
+        return self.step
+
+    def save(self):
+        """Write a checkpoint of this moment; returns its directory."""
+        progress = {
+            "step": self.step, "tokens": self.tokens, "seconds": self.watch.seconds,
+            "batches": {phase: batches.state_dict() for phase, batches in self.batches.items()},
+        }  # fmt: skip
+        with self.watch.measure("checkpoint"):
+            return save_checkpoint(
+                self.out_dir / "checkpoints", self.step, self.speculator, self.optimizer,
+                describe(self.speculator, self.base_model), progress, self.config.checkpoint.keep,
+            )  # fmt: skip
+
+    def train(self):
+        """Run the schedule to its end; returns the last checkpoint's directory."""
+        config, total = self.config, self.schedule.steps
+        metrics = Metrics(self.out_dir, self.step)
+        saved = None
+        with tqdm(total=total, initial=self.step, desc="train", unit="step", dynamic_ncols=True, mininterval=1) as bar:
+            while self.step < total:
+                self.train_step()
+                self.step += 1
+                bar.update()
+                last = self.step == total
+                if self.step % config.log_every == 0 or last:
+                    values = self.read_log()
+                    metrics.write(self.step, values)
+                    bar.set_postfix({name: f"{value:.3f}" for name, value in values.items() if name.endswith("/loss")})
+                if self.validation is not None and (self.step % config.validation.every == 0 or last):
+                    with self.watch.measure("validation"):
+                        agreement = head_agreement(self.speculator, self.base_model, self.validation)
+                    metrics.write(self.step, {f"validation/head_agreement_{i}": value for i, value in enumerate(agreement)})
+                if self.step % config.checkpoint.every == 0 or last:
+                    saved = self.save()
+        metrics.close()
+        return saved or whole_checkpoints(self.out_dir / "checkpoints")[-1]
+
+    def train_step(self):
+        """One optimiser step of whichever phase is due; nothing in it waits for the device."""
+        phase, step_in_phase = self.schedule.phase(self.step)
+        settings = getattr(self.config, phase)
+        factor = learning_rate_factor(step_in_phase, self.phase_steps[phase], **settings.lr.model_dump())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * factor
+        generating = getattr(self.batches[phase], "generate_seconds", 0.0)
+        with self.watch.measure("data"):
+            micro_batches = [next(self.batches[phase]) for _ in range(settings.accumulate)]
+        self.charge_generation(phase, generating)
+        heads = self.speculator.n_predict
+        usable = [usable_positions(batch.segment_ids, batch.first_states, heads).sum((1, 2)) for batch in micro_batches]
+        counts = torch.stack(usable).sum(0).tolist()
+        loss = 0.0
+        for batch in micro_batches:
+            with self.watch.measure("base_model"):
+                hidden = self.states[phase](batch)
+            with self.watch.measure("heads"):
+                loss = loss + self.backward(batch, hidden, self.weights[phase], counts)
+        with self.watch.measure("heads"):
+            norm = torch.nn.utils.clip_grad_norm_(self.speculator.parameters(), self.config.optimizer.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.tokens += sum(int((batch.segment_ids >= 0).sum()) for batch in micro_batches)
+        self.logged.setdefault(phase, []).append(torch.cat([loss, norm[None], torch.tensor([factor], device=norm.device)]))
+
+    def backward(self, batch, hidden, weights, counts):
+        """Add one micro-batch's gradients; returns the loss of each head, fp32 [h], on the device."""
+        windows = make_windows(hidden, batch.tokens, batch.segment_ids, batch.first_states, self.speculator.n_predict)
+        with torch.autocast(hidden.device.type, dtype=hidden.dtype, enabled=hidden.dtype != torch.float32):
+            losses = head_losses(self.speculator, windows, self.base_model, weights, counts)
+        losses.sum().backward()
+        return losses.detach()
+
+    def charge_generation(self, phase, before):
+        """Seconds spent generating inside `next` are generation's, not data's."""
+        spent = getattr(self.batches[phase], "generate_seconds", 0.0) - before
+        self.watch.seconds["data"] -= spent
+        self.watch.seconds["generation"] = self.watch.seconds.get("generation", 0.0) + spent
+
+    def read_log(self):
+        """Means since the last log line, as plain numbers: the only place where the host waits for the device."""
+        values = {}
+        for phase, lines in self.logged.items():
+            *losses, norm, factor = torch.stack(lines).mean(0).tolist()
+            if not math.isfinite(sum(losses)):
+                raise UserError(f"{phase}: the loss is not finite at step {self.step}; lower optimizer.lr, or resume from a checkpoint")
+            values |= {f"{phase}/loss": sum(losses), f"{phase}/grad_norm": norm, f"{phase}/lr": factor * self.config.optimizer.lr}
+            values |= {f"{phase}/loss_head_{i}": loss for i, loss in enumerate(losses)}
+        self.logged = {}
+        spent = sum(self.watch.seconds.values())
+        values |= {f"time_share/{part}": seconds / spent for part, seconds in self.watch.seconds.items()}
+        return values | {"tokens": self.tokens, "tokens_per_s": self.tokens / spent}
+
+
+def loss_weights(config, phase):
+    """`LossWeights` of a phase, head weights filled in."""
+    loss = getattr(config, phase).loss
+    heads = tuple(loss.heads or [1.0] * config.speculator.n_predict)
+    return LossWeights(loss.cross_entropy, loss.distillation, loss.smooth_l1, heads)
+
+
+def claim_run(out_dir, config, environment, resume):
+    """Make `out_dir` this run's, writing run.json (resolved config, versions, git revision, command) beside the outputs.
+
+    Raises:
+        UserError: it holds another run, a run that wasn't asked to be resumed, or other files.
+    """
+    record = out_dir / "run.json"
+    ours = config.model_dump(mode="json")
+    if record.is_file():
+        theirs = json.loads(record.read_text())["config"]
+        if theirs != ours:
+            key = first_difference(theirs, ours)
+            raise UserError(f"{out_dir} holds a run with another {key}; give another out_dir, or the same config to resume")
+        if not resume:
+            raise UserError(f"{out_dir} holds a run already; add --resume to go on with it, or give another out_dir")
+        return
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f"{out_dir} holds other files; give an empty or new out_dir")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"config": ours} | environment, indent=2) + "\n")
+
+
+def first_difference(theirs, ours, path=""):
+    """Dotted key of the first value in which two nested dicts differ."""
+    for key in theirs | ours:
+        a, b = theirs.get(key), ours.get(key)
+        if a != b:
+            nested = isinstance(a, dict) and isinstance(b, dict)
+            return first_difference(a, b, f"{path}{key}.") if nested else f"{path}{key} ({a!r}, now {b!r})"
+    return path

@@ -1,0 +1,61 @@
+"""How every script starts: Fire fills a frozen, validated argument class, and the work runs after that."""
+
+import difflib
+import inspect
+import sys
+
+import fire
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fms_spec.errors import UserError
+
+# Strict: Fire ignores annotations, so `--seed=1e3` would arrive as a float where an int was declared.
+arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
+
+
+def main(argument_class, run, overrides=False):
+    """Parse the command line into `argument_class`, then call `run(parsed)`, or `run(parsed, words)` with trailing key.path=value words.
+
+    Fire alone would run the work first and complain about unknown flags afterwards, so it only builds the argument object. A
+    `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise; Ctrl-C with 130.
+    """
+    words = sys.argv[1:]
+    settings = [word for word in words if overrides and not word.startswith("-") and "=" in word]
+    flags = [word for word in words if word not in settings]
+    try:
+        check_flags(argument_class, flags)
+        parsed = fire.Fire(argument_class, command=flags, serialize=lambda _: None)
+        if isinstance(parsed, argument_class):
+            run(parsed, settings) if overrides else run(parsed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = ".".join(str(part) for part in first["loc"])
+        fail(f"--{flag}: {first['msg']} (got {first['input']!r})")
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+
+
+def check_flags(argument_class, words):
+    """Raise UserError for a flag that `argument_class` lacks, naming the nearest one it has, or for a required one not given."""
+    parameters = inspect.signature(argument_class).parameters
+    given = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--") and word != "--"]
+    if "help" in given or "-h" in words:
+        return
+    for name in given:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f", did you mean --{near[0]}?" if near else f"; known: {', '.join('--' + known for known in parameters)}"
+            raise UserError(f"unknown flag --{name}{hint}")
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in given:
+            raise UserError(f"--{name} is required; --help lists all flags")
+
+
+def fail(message, code=1):
+    """Print one line on stderr and end the process."""
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

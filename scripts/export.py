@@ -1,0 +1,23 @@
+"""Write a trained speculator to serve: python -m scripts.export --checkpoint=RUN/checkpoints/step-N --out_dir=DIR"""
+
+from pathlib import Path
+
+from pipelines.export import export
+from scripts.cli import arguments, main
+
+
+@arguments
+class Arguments:
+    """Turn a training checkpoint into config.json and model.safetensors.
+
+    Args:
+        checkpoint: a checkpoint directory, or a run's out_dir for its newest one.
+        out_dir: where to write; must not exist yet.
+    """
+
+    checkpoint: str
+    out_dir: str
+
+
+if __name__ == "__main__":
+    main(Arguments, lambda parsed: print(export(Path(parsed.checkpoint), Path(parsed.out_dir))))

@@ -1,0 +1,40 @@
+"""Turn text into packed rows and prompts: python -m scripts.prepare_data --source=corpus/ --tokenizer=model/ --out_dir=prepared/"""
+
+from dataclasses import asdict
+
+from data.prepare import prepare
+from scripts.cli import arguments, main
+
+
+@arguments
+class Arguments:
+    """Tokenise, shuffle and pack a corpus for training; the same inputs give the same bytes.
+
+    Args:
+        source: a folder (recursive, without hidden files), a glob, a text, .jsonl, .jsonl.gz or .parquet file, or
+            a Hub dataset name[:config[:split]].
+        tokenizer: the base model's folder or Hub name.
+        out_dir: where to write; nothing of another set is ever overwritten.
+        seq_length: tokens of a packed row.
+        text_column: the column of .jsonl, .parquet and datasets that holds the text.
+        prompt_length: tokens of a prompt for continuations.
+        held_out: how many documents to keep out of training, for evaluation.
+        max_tokens: stop after so many packed tokens; reads no more of the source than that takes.
+        seed: decides the order, the held-out documents and the prompts.
+        workers: threads of the tokenizer, all cores by default; no effect on the output.
+    """
+
+    source: str
+    tokenizer: str
+    out_dir: str
+    seq_length: int = 4096
+    text_column: str = "text"
+    prompt_length: int = 64
+    held_out: int = 0
+    max_tokens: int | None = None
+    seed: int = 0
+    workers: int | None = None
+
+
+if __name__ == "__main__":
+    main(Arguments, lambda parsed: prepare(**asdict(parsed)))

@@ -1,0 +1,133 @@
+"""Reading a prepared folder: order, resuming, and damage."""
+
+import json
+import os
+
+import pytest
+import torch
+from data_helpers import EOS, distinct_documents, prepare_small, write_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data.tables
+from data.reader import RowReader, check_tokenizer, read_manifest, read_prompts, read_token_counts
+from fms_spec.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """52 rows in shards of 10, written in row groups of 3."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(data.tables, "SHARD_BYTES", 10 * 16 * 4)
+        patched.setattr(data.tables, "GROUP_BYTES", 3 * 16 * 4)
+        return prepare_small(tmp_path_factory.mktemp("reader"), held_out=2, documents=distinct_documents(42, 20))
+
+
+def fields_of(batch):
+    return [batch.tokens.tolist(), batch.segment_ids.tolist(), batch.first_states.tolist(), batch.row_ids.tolist()]
+
+
+def test_an_epoch_gives_every_row_once_in_an_order_that_changes(prepared):
+    reader = RowReader(prepared, batch_size=len(RowReader(prepared, batch_size=1, seed=0)), seed=0)
+    first, second = next(reader).row_ids.tolist(), next(reader).row_ids.tolist()
+    assert len(reader) == 52 and reader.seq_length == 16
+    assert sorted(first) == sorted(second) == list(range(52))
+    assert first != second and first != list(range(52))
+    assert next(RowReader(prepared, batch_size=52, seed=1)).row_ids.tolist() != first
+
+
+def test_batches_have_the_promised_shapes_and_segments_follow_the_documents(prepared):
+    batch = next(RowReader(prepared, batch_size=7, seed=0)).to("cpu")
+    assert batch.tokens.shape == batch.segment_ids.shape == (7, 16)
+    assert (batch.tokens.dtype, batch.segment_ids.dtype) == (torch.int64, torch.int32)
+    assert batch.first_states.tolist() == [0] * 7 and batch.row_ids.dtype == torch.int64
+    for tokens, segments in zip(batch.tokens, batch.segment_ids):
+        ends = (tokens == EOS).int()
+        assert segments.tolist() == (ends.cumsum(0) - ends).tolist()  # a document ends with its end-of-text token
+
+
+def test_a_row_keeps_its_number_across_epochs_and_seeds(prepared):
+    rows = {}
+    for seed in range(3):
+        batch = next(RowReader(prepared, batch_size=104, seed=seed))
+        for number, tokens in zip(batch.row_ids.tolist(), batch.tokens.tolist()):
+            assert rows.setdefault(number, tokens) == tokens
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch_size=st.integers(1, 60), before=st.integers(0, 12), seed=st.integers(0, 5))
+def test_a_resumed_reader_continues_exactly(prepared, batch_size, before, seed):
+    reader = RowReader(prepared, batch_size=batch_size, seed=seed)
+    for _ in range(before):
+        next(reader)
+    resumed = RowReader(prepared, batch_size=batch_size, seed=seed)
+    resumed.load_state_dict(json.loads(json.dumps(reader.state_dict())))
+    for _ in range(4):
+        assert fields_of(next(resumed)) == fields_of(next(reader))
+
+
+def test_a_position_of_another_seed_or_table_is_refused(prepared):
+    state = RowReader(prepared, batch_size=1, seed=0).state_dict()
+    with pytest.raises(UserError, match="seed 0, not 1"):
+        RowReader(prepared, batch_size=1, seed=1).load_state_dict(state)
+    with pytest.raises(UserError, match="rows 52, not"):
+        RowReader(prepared, "held_out", batch_size=1, seed=0).load_state_dict(state)
+
+
+def test_a_half_written_folder_is_refused(tmp_path):
+    for read in (lambda folder: RowReader(folder, batch_size=1, seed=0), read_prompts, read_token_counts, read_manifest):
+        with pytest.raises(UserError, match="half-written or not prepared; run scripts.prepare_data"):
+            read(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"inputs": {"format_version": 0}}')
+    with pytest.raises(UserError, match="format version 0"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"inputs"')
+    with pytest.raises(UserError, match="manifest.json: cannot be read"):
+        read_manifest(tmp_path)
+
+
+def test_a_split_that_is_not_there_or_empty_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no table rows-held_out .*--held_out=N"):
+        RowReader(prepare_small(tmp_path), "held_out", batch_size=1, seed=0)
+    with pytest.raises(UserError, match="rows-held_out has no rows"):
+        RowReader(prepare_small(tmp_path, out="few", seq_length=64, held_out=1), "held_out", batch_size=1, seed=0)
+
+
+def test_a_shard_cut_short_is_refused_when_the_folder_is_opened(tmp_path):
+    out = prepare_small(tmp_path)
+    os.truncate(out / "rows-train-00000.parquet", 100)
+    with pytest.raises(UserError, match="rows-train-00000.parquet: 100 bytes where the manifest says .*cut short"):
+        RowReader(out, batch_size=1, seed=0)
+    os.unlink(out / "rows-train-00000.parquet")
+    with pytest.raises(UserError, match="rows-train-00000.parquet: missing"):
+        RowReader(out, batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["rows-train", "prompts-train", "token_counts"])
+def test_an_altered_shard_is_refused_when_it_is_read(tmp_path, name):
+    out = prepare_small(tmp_path)
+    path = next(out.glob(f"{name}*"))
+    contents = bytearray(path.read_bytes())
+    contents[20] ^= 1
+    path.write_bytes(contents)
+    read = {"rows-train": lambda: next(RowReader(out, batch_size=1, seed=0)), "prompts-train": lambda: read_prompts(out)}
+    with pytest.raises(UserError, match=f"{path.name}: altered since it was prepared"):
+        read.get(name, lambda: read_token_counts(out))()
+
+
+def test_a_table_of_prompts_may_be_empty(tmp_path):
+    prompts = read_prompts(prepare_small(tmp_path, prompt_length=30))
+    assert len(prompts) == 0 and prompts.tokens.shape == (0, 30)
+
+
+def test_token_counts_are_those_of_the_train_rows(prepared):
+    tokens = next(RowReader(prepared, batch_size=52, seed=0)).tokens
+    assert read_token_counts(prepared).tolist() == torch.bincount(tokens.flatten(), minlength=52).tolist()
+
+
+def test_only_the_tokenizer_the_data_was_prepared_with_is_accepted(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    check_tokenizer(manifest, write_tokenizer(tmp_path / "same"))
+    other = write_tokenizer(tmp_path / "other", words=[f"w{49 - number}" for number in range(50)])
+    with pytest.raises(UserError, match=f"the data was prepared with tokenizer .* {other} has another"):
+        check_tokenizer(manifest, other)
