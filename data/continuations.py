@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data.manifest import first_difference, shown
+from data.manifest import first_difference, reason, shown
 from data.tables import column
 from fms_spec.batch import Batch
 from fms_spec.errors import UserError
@@ -54,7 +54,7 @@ class Continuations:
             UserError: there are no prompts, or a size is not positive.
         """
         if not len(prompts):
-            raise UserError("the prompt table is empty: no document has the tokens of a prompt; prepare with a smaller --prompt_length")
+            raise UserError("the prompt table is empty, no document is long enough; prepare with a smaller --prompt_length")
         if shard_prompts < 1 or batch_size < 1:
             raise UserError(f"shard_prompts {shard_prompts} and batch_size {batch_size} must be at least 1")
         self.out_dir, self.prompts, self.generate, self.seed = Path(out_dir), prompts, generate, seed
@@ -89,14 +89,15 @@ class Continuations:
             self._row += len(taken)
             fruitless = 0 if taken else fruitless + 1
             if fruitless > self.shard_count:  # no shard of a whole epoch held a row
-                raise UserError(f"{self.out_dir}: the base model stopped at once after every prompt; use other prompts or sampling")
+                raise UserError(f"{self.out_dir}: the base model stopped at once after every prompt; use other prompts")
             if self._row >= len(available):
                 self._advance()
         return batch_of(rows)
 
     def state_dict(self):
         """Where the next batch begins; small, and fit for JSON."""
-        return {"epoch": self._epoch, "place": self._place, "row": self._row, "seed": self.seed, "shard_prompts": self.shard_prompts}
+        position = {"epoch": self._epoch, "place": self._place, "row": self._row}
+        return {**position, "seed": self.seed, "shard_prompts": self.shard_prompts}
 
     def load_state_dict(self, state):
         """Continue where `state` was taken: the batches are those of an object that was never interrupted.
@@ -195,20 +196,23 @@ def read_shard(path, made_by):
         found = json.loads(table.schema.metadata[b"made_by"])
         columns = [table.column(name) for name in ("prompt_id", "prompt", "continuation")]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: cannot be read, it may be cut short ({reason}); delete it: it will be written again") from None
+        mend = "delete it: it will be written again"
+        raise UserError(f"{path}: cannot be read, it may be cut short ({reason(error)}); {mend}") from None
     difference = first_difference(found, made_by)
     if difference:
         name, before, now = difference
-        raise UserError(f"{path}: written with another {name} ({shown(before)} there, {shown(now)} asked); use another folder or delete it")
-    rows = [(row_id.as_py(), *(part.values.to_numpy().astype(np.int64) for part in parts)) for row_id, *parts in zip(*columns)]
-    return [row for row in rows if len(row[2]) >= USEFUL_TOKENS]
+        mend = "use another folder or delete it"
+        raise UserError(f"{path}: written with another {name} ({shown(before)} there, {shown(now)} asked); {mend}")
+    ids, *lists = columns
+    prompts, continuations = ([part.values.to_numpy().astype(np.int64) for part in column] for column in lists)
+    return [row for row in zip(ids.to_pylist(), prompts, continuations) if len(row[2]) >= USEFUL_TOKENS]
 
 
 def batch_of(rows):
     """A Batch from (prompt_id, prompt, continuation) rows, padded on the right."""
     longest = max(len(prompt) + len(continuation) for _, prompt, continuation in rows)
-    tokens, segment_ids = torch.zeros(len(rows), longest, dtype=torch.int64), torch.full((len(rows), longest), -1, dtype=torch.int32)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    segment_ids = torch.full_like(tokens, -1, dtype=torch.int32)
     for number, (_, prompt, continuation) in enumerate(rows):
         row = np.concatenate([prompt, continuation])
         tokens[number, : len(row)] = torch.from_numpy(row)

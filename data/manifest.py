@@ -59,6 +59,11 @@ def shown(value):
     return text if len(text) < 50 else text[:16] + "…" + text[-1]
 
 
+def reason(error):
+    """What a library's error says, on one line and short enough for a message of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def sha256_of(path):
     """Hexadecimal sha256 of a file's bytes, read in blocks."""
     with open(path, "rb") as file:

@@ -81,12 +81,16 @@ def prepare(*, source, tokenizer, out_dir, workers=None, **settings):
     with writing(out_dir, inputs) as folder, DocumentSpool(folder) as spool:
         read_documents(spool, opened, loaded, settings, skipped)
         if not len(spool):
-            reason = f"; {skipped}" if skipped.first else ""
-            raise UserError(f"source {source}: no documents{reason}")
+            raise UserError(f"source {source}: no documents" + (f"; {skipped}" if skipped.first else ""))
         tables = write_tables(folder, spool, opened, loaded, settings)
         manifest = {
             "inputs": inputs,
-            "source": {"name": source, "documents_read": len(spool), "tokens_read": spool.token_count, "skipped": dict(skipped.counts)},
+            "source": {
+                "name": source,
+                "documents_read": len(spool),
+                "tokens_read": spool.token_count,
+                "skipped": dict(skipped.counts),
+            },
             "tokenizer": loaded.identity(),
             "tables": tables,
         }
@@ -155,7 +159,7 @@ def write_tables(folder, spool, source, tokenizer, settings):
         rows = write_rows(folder, split, documents, spool, settings, about, counts if split == "train" else None)
         if split == "train" and rows["rows"] == 0:
             found = int(spool.lengths[documents].sum())
-            raise UserError(f"only {found} tokens in the source, less than one row of --seq_length={settings.seq_length}; lower it")
+            raise UserError(f"only {found} tokens to train on, less than one row of --seq_length={settings.seq_length}; lower it")
         tables[f"rows-{split}"] = rows
         used = documents[: rows["documents"]]
         tables[f"prompts-{split}"] = write_prompts(folder, split, used, spool, source, settings, about, number)
@@ -205,6 +209,6 @@ def write_prompts(folder, split, documents, spool, source, settings, about, numb
 def write_token_counts(folder, counts, about):
     """Write token frequencies, one file for the whole vocabulary. Returns the table's entry."""
     path = folder / "token_counts.parquet"
-    table = pa.Table.from_arrays([pa.array(np.arange(len(counts), dtype=np.int32)), pa.array(counts)], schema=token_counts_schema(about))
-    pq.write_table(table, path, compression="zstd")
+    columns = [pa.array(np.arange(len(counts), dtype=np.int32)), pa.array(counts)]
+    pq.write_table(pa.Table.from_arrays(columns, schema=token_counts_schema(about)), path, compression="zstd")
     return {"rows": len(counts), "shards": [shard_entry(path, len(counts))]}

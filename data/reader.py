@@ -92,7 +92,8 @@ class RowReader:
         """
         for name, mine in dict(seed=self.seed, rows=len(self)).items():
             if state[name] != mine:
-                raise UserError(f"{self.data_dir}: the saved position is for {name} {state[name]}, not {mine}; resume with the same data")
+                mend = "resume with the same data and seed"
+                raise UserError(f"{self.data_dir}: the saved position is for {name} {state[name]}, not {mine}; {mend}")
         self._epoch, self._position = state["epoch"], state["position"]
 
     def _take(self, count):

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data.manifest import sha256_of
+from data.manifest import reason, sha256_of
 from fms_spec.errors import UserError
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
@@ -42,17 +42,18 @@ class Skipped:
     def __init__(self, source):
         self.source, self.counts, self.first = source, Counter(), None
 
-    def add(self, reason, document):
-        self.counts[reason] += 1
-        self.first = self.first or f"{self.source.label(document.file, document.row)} ({reason})"
+    def add(self, why, document):
+        """Count a document; `why`: "empty" or "not UTF-8"."""
+        self.counts[why] += 1
+        self.first = self.first or f"{self.source.label(document.file, document.row)} ({why})"
 
     def __str__(self):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items()))
-        return f"skipped {self.counts.total()} documents ({reasons}), the first is {self.first}"
+        counts = ", ".join(f"{count} {why}" for why, count in sorted(self.counts.items()))
+        return f"skipped {self.counts.total()} documents ({counts}), the first is {self.first}"
 
 
 def open_source(source, text_column):
-    """A folder (searched recursively, hidden files left out), a glob, one file, or a Hub dataset: `name`, `name:config` or `name:config:split`.
+    """A folder (searched recursively, hidden files left out), a glob, one file, or a Hub dataset name[:config[:split]].
 
     Raises:
         UserError: nothing is there, or a Parquet file is damaged or has no `text_column`.
@@ -106,7 +107,7 @@ class FileSource:
                 else:
                     yield Document(file_text(file), index, -1)
             except (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException) as error:
-                raise UserError(f"source {file}: cannot be read, it may be cut short ({str(error).splitlines()[0]})") from None
+                raise UserError(f"source {file}: cannot be read, it may be cut short ({reason(error)})") from None
 
     def label(self, file, row):
         """The document's name: the path within the source, and `#row` (from 0) where a file holds many."""
@@ -131,8 +132,7 @@ class HubSource:
             self.builder = datasets.load_dataset_builder(self.name, self.config)
             self.stream = self.builder.as_streaming_dataset(split=self.split)
         except Exception as error:  # the library raises its own kinds, OSError and ValueError, for one and the same mistake
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"source {source}: no such file, folder or pattern here, nor a dataset on the Hub ({reason})") from None
+            raise UserError(f"source {source}: no such file or folder here, nor a dataset on the Hub ({reason(error)})") from None
 
     def fingerprint(self):
         """The dataset's commit on the Hub, with its config and split."""
@@ -147,8 +147,7 @@ class HubSource:
         except UserError:
             raise
         except Exception as error:  # from whichever network or file library the stream uses
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"source {self.name}: the stream broke after row {row} ({reason}); try again") from None
+            raise UserError(f"source {self.name}: the stream broke after row {row} ({reason(error)}); try again") from None
 
     def label(self, file, row):
         """The document's name: the dataset's, and its number in the stream."""
@@ -195,7 +194,7 @@ def check_parquet(file, text_column):
     try:
         schema = pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"source {file}: not a whole Parquet file, it may be cut short ({str(error).splitlines()[0]})") from None
+        raise UserError(f"source {file}: not a whole Parquet file, it may be cut short ({reason(error)})") from None
     if text_column not in schema.names:
         raise missing_column(file, text_column, schema.names)
     kind = schema.field(text_column).type
@@ -209,7 +208,8 @@ def checked_text(example, text_column, where):
         raise missing_column(where, text_column, list(example))
     text = example[text_column]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: column {text_column!r} holds {type(text).__name__}, not a string; name another with --text_column")
+        kind = type(text).__name__
+        raise UserError(f"{where}: column {text_column!r} holds {kind}, not a string; name another with --text_column")
     return text or ""
 
 

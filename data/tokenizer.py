@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.manifest import reason
 from fms_spec.errors import UserError
 
 # Text handed to the tokenizer's threads at once; enough to keep them busy, small against memory.
@@ -35,7 +36,8 @@ class DocumentTokenizer:
         The tokenizer's own threads share the texts, which does not change the result.
         """
         pieces = [list(cut(text)) for text in texts]
-        encodings = iter(self.backend.encode_batch_fast([piece for parts in pieces for piece in parts], add_special_tokens=False))
+        flat = [piece for parts in pieces for piece in parts]
+        encodings = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
         return [np.concatenate([np.array(next(encodings).ids, np.int32) for _ in parts]) for parts in pieces]
 
     def identity(self):
@@ -63,10 +65,11 @@ def load_tokenizer(name):
         loaded = AutoTokenizer.from_pretrained(os.path.expanduser(name))
         backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     except Exception as error:  # the library raises a dozen kinds, from a missing file to a failed import
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tokenizer {name}: cannot be loaded; it needs a folder with tokenizer.json or a Hub name ({reason})") from None
+        need = "it needs a folder with tokenizer.json or a Hub name"
+        raise UserError(f"tokenizer {name}: cannot be loaded; {need} ({reason(error)})") from None
     if loaded.eos_token_id is None:
-        raise UserError(f"tokenizer {name}: has no EOS token, which ends each document; set eos_token in its tokenizer_config.json")
+        mend = "set eos_token in its tokenizer_config.json"
+        raise UserError(f"tokenizer {name}: has no EOS token, which ends each document; {mend}")
     # Some tokenizer.json files carry a truncation length; it would cut documents, and it is no part of the identity.
     backend.no_truncation()
     backend.no_padding()
@@ -89,8 +92,8 @@ def check_tokenizer(manifest, tokenizer_dir):
     loaded, prepared = load_tokenizer(str(tokenizer_dir)), manifest["tokenizer"]
     if loaded.sha256 != prepared["sha256"]:
         raise UserError(
-            f"the data was prepared with tokenizer {prepared['name']} (sha256 {prepared['sha256'][:12]}), {tokenizer_dir} has another "
-            f"({loaded.sha256[:12]}); run scripts.prepare_data with --tokenizer={tokenizer_dir}"
+            f"the data was prepared with tokenizer {prepared['name']} (sha256 {prepared['sha256'][:12]}), "
+            f"{tokenizer_dir} has another ({loaded.sha256[:12]}); run scripts.prepare_data with --tokenizer={tokenizer_dir}"
         )
 
 

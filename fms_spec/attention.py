@@ -79,7 +79,8 @@ class KVCache:
     """
 
     def __init__(self, layers, batch, capacity, groups, width, dtype, device):
-        self.store = torch.empty(layers, 2, batch, capacity, groups, width, dtype=dtype, device=device)
+        # Zeros, not empty: a shorter sequence's unused slots are read under a mask, and 0 x NaN would be NaN.
+        self.store = torch.zeros(layers, 2, batch, capacity, groups, width, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]
 

@@ -1,4 +1,4 @@
-"""Turn text into packed rows and prompts: python -m scripts.prepare_data --source=corpus/ --tokenizer=model/ --out_dir=prepared/"""
+"""Turn text into packed rows and prompts: python -m scripts.prepare_data --source=text/ --tokenizer=model/ --out_dir=prepared/"""
 
 from dataclasses import asdict
 

@@ -19,7 +19,9 @@ SETTINGS = {"base_model": "abc", "engine": "transformers", "sampling": {"tempera
 
 def some_prompts(count=10, length=3):
     return Prompts(
-        torch.arange(count * length).reshape(count, length), torch.arange(count) + 100, [f"file#{number}" for number in range(count)]
+        torch.arange(count * length).reshape(count, length),
+        torch.arange(count) + 100,
+        [f"file#{number}" for number in range(count)],
     )
 
 
@@ -117,7 +119,10 @@ def test_a_base_model_that_never_says_anything_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"settings": {**SETTINGS, "sampling": {"temperature": 0.5, "top_k": 10, "stop": (0,)}}}, r"sampling.temperature \(1.0 there, 0.5 asked"),
+        (
+            {"settings": {**SETTINGS, "sampling": {"temperature": 0.5, "top_k": 10, "stop": (0,)}}},
+            r"sampling.temperature \(1.0 there, 0.5 asked",
+        ),
         ({"settings": {**SETTINGS, "base_model": "other"}}, "another base_model"),
         ({"seed": 1}, r"another seed \(0 there, 1 asked"),
         ({"shard_prompts": 5}, "another shard_prompts"),

@@ -41,7 +41,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_is_named(tmp_path, monkeypat
         raise ConnectionError(f"Couldn't reach {name}")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", nothing)
-    assert "source neither:here: no such file, folder or pattern here, nor a dataset" in refused(tmp_path, "neither:here")
+    assert "source neither:here: no such file or folder here, nor a dataset" in refused(tmp_path, "neither:here")
     assert "name:config:split" in refused(tmp_path, "a:b:c:d")
 
 
@@ -67,9 +67,8 @@ def test_an_unreadable_file_is_named(tmp_path, corpus):
 
 def test_a_missing_text_column_is_named_with_the_nearest(tmp_path):
     pq.write_table(pa.table({"texts": ["w1"], "url": ["u"]}), tmp_path / "a.parquet")
-    assert "a.parquet: no column 'text'; did you mean --text_column=texts? It has: texts, url" in refused(
-        tmp_path, tmp_path / "a.parquet"
-    )
+    message = refused(tmp_path, tmp_path / "a.parquet")
+    assert "a.parquet: no column 'text'; did you mean --text_column=texts? It has: texts, url" in message
     (tmp_path / "a.jsonl").write_text('{"text": "w1"}\n{"body": "w1"}\n')
     assert "a.jsonl:2: no column 'text'; It has: body" in refused(tmp_path, tmp_path / "a.jsonl")
 
@@ -155,7 +154,9 @@ def test_a_whole_set_of_other_inputs_is_refused_naming_the_setting(tmp_path):
     (tmp_path / "corpus" / "new.txt").unlink()
     write_tokenizer(tmp_path / "other", words=[f"w{49 - number}" for number in range(50)])
     with pytest.raises(UserError, match="another tokenizer"):
-        prepare(source=str(tmp_path / "corpus"), tokenizer=str(tmp_path / "other"), out_dir=str(out), seq_length=16, prompt_length=4)
+        prepare(
+            source=str(tmp_path / "corpus"), tokenizer=str(tmp_path / "other"), out_dir=str(out), seq_length=16, prompt_length=4
+        )
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 

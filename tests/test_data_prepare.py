@@ -185,7 +185,12 @@ def test_rows_of_a_file_are_documents(tmp_path, kind):
         (gzip.open if kind == "jsonl.gz" else open)(path, "wt").write(lines + "\n\n")
     out = tmp_path / "out"
     manifest = prepare(
-        source=str(path), tokenizer=write_tokenizer(tmp_path / "t"), out_dir=str(out), text_column="body", seq_length=13, prompt_length=4
+        source=str(path),
+        tokenizer=write_tokenizer(tmp_path / "t"),
+        out_dir=str(out),
+        text_column="body",
+        seq_length=13,
+        prompt_length=4,
     )
     assert sorted(pieces_of(rows_of(out))) == [[1, 2, 3, 4, EOS], [5, 6, EOS], [7, 8, 9, 10, EOS]]
     assert manifest["source"]["skipped"] == {"empty": 2}
@@ -202,7 +207,9 @@ def test_a_hub_dataset_is_packed_in_stream_order_and_read_no_further_than_needed
             assert split == "validation"
             return iter({"text": f"{WORDS[number]} w0 w0"} for number in range(50))
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: Builder() if (name, config) == ("a/b", "c") else None)
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda name, config: Builder() if (name, config) == ("a/b", "c") else None
+    )
     monkeypatch.setattr(data.tokenizer, "BATCH_DOCUMENTS", 4)
     out = tmp_path / "out"
     prepare(
@@ -254,7 +261,11 @@ def test_an_interrupted_run_leaves_nothing_and_a_killed_one_is_written_over(tmp_
         patched.setattr("data.prepare.write_token_counts", interrupt)
         patched.setattr("data.folder.remove_ours", lambda *_, **__: None)  # a kill cleans up nothing
         prepare_small(tmp_path, out="killed")
-    assert sorted(os.listdir(tmp_path / "killed")) == ["incomplete.json", "prompts-train-00000.parquet", "rows-train-00000.parquet"]
+    assert sorted(os.listdir(tmp_path / "killed")) == [
+        "incomplete.json",
+        "prompts-train-00000.parquet",
+        "rows-train-00000.parquet",
+    ]
     with pytest.raises(UserError, match="another seed"):
         prepare_small(tmp_path, out="killed", seed=5)
     assert bytes_of(prepare_small(tmp_path, out="killed")) == bytes_of(whole)

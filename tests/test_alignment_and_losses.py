@@ -1,0 +1,133 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fms_spec import losses as losses_module
+from fms_spec.alignment import make_windows, usable_positions
+from fms_spec.losses import LossWeights, head_losses
+from fms_spec.speculators import MLPSpeculator
+
+HEADS, WIDTH, VOCABULARY = 3, 12, 40
+
+
+class BareBase:
+    """As much of a base model as the losses need."""
+
+    def __init__(self):
+        self.output_weight = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(5))
+
+
+def row(segments, first=0):
+    generator = torch.Generator().manual_seed(3)
+    segments = torch.tensor(segments, dtype=torch.int32)
+    tokens = torch.randint(0, VOCABULARY, segments.shape, generator=generator)
+    states = torch.randn(*segments.shape, WIDTH, generator=generator)
+    return states, tokens, segments, torch.full((len(segments),), first)
+
+
+def slow_mlp_logits(speculator, hidden, tokens):
+    """The published formulas for one position, in double precision and plain Python loops over heads."""
+    weights = {name: value.double() for name, value in speculator.state_dict().items()}
+    n, d = speculator.n_predict, speculator.inner_dim
+    state_weight = 0.5 ** (0.5 / n)
+    token_weight = math.sqrt((1 - state_weight**2) * d / 2)
+    rms = lambda x: x / torch.sqrt((x * x).mean() + 1e-6)  # noqa: E731
+    s = rms(hidden.double()) / math.sqrt(2) if speculator.scale_input else hidden.double()
+    logits = []
+    for i in range(n):
+        own = 0 if speculator.tie_weights else i
+        projection = min(i, 1) if speculator.tie_weights else i
+        u = weights[f"proj.{projection}.weight"] @ s + token_weight / state_weight * weights[f"emb.{own}.weight"][tokens[i]]
+        u = weights[f"ln.{own}.weight"] * rms(u) + weights[f"ln.{own}.bias"]
+        s = 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
+        logits.append(weights[f"head.{own}.weight"] @ s)
+    return logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_each_heads_loss_is_the_slow_double_precision_one_from_the_formulas(tied, scaled):
+    torch.manual_seed(0)
+    speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10, tie_weights=tied, scale_input=scaled)
+    states, tokens, segments, first = row([[0] * 9 + [1] * 7, [0] * 5 + [1] * 8 + [-1] * 3])
+    windows = make_windows(states, tokens, segments, first, HEADS)
+    base, counts = BareBase(), usable_positions(segments, first, HEADS).sum((1, 2)).tolist()
+    found = head_losses(speculator, windows, base, LossWeights(0.7, 0.3, 0.0, (1.0, 0.5, 2.0)), counts)
+
+    expected, seen = [0.0] * HEADS, [0] * HEADS
+    for r in range(2):
+        for t in range(16):
+            for i in range(HEADS):
+                target = t + 2 + i
+                if target >= 16 or segments[r, t] < 0 or segments[r, t] != segments[r, target]:
+                    continue
+                logits = slow_mlp_logits(speculator, states[r, t], tokens[r, t + 1 : t + 1 + HEADS].tolist() + [0] * HEADS)[i]
+                log_q = logits.log_softmax(-1)
+                log_p = (base.output_weight.double() @ states[r, t + 1 + i].double()).log_softmax(-1)
+                expected[i] += 0.7 * -log_q[tokens[r, target]] + 0.3 * (log_p.exp() * (log_p - log_q)).sum()
+                seen[i] += 1
+    assert seen == counts
+    for i, weight in enumerate((1.0, 0.5, 2.0)):
+        torch.testing.assert_close(found[i].double(), weight * expected[i] / seen[i], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_those_of_plain_autograd_and_do_not_depend_on_the_chunk(monkeypatch):
+    torch.manual_seed(0)
+    states, tokens, segments, first = row([[0] * 30])
+    weights, base = LossWeights(0.5, 1.0, 0.0, (1.0,) * HEADS), BareBase()
+    windows = make_windows(states, tokens, segments, first, HEADS)
+    counts = windows.valid.sum(1).tolist()
+    speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10)
+
+    def gradients(loss):
+        speculator.zero_grad()
+        loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in speculator.named_parameters()}
+
+    plain = 0.0
+    for i, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens)):
+        valid = windows.valid[i]
+        log_q = F.linear(features, weight)[valid].log_softmax(-1)
+        p = F.linear(windows.target_states(i), base.output_weight)[valid].softmax(-1)
+        plain = plain + 0.5 * F.nll_loss(log_q, windows.tokens[valid, i + 1]) + F.kl_div(log_q, p, reduction="batchmean")
+    expected = gradients(plain)
+    for chunk in (512, 7, 1):
+        monkeypatch.setattr(losses_module, "CHUNK", chunk)
+        found = gradients(head_losses(speculator, windows, base, weights, counts).sum())
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_no_logits_outlive_their_chunk(monkeypatch):
+    monkeypatch.setattr(losses_module, "CHUNK", 16)
+    speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10)
+    states, tokens, segments, first = row([[0] * 200])
+    windows = make_windows(states, tokens, segments, first, HEADS)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
+        head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), [198, 197, 196])
+    assert saved and not [shape for shape in saved if shape[-1:] == (VOCABULARY,) and shape[0] > 16]
+
+
+def test_nothing_beyond_a_documents_end_changes_its_losses():
+    speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10)
+    states, tokens, segments, first = row([[0] * 10 + [1] * 10])
+
+    def losses_of_first_document():
+        windows = make_windows(states, tokens, segments, first, HEADS)
+        inside = windows.index < 10
+        windows = type(windows)(windows.states, windows.index[inside], windows.tokens[inside], windows.valid[:, inside])
+        return head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), [8, 7, 6])
+
+    before = losses_of_first_document()
+    states[0, 10:], tokens[0, 10:] = 7.0, 0
+    torch.testing.assert_close(losses_of_first_document(), before, rtol=0, atol=0)
+
+
+def test_phase_two_starts_at_the_end_of_the_prompt_and_ends_with_the_continuation():
+    segments = torch.tensor([[0] * 9 + [-1] * 3, [0] * 12], dtype=torch.int32)
+    usable = usable_positions(segments, torch.tensor([4, 4]), heads=2)
+    assert usable[0].nonzero().tolist() == [[0, 4], [0, 5], [0, 6]] + [[1, t] for t in range(4, 10)]
+    assert usable[1].nonzero().tolist() == [[0, 4], [0, 5]] + [[1, t] for t in range(4, 9)]

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fms_spec.errors import UserError
+from fms_spec.speculators import MLPSpeculator, describe, load_speculator, save_speculator
+
+
+def mlp(base_model, **changes):
+    torch.manual_seed(2)
+    return MLPSpeculator(base_model.width, base_model.vocab_size, **dict(n_predict=3, inner_dim=16) | changes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("n_predict", [1, 2, 3])
+def test_an_mlp_speculator_survives_the_published_layout_and_drafts_the_same(tmp_path, base_model, tied, n_predict):
+    speculator = mlp(base_model, tie_weights=tied, n_predict=n_predict)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    loaded = load_speculator(tmp_path, base_model)
+    hidden, tokens = torch.randn(5, base_model.width), torch.arange(5)
+    assert torch.equal(loaded.propose(hidden, tokens, n_predict), speculator.propose(hidden, tokens, n_predict))
+
+
+def test_the_published_layout_has_the_published_names(tmp_path, base_model):
+    speculator = mlp(base_model, tie_weights=False)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    names = {f"speculator.{part}.{i}.weight" for part in ("emb", "proj", "head", "ln") for i in range(3)}
+    assert set(load_file(tmp_path / "model.safetensors")) == names | {f"speculator.ln.{i}.bias" for i in range(3)}
+    config = json.loads((tmp_path / "config.json").read_text())
+    published = {
+        "model_type": "mlp_speculator", "architectures": ["MLPSpeculatorPreTrainedModel"], "emb_dim": 32, "inner_dim": 16,
+        "vocab_size": 96, "n_predict": 3, "top_k_tokens_per_head": [1, 1, 1], "tie_weights": False, "scale_input": True,
+    }  # fmt: skip
+    assert config | published == config and config["base_model_name_or_path"] == base_model.name
+
+
+def test_a_tied_file_that_repeats_its_shared_weights_loads_too_unless_the_repeats_differ(tmp_path, base_model):
+    speculator = mlp(base_model)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for part in ("emb", "proj", "head", "ln"):
+        for kind in ("weight", "bias"):
+            source = f"speculator.{part}.{1 if part == 'proj' else 0}.{kind}"
+            if source in tensors:
+                tensors |= {f"speculator.{part}.{i}.{kind}": tensors[source].clone() for i in (1, 2)}
+    save_file(tensors, file)
+    loaded = load_speculator(tmp_path, base_model)
+    assert all(torch.equal(value, speculator.state_dict()[name]) for name, value in loaded.state_dict().items())
+    save_file(tensors | {"speculator.head.2.weight": tensors["speculator.head.2.weight"] + 1}, file)
+    with pytest.raises(UserError, match="head.2.weight differs"):
+        load_speculator(tmp_path, base_model)
+
+
+def test_a_speculator_is_refused_for_another_base_model_by_name(tmp_path, base_model, other_model_dir):
+    from fms_spec.base_model import BaseModel
+
+    speculator = mlp(base_model)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    other = BaseModel(str(other_model_dir), dtype="float32")
+    with pytest.raises(UserError, match="was trained for .*base.*not for .*other"):
+        load_speculator(tmp_path, other)
+
+
+def test_damaged_speculators_are_refused_in_one_line(tmp_path, base_model):
+    speculator = mlp(base_model)
+    description = describe(speculator, base_model)
+    save_speculator(tmp_path, speculator, description)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole, tensors = file.read_bytes(), load_file(file)
+    cases = [
+        (lambda: file.write_bytes(whole[:-100]), "model.safetensors: can't be read"),
+        (lambda: save_file({k: v for k, v in tensors.items() if "proj.1" not in k}, file), "proj.1.weight is missing"),
+        (lambda: save_file(tensors | {"speculator.emb.0.weight": torch.zeros(3, 3)}, file), "emb.0.weight is"),
+        (lambda: file.unlink(), "no \\*.safetensors"),
+        (lambda: config.write_text(json.dumps(description | {"model_type": "medusa"})), "medusa"),
+        (lambda: config.write_text("{"), "can't be read"),
+        (lambda: config.unlink(), "no config.json"),
+    ]
+    for damage, message in cases:
+        damage()
+        with pytest.raises(UserError, match=message) as error:
+            load_speculator(tmp_path, base_model)
+        assert "\n" not in str(error.value)
