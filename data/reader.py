@@ -35,8 +35,10 @@ class RowReader:
     `batch_size` rows and may span shards and epochs.
     """
 
-    def __init__(self, data_dir, split="train", *, batch_size, seed):
+    def __init__(self, data_dir, split="train", *, batch_size, seed, rows=None):
         """Check the folder without reading the rows.
+
+        rows: read only so many, drawn from the whole table by the seed, in every epoch the same ones; None reads all.
 
         Raises:
             UserError: the folder is half-written, lacks the split, has no rows in it, or a shard is missing or cut short.
@@ -50,8 +52,15 @@ class RowReader:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
         self.shards = [shard for shard in table["shards"] if shard["rows"]]
         check_sizes(data_dir, self.shards)
-        self._sizes = np.array([shard["rows"] for shard in self.shards])
-        self._first_rows = np.cumsum(self._sizes) - self._sizes
+        sizes = np.array([shard["rows"] for shard in self.shards])
+        self.table_rows, self._first_rows = int(sizes.sum()), np.cumsum(sizes) - sizes
+        if rows is not None and not 1 <= rows <= self.table_rows:
+            raise UserError(f"{data_dir}: {rows} rows asked of rows-{split}, which has {self.table_rows}; ask for fewer")
+        read = np.arange(self.table_rows)
+        if rows is not None:
+            read = np.sort(np.random.default_rng((seed, self.table_rows)).choice(read, rows, replace=False))
+        self._read = np.split(read, np.searchsorted(read, self._first_rows[1:]))  # of each shard: its rows' numbers in the table
+        self._sizes = np.array([len(numbers) for numbers in self._read])
         self._epoch, self._position, self._checked = 0, 0, set()
         self._loaded, self._shard, self._drawn, self._row_order = None, None, None, None
 

@@ -1,9 +1,9 @@
 """Which hidden state meets which tokens: the same alignment for both phases.
 
-Shapes: b rows, n tokens, m usable positions, d base width, h heads.
+Shapes: b rows, n tokens, m positions, d base width, h heads.
 
 Head i (from 0) sees h_t and x_{t+1} ... x_{t+1+i}, and predicts x_{t+2+i}; all of them lie in one document, and in phase 2 t starts at
-the end of the prompt.
+the end of the prompt. A later head's positions are always among an earlier one's.
 """
 
 from dataclasses import dataclass
@@ -13,45 +13,75 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Windows:
-    """The usable positions of a batch, flattened.
+class Positions:
+    """Positions to train on, deepest first, so that head i trains on the first `counts[i]` of them.
 
-    states: [b * n, d], of every position. index: int64 [m], where in `states` each h_t stands. tokens: int64 [m, h + 1], x_{t+1}
-    onwards. valid: bool [h, m], whether head i has its target x_{t+2+i} within the document.
+    index: int64 [m], into the batch's flattened tokens, on the CPU. counts: list of h ints, never growing.
+    """
+
+    index: torch.Tensor
+    counts: list
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Hidden states and tokens lined up for the heads.
+
+    states: [b * n, d], of every position. index: int64 [m]; see `Positions`. tokens: int64 [m, h + 1], x_{t+1} onwards.
     """
 
     states: torch.Tensor
     index: torch.Tensor
     tokens: torch.Tensor
-    valid: torch.Tensor
+    counts: list
 
     @property
     def hidden(self):
         """h_t: [m, d]."""
         return self.states[self.index]
 
+    def targets(self, head):
+        """Head i's target x_{t+2+i}: int64 [counts[i]]."""
+        return self.tokens[: self.counts[head], head + 1]
+
     def target_states(self, head):
-        """h_{t+1+i}, from which the base model itself predicts head i's target: [m, d]; arbitrary where not valid."""
-        return self.states[(self.index + 1 + head).clamp(max=len(self.states) - 1)]
+        """h_{t+1+i}, from which the base model itself predicts head i's target: [counts[i], d]."""
+        return self.states[self.index[: self.counts[head]] + 1 + head]
 
 
-def usable_positions(segment_ids, first_states, heads):
-    """Where each head has a state and a target: bool [heads, b, n].
+def usable_positions(segment_ids, first_states, heads, greedy=None):
+    """Where each head has a state and a target: bool [h, b, n].
 
     Args:
         segment_ids: int [b, n], see `attention.document_spans`. first_states: int64 [b], first position whose state may be used.
+        greedy: bool [b, n], whether each token is the base model's own best guess. If given, a later head is used only where the
+            tokens drafted before its own would have been accepted: nowhere else is it ever asked in greedy decoding.
     """
     n = segment_ids.shape[1]
     usable = (segment_ids >= 0) & (torch.arange(n) >= first_states[:, None])
     ahead = F.pad(segment_ids, (0, heads + 1), value=-1)
-    return torch.stack([usable & (ahead[:, head + 2 : head + 2 + n] == segment_ids) for head in range(heads)])
+    accepted = F.pad(greedy, (0, heads + 1)) if greedy is not None else None
+    found = []
+    for head in range(heads):
+        if accepted is not None and head:
+            usable = usable & accepted[:, head + 1 : head + 1 + n]
+        found.append(usable & (ahead[:, head + 2 : head + 2 + n] == segment_ids))
+    return torch.stack(found)
 
 
-def make_windows(states, tokens, segment_ids, first_states, heads):
-    """Line up states [b, n, d] (any device) with tokens int64 [b, n]; the masks are worked out on the CPU, so nothing waits."""
-    usable = usable_positions(segment_ids, first_states, heads).flatten(1)
-    index = usable[0].nonzero()[:, 0]  # a later head's positions are among the first head's
+def choose_positions(usable, limit=None, generator=None):
+    """`Positions` from a `usable_positions` mask; at most `limit` of them, drawn evenly."""
+    depth = usable.flatten(1).sum(0)  # how many heads have a target there
+    index = depth.nonzero()[:, 0]
+    if limit is not None and limit < len(index):
+        index = index[torch.randperm(len(index), generator=generator)[:limit]].sort().values
+    depth, order = depth[index].sort(descending=True, stable=True)
+    return Positions(index[order], [int((depth > head).sum()) for head in range(len(usable))])
+
+
+def make_windows(states, tokens, positions, heads):
+    """Line up states [b, n, d] (any device) with tokens int64 [b, n] (on the CPU) at `positions`."""
     ahead = F.pad(tokens, (0, heads + 1))
     following = torch.stack([ahead[:, 1 + i : 1 + i + tokens.shape[1]] for i in range(heads + 1)], dim=-1).flatten(0, 1)
-    device = states.device
-    return Windows(states.flatten(0, 1), index.to(device), following[index].to(device), usable[:, index].to(device))
+    index = positions.index
+    return Windows(states.flatten(0, 1), index.to(states.device), following[index].to(states.device), positions.counts)

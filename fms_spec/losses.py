@@ -29,15 +29,15 @@ class LossWeights:
 
 
 class SoftTargetLoss(torch.autograd.Function):
-    """Weighted sum over positions of cross-entropy and distillation, its gradients worked out while a chunk's logits are at hand.
+    """Sum over positions of cross-entropy and distillation, its gradients worked out while a chunk's logits are at hand.
 
     The gradient with respect to the logits is (a + b) q - a onehot - b p for weights a and b, so one softmax serves both losses and
     nothing of size [m, r] is kept for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, features, weight, row_weights, targets, cross_entropy, teacher, teacher_weight, distillation):
-        """features [m, k], weight [r, k], row_weights fp32 [m], targets int64 [m] (-1: none), teacher [m, d], teacher_weight [r, d]."""
+    def forward(ctx, features, weight, targets, cross_entropy, teacher, teacher_weight, distillation):
+        """features [m, k], weight [r, k], targets int64 [m] (-1: none), teacher [m, d], teacher_weight [r, d] -> fp32 scalar."""
         train_weight = ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=features.device)
         grad_features = torch.empty_like(features)
@@ -47,17 +47,16 @@ class SoftTargetLoss(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             log_q = (features[rows] @ compute_weight.T).float().log_softmax(-1)
             q, grad = log_q.exp(), torch.zeros_like(log_q)
-            scale = row_weights[rows, None]
             if cross_entropy:
                 places = targets[rows, None].clamp(min=0)
-                known = cross_entropy * scale * (targets[rows, None] >= 0)
+                known = cross_entropy * (targets[rows, None] >= 0)
                 total -= (known * log_q.gather(1, places)).sum()
                 grad.addcmul_(known, q).scatter_add_(1, places, -known)
             if distillation:
                 log_p = (teacher[rows] @ teacher_weight.T).float().log_softmax(-1)
-                p, share = log_p.exp(), distillation * scale
-                total += (share * (p * (log_p - log_q)).sum(-1, keepdim=True)).sum()
-                grad.addcmul_(share, q.sub_(p))
+                p = log_p.exp()
+                total += distillation * (p * (log_p - log_q)).sum()
+                grad.add_(q.sub_(p), alpha=distillation)
             grad = grad.to(features.dtype)
             grad_features[rows] = grad @ compute_weight
             if train_weight:
@@ -70,28 +69,26 @@ class SoftTargetLoss(torch.autograd.Function):
     def backward(ctx, grad_total):
         grad_features, grad_weight = ctx.saved_tensors
         grad_weight = None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_features * grad_total, grad_weight, None, None, None, None, None, None
+        return grad_features * grad_total, grad_weight, None, None, None, None, None
 
 
 def head_losses(speculator, windows, base_model, weights, counts):
     """The weighted loss of each head: fp32 [h]; their sum is what is trained on.
 
     Args:
-        windows: `alignment.Windows`. weights: `LossWeights`. counts: valid positions of each head over the whole step, so that
-        micro-batches add up to exactly the mean over the step.
+        windows: `alignment.Windows`. weights: `LossWeights`. counts: positions of each head over the whole step, so that micro-batches
+        add up to exactly the mean over the step.
     """
     losses = []
     teacher_weight = speculator.teacher_weight(base_model) if weights.distillation else None
-    for head, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens)):
-        row_weights = windows.valid[head].float() * (weights.heads[head] / max(1, counts[head]))
+    for head, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens, windows.counts)):
         target_states = windows.target_states(head)
-        targets = speculator.draft_targets(windows.tokens[:, head + 1])
         loss = SoftTargetLoss.apply(
-            features, weight, row_weights, targets, weights.cross_entropy,
+            features, weight, speculator.draft_targets(windows.targets(head)), weights.cross_entropy,
             target_states, teacher_weight, weights.distillation,
         )  # fmt: skip
         if weights.smooth_l1:
-            distance = F.smooth_l1_loss(features.float(), target_states.float(), reduction="none").mean(-1)
-            loss = loss + weights.smooth_l1 * (row_weights * distance).sum()
-        losses.append(loss)
+            distance = F.smooth_l1_loss(features.float(), target_states.float(), reduction="none")
+            loss = loss + weights.smooth_l1 * distance.mean(-1).sum()
+        losses.append(loss * (weights.heads[head] / max(1, counts[head])))
     return torch.stack(losses)

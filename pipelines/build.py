@@ -5,18 +5,21 @@ import torch
 from fms_spec.errors import UserError
 from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
 
+STATE_SCALE_FLOOR = 1e-3  # keeps a coordinate that hardly moves from being blown up
 
-def build_speculator(config, base_model, token_counts):
+
+def build_speculator(config, base_model, token_counts, sample):
     """An attached speculator with fp32 weights drawn from the config's seed.
 
     Args:
         token_counts: int64 [tokenizer vocabulary], how often each token stands in the corpus; the draft vocabulary is its most frequent.
+        sample: a corpus `Batch`, on which the spread of the base model's states is measured.
 
     Raises:
         UserError: a draft vocabulary larger than the base model's.
     """
-    torch.manual_seed(config.seed)
     settings = config.speculator
+    torch.manual_seed(config.seed)
     if settings.family == "mlp":
         speculator = MLPSpeculator(
             base_model.width, base_model.vocab_size, settings.n_predict, settings.inner_dim, settings.tie_weights, settings.scale_input
@@ -25,9 +28,11 @@ def build_speculator(config, base_model, token_counts):
         size = settings.draft_vocab_size or base_model.vocab_size
         if size > base_model.vocab_size:
             raise UserError(f"speculator.draft_vocab_size {size} is over the base model's vocabulary, {base_model.vocab_size}")
+        states = base_model.hidden_states(sample.tokens, sample.segment_ids)[sample.segment_ids >= 0].float().cpu()
         speculator = HiddenStateSpeculator(
-            base_model.width, base_model.vocab_size, most_frequent(token_counts, size, base_model), settings.n_predict, settings.inner_dim
-        )
+            base_model.width, base_model.vocab_size, most_frequent(token_counts, size, base_model), states.std(0) + STATE_SCALE_FLOOR,
+            settings.n_predict, settings.width, settings.inner_dim,
+        )  # fmt: skip
     speculator.to(base_model.device)
     speculator.attach(base_model)
     return speculator

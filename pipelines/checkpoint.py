@@ -6,10 +6,12 @@ directory called step-N is always whole.
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from fms_spec.errors import UserError
@@ -27,7 +29,9 @@ def save_checkpoint(directory, step, speculator, optimizer, description, progres
         shutil.rmtree(stale)
     partial.mkdir(parents=True)
     weights, moments = get_state_dict(speculator, optimizer)
-    dcp.save({"speculator": weights, "optimizer": moments, "rng": torch.get_rng_state()}, checkpoint_id=partial, no_dist=True)
+    with warnings.catch_warnings():  # torch warns that a single process is a single process
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save({"speculator": weights, "optimizer": moments, "rng": torch.get_rng_state()}, checkpoint_id=partial, no_dist=True)
     (partial / "speculator.json").write_text(json.dumps(description, indent=2))
     (partial / "progress.json").write_text(json.dumps(progress, indent=2))
     if final.exists():
@@ -67,6 +71,9 @@ def load_weights(path, speculator):
 def read_tensors(path, state):
     """Fill `state` from a checkpoint directory; raises UserError where that fails."""
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=True)
-    except Exception as error:  # torch wraps whatever went wrong on any rank in its own exception type
-        raise UserError(f"checkpoint {path}: can't be read ({str(error).splitlines()[0]}); use an older one") from error
+        with warnings.catch_warnings():  # torch warns that a single process is a single process
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(state, checkpoint_id=path, no_dist=True)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__).strip()[:160]
+        raise UserError(f"checkpoint {path}: can't be read, it may be cut short ({reason}); remove it to use the one before") from error

@@ -28,6 +28,7 @@ class SpeculatorSection(Section):
     family: Literal["mlp", "hidden_state"]
     n_predict: int = Field(3, ge=1)
     inner_dim: int = Field(4096, ge=1)
+    width: int = Field(768, ge=1)  # hidden_state: of the trunk
     draft_vocab_size: int | None = Field(None, ge=2)  # hidden_state: the most frequent tokens of the corpus; None keeps all
     tie_weights: bool = True  # mlp
     scale_input: bool = True  # mlp
@@ -35,6 +36,7 @@ class SpeculatorSection(Section):
 
 class DataSection(Section):
     dir: str  # written by scripts.prepare_data
+    rows: int | None = Field(None, ge=1)  # phase 1 reads only so many rows, drawn once; None reads all
     continuations: str | None = None  # phase 2's Parquet shards; None puts them beside the run's outputs
 
 
@@ -74,11 +76,13 @@ class LossSection(Section):
     distillation: float = Field(0.0, ge=0)  # forward KL from the base model's distribution
     smooth_l1: float = Field(0.0, ge=0)  # on the base model's next hidden states; hidden_state family only
     heads: list[float] | None = None  # one weight a head; None weighs all alike
+    only_accepted: bool = False  # train later heads only where the tokens before theirs are the base model's own greedy ones
 
 
 class PhaseSection(Section):
     batch_size: int = Field(ge=1)  # rows of a micro-batch
     accumulate: int = Field(1, ge=1)  # micro-batches of a step
+    positions: int | None = Field(None, ge=1)  # of a micro-batch, drawn evenly; None trains on all
     lr: LearningRateSection = LearningRateSection()
     loss: LossSection = LossSection()
 
@@ -167,7 +171,9 @@ def load_config(path, overrides=()):
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"config {path}: {explain(error.errors()[0])}") from error
+        # A mistyped key is also a missing one: the mistyped one says more.
+        problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        raise UserError(f"config {path}: {explain(problem)}") from error
 
 
 def apply_override(values, override, yaml):
@@ -186,7 +192,7 @@ def apply_override(values, override, yaml):
 
 
 def explain(problem):
-    """One line for the first problem pydantic found."""
+    """One line for a problem pydantic found."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         section = RunConfig
@@ -198,4 +204,6 @@ def explain(problem):
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {problem['input']!r})" if key and not isinstance(problem["input"], dict) else message
+    if problem["type"] == "value_error":  # ours, raised by a section's own check
+        return message
+    return f"{key}: {message} (got {problem['input']!r})"

@@ -1,4 +1,4 @@
-"""Hidden states for training: from the base model, or read again from a file where the run keeps them.
+"""Hidden states for training: from the base model, or read again from files where the run keeps them.
 
 Shapes: b rows, n tokens, d base width.
 """
@@ -11,33 +11,53 @@ from fms_spec.errors import UserError
 
 
 class HiddenStates:
-    """Calls `base_model.hidden_states`, and with a directory keeps each row's states in one memory-mapped file for the next pass.
+    """Calls the frozen base model, and with a directory keeps what it gave in memory-mapped files for the next pass.
 
-    Costs rows x length x d x bytes of the base model's dtype on disk (`nbytes`); a corpus read once is never worth it. A row is
-    flagged only after its states are written, so a run that dies half-way finds them again.
+    A row is flagged only after its states are written, so a run that dies half-way finds the whole ones again. The files are sparse:
+    they take space for the rows that were written, at most `nbytes`.
+
+    Args:
+        best_tokens: function of states [m, d] giving the base model's own best next token, int64 [m].
+        rows, length: size of the table the batches come from; used: how many of its rows the run reads.
     """
 
-    def __init__(self, base_model, directory=None, rows=0, length=0):
-        self.base_model, self.directory = base_model, directory
-        self.nbytes = rows * length * base_model.width * base_model.dtype.itemsize if directory else 0
+    def __init__(self, base_model, best_tokens, directory=None, rows=0, length=0, used=0):
+        self.base_model, self.best_tokens, self.directory = base_model, best_tokens, directory
+        self.nbytes = used * length * base_model.width * base_model.dtype.itemsize if directory else 0
         if directory:
-            path = Path(directory)
-            path.mkdir(parents=True, exist_ok=True)
-            count = rows * length * base_model.width
-            states = torch.from_file(str(path / "states.bin"), shared=True, size=count, dtype=base_model.dtype)
-            self.states = states.view(rows, length, base_model.width)
-            self.written = torch.from_file(str(path / "written.bin"), shared=True, size=rows, dtype=torch.uint8)
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self.states = self._map("states", (rows, length, base_model.width), base_model.dtype)
+            self.greedy = self._map("greedy", (rows, length), torch.bool)
+            self.written = self._map("written", (rows,), torch.bool)
+
+    def _map(self, name, shape, dtype):
+        path, size = Path(self.directory) / f"{name}.bin", torch.Size(shape).numel()
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     def __call__(self, batch):
-        """States [b, n, d] of a `Batch`, on the base model's device."""
+        """(states [b, n, d] on the base model's device, greedy bool [b, n] on the CPU) of a `Batch`.
+
+        greedy says of each token whether it is the base model's own best guess for its place.
+
+        Raises:
+            UserError: kept states of other data.
+        """
         if not self.directory:
-            return self.base_model.hidden_states(batch.tokens, batch.segment_ids)
+            return self.compute(batch.tokens, batch.segment_ids)
         n = batch.tokens.shape[1]
         if n > self.states.shape[1] or int(batch.row_ids.max()) >= len(self.states):
             raise UserError(f"hidden-state cache {self.directory} was made for other data; remove it or turn hidden_state_cache off")
-        missing = (self.written[batch.row_ids] == 0).nonzero()[:, 0]
+        missing = (~self.written[batch.row_ids]).nonzero()[:, 0]
         if len(missing):
-            fresh = self.base_model.hidden_states(batch.tokens[missing], batch.segment_ids[missing])
-            self.states[batch.row_ids[missing], :n] = fresh.cpu()
-            self.written[batch.row_ids[missing]] = 1
-        return self.states[batch.row_ids, :n].to(self.base_model.device)
+            states, greedy = self.compute(batch.tokens[missing], batch.segment_ids[missing])
+            self.states[batch.row_ids[missing], :n], self.greedy[batch.row_ids[missing], :n] = states.cpu(), greedy
+            self.written[batch.row_ids[missing]] = True
+        return self.states[batch.row_ids, :n].to(self.base_model.device), self.greedy[batch.row_ids, :n]
+
+    @torch.no_grad()
+    def compute(self, tokens, segment_ids):
+        """One forward of the base model: tokens int64 [b, n], segment_ids int [b, n]."""
+        states = self.base_model.hidden_states(tokens, segment_ids)
+        greedy = torch.zeros(tokens.shape, dtype=torch.bool)
+        greedy[:, 1:] = self.best_tokens(states[:, :-1]).cpu() == tokens[:, 1:]
+        return states, greedy

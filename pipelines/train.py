@@ -6,7 +6,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from fms_spec.alignment import make_windows, usable_positions
+from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.speculators import describe
@@ -98,29 +98,34 @@ class Trainer:
         with self.watch.measure("data"):
             micro_batches = [next(self.batches[phase]) for _ in range(settings.accumulate)]
         self.charge_generation(phase, generating)
-        heads = self.speculator.n_predict
-        usable = [usable_positions(batch.segment_ids, batch.first_states, heads).sum((1, 2)) for batch in micro_batches]
-        counts = torch.stack(usable).sum(0).tolist()
-        loss = 0.0
-        for batch in micro_batches:
-            with self.watch.measure("base_model"):
-                hidden = self.states[phase](batch)
-            with self.watch.measure("heads"):
-                loss = loss + self.backward(batch, hidden, self.weights[phase], counts)
+        with self.watch.measure("base_model"):
+            states = [self.states[phase](batch) for batch in micro_batches]
         with self.watch.measure("heads"):
+            losses = self.backward(phase, micro_batches, states)
             norm = torch.nn.utils.clip_grad_norm_(self.speculator.parameters(), self.config.optimizer.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.tokens += sum(int((batch.segment_ids >= 0).sum()) for batch in micro_batches)
-        self.logged.setdefault(phase, []).append(torch.cat([loss, norm[None], torch.tensor([factor], device=norm.device)]))
+        self.logged.setdefault(phase, []).append(torch.cat([losses, norm[None], torch.tensor([factor], device=norm.device)]))
 
-    def backward(self, batch, hidden, weights, counts):
-        """Add one micro-batch's gradients; returns the loss of each head, fp32 [h], on the device."""
-        windows = make_windows(hidden, batch.tokens, batch.segment_ids, batch.first_states, self.speculator.n_predict)
-        with torch.autocast(hidden.device.type, dtype=hidden.dtype, enabled=hidden.dtype != torch.float32):
-            losses = head_losses(self.speculator, windows, self.base_model, weights, counts)
-        losses.sum().backward()
-        return losses.detach()
+    def backward(self, phase, micro_batches, states):
+        """Add up the step's gradients; returns the loss of each head, fp32 [h], on the device."""
+        settings, heads = getattr(self.config, phase), self.speculator.n_predict
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        chosen = []
+        for batch, (_, greedy) in zip(micro_batches, states):
+            greedy = greedy if settings.loss.only_accepted else None
+            usable = usable_positions(batch.segment_ids, batch.first_states, heads, greedy)
+            chosen.append(choose_positions(usable, settings.positions, generator))
+        counts = torch.tensor([positions.counts for positions in chosen]).sum(0).tolist()
+        total = 0.0
+        for batch, (hidden, _), positions in zip(micro_batches, states, chosen):
+            windows = make_windows(hidden, batch.tokens, positions, heads)
+            with torch.autocast(hidden.device.type, dtype=hidden.dtype, enabled=hidden.dtype != torch.float32):
+                losses = head_losses(self.speculator, windows, self.base_model, self.weights[phase], counts)
+            losses.sum().backward()
+            total = total + losses.detach()
+        return total
 
     def charge_generation(self, phase, before):
         """Seconds spent generating inside `next` are generation's, not data's."""

@@ -6,7 +6,7 @@ A figure for training only: every head is given the true tokens before its targe
 import torch
 from torch.nn import functional as F
 
-from fms_spec.alignment import make_windows
+from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.losses import CHUNK
 
 
@@ -14,12 +14,12 @@ from fms_spec.losses import CHUNK
 def head_agreement(speculator, base_model, batch):
     """Share of positions at which head i's best token is the base model's best token: list of h floats, NaN where it had none."""
     hidden = base_model.hidden_states(batch.tokens, batch.segment_ids)
-    windows = make_windows(hidden, batch.tokens, batch.segment_ids, batch.first_states, speculator.n_predict)
+    positions = choose_positions(usable_positions(batch.segment_ids, batch.first_states, speculator.n_predict))
+    windows = make_windows(hidden, batch.tokens, positions, speculator.n_predict)
     agreements = []
     with torch.autocast(hidden.device.type, dtype=hidden.dtype, enabled=hidden.dtype != torch.float32):
-        for head, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens)):
-            valid = windows.valid[head]
-            features, targets = features[valid], windows.target_states(head)[valid]
+        for head, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens, windows.counts)):
+            targets = windows.target_states(head)
             agree = torch.zeros((), device=hidden.device)
             for start in range(0, len(features), CHUNK):
                 rows = slice(start, start + CHUNK)

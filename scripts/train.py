@@ -1,5 +1,6 @@
 """Train a speculator: python -m scripts.train --config=CONFIG.yaml --out_dir=runs/mine [--resume] [key.path=value ...]"""
 
+from functools import partial
 from pathlib import Path
 
 from data.continuations import Continuations
@@ -12,6 +13,8 @@ from pipelines.generation import EmbeddedEngine
 from pipelines.states import HiddenStates
 from pipelines.train import Trainer, claim_run
 from scripts.cli import arguments, main
+
+SAMPLE_ROWS = 8  # corpus rows on which the spread of hidden states is measured
 
 
 @arguments
@@ -38,7 +41,7 @@ def run(parsed, overrides):
 def train(config, out_dir, resume):
     """Put a run together and train it to its end; returns (its last checkpoint's directory, the trainer)."""
     manifest = read_manifest(config.data.dir)
-    rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed)
+    rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
     prompts = read_prompts(config.data.dir)
     base_model = BaseModel(config.base_model.name, dtype=config.base_model.dtype, backend=config.base_model.backend)
     check_tokenizer(manifest, base_model.path)
@@ -47,16 +50,17 @@ def train(config, out_dir, resume):
         config.data.continuations or out_dir / "continuations", prompts, engine, shard_prompts=config.generation.batch_size,
         batch_size=config.phase2.batch_size, settings=engine.describe(), seed=config.seed,
     )  # fmt: skip
-    speculator = build_speculator(config, base_model, read_token_counts(config.data.dir))
+    sample = next(RowReader(config.data.dir, batch_size=SAMPLE_ROWS, seed=config.seed))
+    speculator = build_speculator(config, base_model, read_token_counts(config.data.dir), sample)
     validation = None
     if config.validation.rows:
         validation = next(RowReader(config.data.dir, "held_out", batch_size=config.validation.rows, seed=config.seed))
     claim_run(out_dir, config, environment(), resume)
+    best_tokens = partial(speculator.best_base_tokens, base_model)
+    length = prompts.tokens.shape[1] + config.generation.max_new_tokens
     states = {
-        "phase1": HiddenStates(base_model, cache_dir(config, out_dir, "phase1"), len(rows), rows.seq_length),
-        "phase2": HiddenStates(
-            base_model, cache_dir(config, out_dir, "phase2"), len(prompts), prompts.tokens.shape[1] + config.generation.max_new_tokens
-        ),
+        "phase1": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase1"), rows.table_rows, rows.seq_length, len(rows)),
+        "phase2": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase2"), len(prompts), length, len(prompts)),
     }
     size = sum(source.nbytes for source in states.values())
     if size:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fms_spec import losses as losses_module
-from fms_spec.alignment import make_windows, usable_positions
+from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.speculators import MLPSpeculator
 
@@ -25,6 +25,11 @@ def row(segments, first=0):
     tokens = torch.randint(0, VOCABULARY, segments.shape, generator=generator)
     states = torch.randn(*segments.shape, WIDTH, generator=generator)
     return states, tokens, segments, torch.full((len(segments),), first)
+
+
+def lined_up(states, tokens, segments, first, **choice):
+    positions = choose_positions(usable_positions(segments, first, HEADS), **choice)
+    return make_windows(states, tokens, positions, HEADS)
 
 
 def slow_mlp_logits(speculator, hidden, tokens):
@@ -52,9 +57,8 @@ def test_each_heads_loss_is_the_slow_double_precision_one_from_the_formulas(tied
     torch.manual_seed(0)
     speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10, tie_weights=tied, scale_input=scaled)
     states, tokens, segments, first = row([[0] * 9 + [1] * 7, [0] * 5 + [1] * 8 + [-1] * 3])
-    windows = make_windows(states, tokens, segments, first, HEADS)
-    base, counts = BareBase(), usable_positions(segments, first, HEADS).sum((1, 2)).tolist()
-    found = head_losses(speculator, windows, base, LossWeights(0.7, 0.3, 0.0, (1.0, 0.5, 2.0)), counts)
+    windows, base = lined_up(states, tokens, segments, first), BareBase()
+    found = head_losses(speculator, windows, base, LossWeights(0.7, 0.3, 0.0, (1.0, 0.5, 2.0)), windows.counts)
 
     expected, seen = [0.0] * HEADS, [0] * HEADS
     for r in range(2):
@@ -68,7 +72,7 @@ def test_each_heads_loss_is_the_slow_double_precision_one_from_the_formulas(tied
                 log_p = (base.output_weight.double() @ states[r, t + 1 + i].double()).log_softmax(-1)
                 expected[i] += 0.7 * -log_q[tokens[r, target]] + 0.3 * (log_p.exp() * (log_p - log_q)).sum()
                 seen[i] += 1
-    assert seen == counts
+    assert seen == windows.counts
     for i, weight in enumerate((1.0, 0.5, 2.0)):
         torch.testing.assert_close(found[i].double(), weight * expected[i] / seen[i], rtol=1e-5, atol=1e-6)
 
@@ -77,8 +81,7 @@ def test_gradients_are_those_of_plain_autograd_and_do_not_depend_on_the_chunk(mo
     torch.manual_seed(0)
     states, tokens, segments, first = row([[0] * 30])
     weights, base = LossWeights(0.5, 1.0, 0.0, (1.0,) * HEADS), BareBase()
-    windows = make_windows(states, tokens, segments, first, HEADS)
-    counts = windows.valid.sum(1).tolist()
+    windows = lined_up(states, tokens, segments, first)
     speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10)
 
     def gradients(loss):
@@ -87,15 +90,14 @@ def test_gradients_are_those_of_plain_autograd_and_do_not_depend_on_the_chunk(mo
         return {name: parameter.grad.clone() for name, parameter in speculator.named_parameters()}
 
     plain = 0.0
-    for i, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens)):
-        valid = windows.valid[i]
-        log_q = F.linear(features, weight)[valid].log_softmax(-1)
-        p = F.linear(windows.target_states(i), base.output_weight)[valid].softmax(-1)
-        plain = plain + 0.5 * F.nll_loss(log_q, windows.tokens[valid, i + 1]) + F.kl_div(log_q, p, reduction="batchmean")
+    for i, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens, windows.counts)):
+        log_q = F.linear(features, weight).log_softmax(-1)
+        p = F.linear(windows.target_states(i), base.output_weight).softmax(-1)
+        plain = plain + 0.5 * F.nll_loss(log_q, windows.targets(i)) + F.kl_div(log_q, p, reduction="batchmean")
     expected = gradients(plain)
     for chunk in (512, 7, 1):
         monkeypatch.setattr(losses_module, "CHUNK", chunk)
-        found = gradients(head_losses(speculator, windows, base, weights, counts).sum())
+        found = gradients(head_losses(speculator, windows, base, weights, windows.counts).sum())
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
@@ -104,10 +106,10 @@ def test_no_logits_outlive_their_chunk(monkeypatch):
     monkeypatch.setattr(losses_module, "CHUNK", 16)
     speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10)
     states, tokens, segments, first = row([[0] * 200])
-    windows = make_windows(states, tokens, segments, first, HEADS)
+    windows = lined_up(states, tokens, segments, first)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
-        head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), [198, 197, 196])
+        head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), windows.counts)
     assert saved and not [shape for shape in saved if shape[-1:] == (VOCABULARY,) and shape[0] > 16]
 
 
@@ -116,9 +118,9 @@ def test_nothing_beyond_a_documents_end_changes_its_losses():
     states, tokens, segments, first = row([[0] * 10 + [1] * 10])
 
     def losses_of_first_document():
-        windows = make_windows(states, tokens, segments, first, HEADS)
-        inside = windows.index < 10
-        windows = type(windows)(windows.states, windows.index[inside], windows.tokens[inside], windows.valid[:, inside])
+        usable = usable_positions(segments, first, HEADS)
+        usable[:, :, 10:] = False
+        windows = make_windows(states, tokens, choose_positions(usable), HEADS)
         return head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), [8, 7, 6])
 
     before = losses_of_first_document()
@@ -131,3 +133,23 @@ def test_phase_two_starts_at_the_end_of_the_prompt_and_ends_with_the_continuatio
     usable = usable_positions(segments, torch.tensor([4, 4]), heads=2)
     assert usable[0].nonzero().tolist() == [[0, 4], [0, 5], [0, 6]] + [[1, t] for t in range(4, 10)]
     assert usable[1].nonzero().tolist() == [[0, 4], [0, 5]] + [[1, t] for t in range(4, 9)]
+
+
+def test_later_heads_are_asked_only_where_the_drafts_before_would_have_been_accepted():
+    segments, greedy = torch.zeros(1, 10, dtype=torch.int32), torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1, 1, 1]]).bool()
+    usable = usable_positions(segments, torch.tensor([0]), HEADS, greedy)[:, 0]
+    for head in range(HEADS):
+        for t in range(10):
+            drafted = range(t + 2, t + 2 + head)  # heads before this one drafted these
+            assert usable[head, t] == (t + 2 + head < 10 and all(greedy[0, place] for place in drafted))
+
+
+def test_drawn_positions_are_some_of_the_usable_ones_and_the_same_for_the_same_seed():
+    usable = usable_positions(torch.zeros(3, 20, dtype=torch.int32), torch.zeros(3, dtype=torch.int64), HEADS)
+    drawn = [choose_positions(usable, 11, torch.Generator().manual_seed(4)) for _ in range(2)]
+    assert drawn[0].index.tolist() == drawn[1].index.tolist() and drawn[0].counts == drawn[1].counts
+    assert len(set(drawn[0].index.tolist())) == 11 == drawn[0].counts[0]
+    for head in range(HEADS):
+        chosen = drawn[0].index[: drawn[0].counts[head]]
+        assert usable[head].flatten()[chosen].all()
+        assert not usable[head].flatten()[drawn[0].index[drawn[0].counts[head] :]].any()

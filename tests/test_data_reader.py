@@ -131,3 +131,12 @@ def test_only_the_tokenizer_the_data_was_prepared_with_is_accepted(prepared, tmp
     other = write_tokenizer(tmp_path / "other", words=[f"w{49 - number}" for number in range(50)])
     with pytest.raises(UserError, match=f"the data was prepared with tokenizer .* {other} has another"):
         check_tokenizer(manifest, other)
+
+
+def test_a_reader_of_some_rows_reads_the_same_ones_in_every_epoch(prepared):
+    whole = len(RowReader(prepared, batch_size=1, seed=3))
+    reader = RowReader(prepared, batch_size=1, seed=3, rows=whole - 2)
+    epochs = [{int(next(reader).row_ids) for _ in range(len(reader))} for _ in range(3)]
+    assert len(reader) == whole - 2 == len(epochs[0]) and epochs[0] == epochs[1] == epochs[2]
+    with pytest.raises(UserError, match="ask for fewer"):
+        RowReader(prepared, batch_size=1, seed=3, rows=whole + 1)

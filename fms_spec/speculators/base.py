@@ -31,6 +31,12 @@ class Speculator(nn.Module):
         """The base model's lm_head on the draft vocabulary: [r, d]."""
         return base_model.output_weight if self.draft_ids is None else base_model.output_weight[self.draft_ids]
 
+    @torch.no_grad()
+    def best_base_tokens(self, base_model, states):
+        """The base model's own best next token within the draft vocabulary: states [..., d] -> int64 [...]."""
+        best = F.linear(states, self.teacher_weight(base_model)).argmax(-1)
+        return best if self.draft_ids is None else self.draft_ids[best]
+
     def draft_targets(self, tokens):
         """Draft-vocabulary entry of each token, -1 where it has none: int64, the tokens' shape."""
         return tokens
@@ -74,15 +80,16 @@ class Speculator(nn.Module):
                 raise UserError(f"speculator tensor {key}: the file says {found}, the config {wanted}; export it again")
         self.load_state_dict(tensors)
 
-    def heads(self, hidden, tokens):
+    def heads(self, hidden, tokens, counts):
         """Training forward: yield each head's (features, weight).
 
         Args:
-            hidden: [m, d] states h_t. tokens: int64 [m, >= n_predict], x_{t+1} onwards.
+            hidden: [m, d] states h_t. tokens: int64 [m, >= n_predict], x_{t+1} onwards. counts: head i goes on with the first
+            counts[i] positions only.
         """
         state = self.start(hidden)
-        for head in range(self.n_predict):
-            state = self.advance(state, tokens[:, head], head)
+        for head, count in enumerate(counts):
+            state = self.advance(first(state, count), tokens[:count, head], head)
             yield self.output(state, head)
 
     @torch.inference_mode()
@@ -102,3 +109,10 @@ class Speculator(nn.Module):
             tokens = best if self.draft_ids is None else self.draft_ids[best]
             chain.append(tokens)
         return torch.stack(chain, dim=1)
+
+
+def first(state, count):
+    """The first `count` positions of a running state: a tensor, or a tuple of tensors and None."""
+    if isinstance(state, tuple):
+        return tuple(None if part is None else part[:count] for part in state)
+    return state[:count]

@@ -1,32 +1,77 @@
-"""The attached head in the base model's own hidden space."""
+"""Attached heads that stay in the base model's own hidden space, without attention and without a cache.
+
+Shapes: m positions, d base width, w trunk width, f inner width, r draft vocabulary.
+
+Head i predicts the state from which the base model itself would predict the head's token, and reads it out with the base model's frozen
+lm_head on a pruned draft vocabulary. Only what leads to that state is trained:
+
+    x_0 = A_0 [h_t / sigma ; e(x_{t+1})]
+    x_i = A_1 [h_t / sigma ; z_{i-1} / sigma ; y_{i-1} ; e(x_{t+1+i})]      for i > 0, one set of weights for all later heads
+    x_i <- x_i + D (SiLU(G n(x_i)) * U n(x_i));  y_i = n(x_i);  z_i = sigma * (O y_i + o);  logits_i = W_draft z_i
+
+n: RMS norm without parameters; sigma: standard deviation of each coordinate of the base model's states; e: frozen embedding, scaled to
+unit RMS. O and o start at zero, so an untrained head holds all tokens equally likely.
+"""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fms_spec.errors import UserError
 from fms_spec.speculators.base import Speculator
 
 
+def rms(x):
+    """RMS norm without parameters: [..., w] -> same shape and dtype."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class Trunk(nn.Module):
+    """One set of weights: for head 0, or for all later heads."""
+
+    def __init__(self, inputs, width, inner_dim, outputs):
+        super().__init__()
+        self.mix = nn.Linear(inputs, width, bias=False)
+        self.gate = nn.Linear(width, inner_dim, bias=False)
+        self.up = nn.Linear(width, inner_dim, bias=False)
+        self.down = nn.Linear(inner_dim, width, bias=False)
+        self.out = nn.Linear(width, outputs)
+        nn.init.normal_(self.down.weight, std=0.5 / inner_dim**0.5)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, inputs):
+        """[m, inputs] -> (predicted state in units of sigma [m, d], y [m, w])."""
+        x = self.mix(inputs)
+        normed = rms(x)
+        y = rms(x + self.down(F.silu(self.gate(normed)) * self.up(normed)))
+        return self.out(y), y
+
+
 class HiddenStateSpeculator(Speculator):
-    """PLACEHOLDER."""
+    """See the module's formulas.
+
+    Args:
+        emb_dim: d. vocab_size: of the base model. draft_ids: int64 [r], ascending. state_scale: sigma, [d]. width: w. inner_dim: f.
+    """
 
     family = "hidden_state_speculator"
 
-    def __init__(self, emb_dim, vocab_size, draft_ids, n_predict=3, inner_dim=1152):
+    def __init__(self, emb_dim, vocab_size, draft_ids, state_scale, n_predict=3, width=768, inner_dim=1536):
         super().__init__()
-        self.emb_dim, self.vocab_size, self.n_predict, self.inner_dim = emb_dim, vocab_size, n_predict, inner_dim
+        self.emb_dim, self.vocab_size, self.n_predict, self.width, self.inner_dim = emb_dim, vocab_size, n_predict, width, inner_dim
         self.register_buffer("draft_ids", draft_ids)
-        self.up = nn.ModuleList(nn.Linear(2 * emb_dim, 2 * inner_dim, bias=False) for _ in range(min(2, n_predict)))
-        self.down = nn.ModuleList(nn.Linear(inner_dim, emb_dim, bias=False) for _ in range(min(2, n_predict)))
-
-    @classmethod
-    def from_config(cls, c):
-        return cls(c["emb_dim"], c["vocab_size"], torch.zeros(c["draft_vocab_size"], dtype=torch.int64), c["n_predict"], c["inner_dim"])
+        self.register_buffer("state_scale", state_scale)
+        inputs = (2 * emb_dim, 3 * emb_dim + width)[: min(2, n_predict)]
+        self.trunks = nn.ModuleList(Trunk(size, width, inner_dim, emb_dim) for size in inputs)
 
     def attach(self, base_model):
-        self.draft_index = torch.full((self.vocab_size,), -1, device=self.draft_ids.device)
-        self.draft_index[self.draft_ids] = torch.arange(len(self.draft_ids), device=self.draft_ids.device)
-        self.frozen = (base_model.embedding_weight, base_model.output_weight[self.draft_ids].contiguous())
+        device = self.draft_ids.device
+        self.draft_index = torch.full((self.vocab_size,), -1, device=device)
+        self.draft_index[self.draft_ids] = torch.arange(len(self.draft_ids), device=device)
+        embedding = base_model.embedding_weight
+        self.embedding_scale = 1 / embedding.float().square().mean().sqrt().item()
+        self.frozen = (embedding, base_model.output_weight[self.draft_ids])  # a tuple, so that neither becomes a parameter
 
     def teacher_weight(self, base_model):
         return self.frozen[1]
@@ -35,17 +80,29 @@ class HiddenStateSpeculator(Speculator):
         return self.draft_index[tokens]
 
     def start(self, hidden):
-        return hidden
+        return hidden / self.state_scale, None, None
 
     def advance(self, state, tokens, head):
-        own = min(head, 1)
-        embedded = F.rms_norm(self.frozen[0][tokens].float(), (self.emb_dim,)).to(state.dtype)
-        inputs = torch.cat([F.rms_norm(state.float(), (self.emb_dim,)).to(state.dtype), embedded], dim=-1)
-        gate, up = self.up[own](inputs).chunk(2, dim=-1)
-        return state + self.down[own](F.silu(gate) * up)
+        hidden, *before = state
+        embedded = F.embedding(tokens, self.frozen[0]) * self.embedding_scale
+        inputs = [hidden, embedded] if head == 0 else [hidden, *before, embedded]
+        predicted, inner = self.trunks[min(head, 1)](torch.cat(inputs, dim=-1))
+        return hidden, predicted, inner
 
     def output(self, state, head):
-        return state, self.frozen[1]
+        return state[1] * self.state_scale, self.frozen[1]
 
     def saved_config(self):
-        return {"model_type": self.family, "emb_dim": self.emb_dim, "vocab_size": self.vocab_size, "n_predict": self.n_predict, "inner_dim": self.inner_dim, "draft_vocab_size": len(self.draft_ids)}
+        return {
+            "model_type": self.family, "architectures": ["HiddenStateSpeculator"], "emb_dim": self.emb_dim, "vocab_size": self.vocab_size,
+            "draft_vocab_size": len(self.draft_ids), "n_predict": self.n_predict, "width": self.width, "inner_dim": self.inner_dim,
+        }  # fmt: skip
+
+    @classmethod
+    def from_config(cls, config):
+        missing = [name for name in ("emb_dim", "vocab_size", "draft_vocab_size", "n_predict", "width", "inner_dim") if name not in config]
+        if missing:
+            raise UserError(f"speculator config lacks {missing[0]}, which every {cls.family} has")
+        draft_ids = torch.zeros(config["draft_vocab_size"], dtype=torch.int64)
+        sizes = {name: config[name] for name in ("n_predict", "width", "inner_dim")}
+        return cls(config["emb_dim"], config["vocab_size"], draft_ids, torch.ones(config["emb_dim"]), **sizes)

@@ -1,0 +1,65 @@
+"""Rules of the house that a reader may rely on."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "fms_spec": {"fms_spec"},
+    "data": {"data", "fms_spec"},
+    "pipelines": {"pipelines", "fms_spec"},
+    "scripts": {"scripts", "pipelines", "data", "fms_spec"},
+}
+
+
+def sources(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_import_only_those_they_may(package):
+    for path in sources(package):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            ours = {name.split(".")[0] for name in names} & set(MAY_IMPORT)
+            assert ours <= MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {ours}"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_files_stay_under_300_lines(package):
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(package)}
+    assert not {name: lines for name, lines in long.items() if lines > 300}
+
+
+def test_the_wheel_holds_fms_spec_and_nothing_else(tmp_path):
+    # Built from a copy of what is under version control, so that no build folder is left behind; with the packages that are here.
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "quickstart", "runs", "__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path / "wheels", source]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fms_spec"}
+    assert "fms_spec/speculators/mlp.py" in names
+
+
+def readme_commands():
+    """Commands of the README's shell blocks, continuation lines joined."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_readmes_make_targets_exist_and_ci_runs_its_test_command():
+    targets = {command.split()[1] for command in readme_commands() if command.startswith("make ")}
+    assert targets == {"quickstart", "test"}
+    defined = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert targets <= defined
+    assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
