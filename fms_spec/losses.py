@@ -12,7 +12,6 @@ The phase's loss is the sum over heads of weight_i times the mean over that head
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 # Positions whose logits exist at once: 512 x 128k in fp32 is 0.26 GB, and matrix products of 512 rows already run at full rate.
 CHUNK = 512
@@ -88,7 +87,6 @@ def head_losses(speculator, windows, base_model, weights, counts):
             target_states, teacher_weight, weights.distillation,
         )  # fmt: skip
         if weights.smooth_l1:
-            distance = F.smooth_l1_loss(features.float(), target_states.float(), reduction="none")
-            loss = loss + weights.smooth_l1 * distance.mean(-1).sum()
+            loss = loss + weights.smooth_l1 * speculator.state_distance(features, target_states).sum()
         losses.append(loss * (weights.heads[head] / max(1, counts[head])))
     return torch.stack(losses)

@@ -56,7 +56,12 @@ class ScheduleSection(Section):
     @model_validator(mode="after")
     def whole_pattern(self):
         if not self.pattern or any(count < 1 for _, count in self.pattern):
-            raise ValueError("pattern needs at least one [phase, steps] pair, each of at least one step")
+            raise ValueError("schedule.pattern needs at least one [phase, steps] pair, each of at least one step")
+        for phase, count in self.build().phase_steps().items():
+            if count < 2:  # one step has no warm-up and no decay: a slip rather than a plan
+                raise ValueError(
+                    f"{phase} would run for {count} of schedule.steps {self.steps}; raise schedule.steps, or take it out of schedule.pattern"
+                )
         return self
 
     def build(self):

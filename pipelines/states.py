@@ -6,6 +6,7 @@ Shapes: b rows, n tokens, d base width.
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from fms_spec.errors import UserError
 
@@ -17,7 +18,8 @@ class HiddenStates:
     they take space for the rows that were written, at most `nbytes`.
 
     Args:
-        best_tokens: function of states [m, d] giving the base model's own best next token, int64 [m].
+        best_tokens: function of states [..., d] giving the base model's own best next token, int64 [...]; None where nobody asks,
+            which spares its read-out and, on a GPU, a wait.
         rows, length: size of the table the batches come from; used: how many of its rows the run reads.
     """
 
@@ -37,7 +39,7 @@ class HiddenStates:
     def __call__(self, batch):
         """(states [b, n, d] on the base model's device, greedy bool [b, n] on the CPU) of a `Batch`.
 
-        greedy says of each token whether it is the base model's own best guess for its place.
+        greedy says of each token whether it is the base model's own best guess for its place; all False without `best_tokens`.
 
         Raises:
             UserError: kept states of other data.
@@ -54,10 +56,18 @@ class HiddenStates:
             self.written[batch.row_ids[missing]] = True
         return self.states[batch.row_ids, :n].to(self.base_model.device), self.greedy[batch.row_ids, :n]
 
+    def fill(self, batches, count):
+        """Run the base model over `count` batches beforehand, so that training's own pace shows from its first step on."""
+        with tqdm(total=count, desc="hidden states", unit="batch", dynamic_ncols=True) as bar:
+            for _ in range(count):
+                self(next(batches))
+                bar.update()
+
     @torch.no_grad()
     def compute(self, tokens, segment_ids):
         """One forward of the base model: tokens int64 [b, n], segment_ids int [b, n]."""
         states = self.base_model.hidden_states(tokens, segment_ids)
         greedy = torch.zeros(tokens.shape, dtype=torch.bool)
-        greedy[:, 1:] = self.best_tokens(states[:, :-1]).cpu() == tokens[:, 1:]
+        if self.best_tokens is not None:
+            greedy[:, 1:] = self.best_tokens(states[:, :-1]).cpu() == tokens[:, 1:]
         return states, greedy

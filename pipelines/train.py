@@ -22,7 +22,7 @@ class Trainer:
     Args:
         config: `RunConfig`. speculator: fp32 weights, on the base model's device. batches: {phase: iterator of `Batch` with
         state_dict and load_state_dict}. states: {phase: `HiddenStates`}. validation: a held-out `Batch` or None.
-        out_dir: of the run, already claimed with `claim_run`.
+        out_dir: of the run, already claimed with `claim_out_dir`.
     """
 
     def __init__(self, config, base_model, speculator, batches, states, out_dir, validation=None):
@@ -155,26 +155,30 @@ def loss_weights(config, phase):
     return LossWeights(loss.cross_entropy, loss.distillation, loss.smooth_l1, heads)
 
 
-def claim_run(out_dir, config, environment, resume):
-    """Make `out_dir` this run's, writing run.json (resolved config, versions, git revision, command) beside the outputs.
+def check_out_dir(out_dir, config, resume):
+    """Refuse an out_dir that can't be this run's, before any work.
 
     Raises:
         UserError: it holds another run, a run that wasn't asked to be resumed, or other files.
     """
     record = out_dir / "run.json"
-    ours = config.model_dump(mode="json")
     if record.is_file():
-        theirs = json.loads(record.read_text())["config"]
+        theirs, ours = json.loads(record.read_text())["config"], config.model_dump(mode="json")
         if theirs != ours:
             key = first_difference(theirs, ours)
             raise UserError(f"{out_dir} holds a run with another {key}; give another out_dir, or the same config to resume")
         if not resume:
             raise UserError(f"{out_dir} holds a run already; add --resume to go on with it, or give another out_dir")
-        return
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+    elif out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"{out_dir} holds other files; give an empty or new out_dir")
+
+
+def claim_out_dir(out_dir, config, environment):
+    """Write run.json (resolved config, versions, git revision, command), unless the run has one from its first start."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"config": ours} | environment, indent=2) + "\n")
+    record = out_dir / "run.json"
+    if not record.is_file():
+        record.write_text(json.dumps({"config": config.model_dump(mode="json")} | environment, indent=2) + "\n")
 
 
 def first_difference(theirs, ours, path=""):

@@ -15,6 +15,7 @@ from pipelines.config import load_config
 from pipelines.environment import environment
 from pipelines.evaluate import evaluate, print_report
 from pipelines.export import export
+from pipelines.hardware import faster_dtype
 from pipelines.small_model import unpack_small_model
 from scripts.cli import arguments, main
 from scripts.train import train
@@ -22,7 +23,7 @@ from scripts.train import train
 CONFIG = Path(__file__).parents[1] / "pipelines/configs/quickstart.yaml"
 ROW_TOKENS = 512  # rows of one document each, mostly: short enough that attention costs little, longer than any evaluated context
 HELD_OUT = 40  # documents that no training step sees
-PROMPTS, NEW_TOKENS = 32, 96  # evaluated: one prompt a held-out document
+PROMPTS, NEW_TOKENS = 24, 64  # evaluated: one prompt a held-out document
 
 
 @arguments
@@ -60,8 +61,7 @@ def run(parsed):
     if not 0 < parsed.scale <= 1:
         raise UserError(f"--scale={parsed.scale}: must be over 0 and at most 1")
     out = Path(parsed.out_dir)
-    claim(out, parsed)
-    config = scaled_config(out, parsed.scale)
+    config = scaled_config(out, parsed.scale, claim(out, parsed.scale))
     parts = Parts(out / "parts.json")
     parts.run("base model", lambda: unpack_small_model(out / "base_model"))
     parts.run("data", lambda: prepare_data(out))
@@ -71,28 +71,31 @@ def run(parsed):
     report(out, config, parts.seconds)
 
 
-def claim(out, parsed):
-    """Refuse an out_dir that holds something else, or a quickstart at another scale."""
+def claim(out, scale):
+    """Refuse an out_dir that holds something else, or a quickstart at another scale; returns the dtype the base model trains in."""
     record = out / "quickstart.json"
     if record.is_file():
-        theirs = json.loads(record.read_text())["scale"]
-        if theirs != parsed.scale:
-            raise UserError(f"{out} holds a quickstart at --scale={theirs}; give that scale to go on, or another --out_dir")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        found = json.loads(record.read_text())
+        if found["scale"] != scale:
+            raise UserError(f"{out} holds a quickstart at --scale={found['scale']}; give that scale to go on, or another --out_dir")
+        return found["dtype"]
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds other files; give an empty or new --out_dir")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({"scale": parsed.scale}) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    found = {"scale": scale, "dtype": faster_dtype()}
+    record.write_text(json.dumps(found) + "\n")
+    return found["dtype"]
 
 
-def scaled_config(out, scale):
-    """quickstart.yaml with this run's places, and with its budget scaled."""
-    places = [f"base_model.name={out / 'base_model'}", f"data.dir={out / 'data'}"]
+def scaled_config(out, scale, dtype):
+    """quickstart.yaml with this run's places and dtype, and with its budget scaled."""
+    places = [f"base_model.name={out / 'base_model'}", f"data.dir={out / 'data'}", f"base_model.dtype={dtype}"]
     full = load_config(CONFIG, places)
     smaller = {
         "schedule.steps": max(7, round(full.schedule.steps * scale)),
         "data.rows": max(full.phase1.batch_size, round(full.data.rows * scale)),
         "generation.batch_size": max(full.phase2.batch_size, round(full.generation.batch_size * scale)),
+        "validation.every": max(7, round(full.validation.every * scale)),
     }
     return load_config(CONFIG, places + [f"{key}={value}" for key, value in smaller.items()])
 

@@ -11,10 +11,11 @@ from pipelines.config import load_config
 from pipelines.environment import environment
 from pipelines.generation import EmbeddedEngine
 from pipelines.states import HiddenStates
-from pipelines.train import Trainer, claim_run
+from pipelines.train import Trainer, check_out_dir, claim_out_dir
 from scripts.cli import arguments, main
 
 SAMPLE_ROWS = 8  # corpus rows on which the spread of hidden states is measured
+FILL_ROWS = 8  # rows of a base-model forward when hidden states are kept
 
 
 @arguments
@@ -40,6 +41,7 @@ def run(parsed, overrides):
 
 def train(config, out_dir, resume):
     """Put a run together and train it to its end; returns (its last checkpoint's directory, the trainer)."""
+    check_out_dir(out_dir, config, resume)
     manifest = read_manifest(config.data.dir)
     rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
     prompts = read_prompts(config.data.dir)
@@ -55,20 +57,24 @@ def train(config, out_dir, resume):
     validation = None
     if config.validation.rows:
         validation = next(RowReader(config.data.dir, "held_out", batch_size=config.validation.rows, seed=config.seed))
-    claim_run(out_dir, config, environment(), resume)
-    best_tokens = partial(speculator.best_base_tokens, base_model)
+    claim_out_dir(out_dir, config, environment())
+    asked = config.phase1.loss.only_accepted or config.phase2.loss.only_accepted
+    best_tokens = partial(speculator.best_base_tokens, base_model) if asked else None
     length = prompts.tokens.shape[1] + config.generation.max_new_tokens
     states = {
         "phase1": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase1"), rows.table_rows, rows.seq_length, len(rows)),
         "phase2": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase2"), len(prompts), length, len(prompts)),
     }
-    size = sum(source.nbytes for source in states.values())
-    if size:
-        print(f"hidden-state cache: up to {size / 1e9:.2f} GB in {out_dir / 'hidden_states'}")
     trainer = Trainer(config, base_model, speculator, {"phase1": rows, "phase2": continuations}, states, out_dir, validation)
     step = trainer.resume()
     if step:
         print(f"going on from step {step}")
+    if config.hidden_state_cache:
+        size = sum(source.nbytes for source in states.values())
+        print(f"hidden-state cache: up to {size / 1e9:.2f} GB in {out_dir / 'hidden_states'}")
+        reader = RowReader(config.data.dir, batch_size=FILL_ROWS, seed=config.seed, rows=config.data.rows)
+        with trainer.watch.measure("base_model"):
+            states["phase1"].fill(reader, -(-len(reader) // FILL_ROWS))
     return trainer.train(), trainer
 
 

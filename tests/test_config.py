@@ -57,6 +57,8 @@ def test_defaults_are_five_to_two_interleaved(tmp_path):
         ("phase1: {batch_size: 8.5}", "phase1.batch_size: .*integer"),
         ("schedule: {steps: 0}", "schedule.steps: .*greater than or equal to 1"),
         ("schedule: {steps: 7, pattern: []}", "at least one"),
+        ("schedule: {steps: 5}", "phase2 would run for 0 of schedule.steps 5"),
+        ("schedule: {steps: 6}", "phase2 would run for 1 of schedule.steps 6"),
         ("schedule: {steps: 7, pattern: [[phase3, 1]]}", "schedule.pattern.0.0: .*phase1"),
         ("schedule: {steps: 7, pattern: [[phase1, 0]]}", "at least one step"),
         ("phase1: {batch_size: 8, loss: {heads: [1.0]}}", "phase1.loss.heads has 1 weights for 3 heads"),

@@ -92,6 +92,11 @@ class HiddenStateSpeculator(Speculator):
     def output(self, state, head):
         return state[1] * self.state_scale, self.frozen[1]
 
+    def state_distance(self, features, target_states):
+        """Smooth L1 between predicted and true states, in units of sigma (a few coordinates are fifty times the others): fp32 [m]."""
+        scale = self.state_scale.float()
+        return F.smooth_l1_loss(features.float() / scale, target_states.float() / scale, reduction="none").mean(-1)
+
     def saved_config(self):
         return {
             "model_type": self.family, "architectures": ["HiddenStateSpeculator"], "emb_dim": self.emb_dim, "vocab_size": self.vocab_size,
