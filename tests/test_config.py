@@ -27,7 +27,7 @@ def write(tmp_path, text):
 def test_every_shipped_config_loads_and_says_how_it_is_run(path):
     config = load_config(path)
     counts = config.schedule.build().phase_steps()
-    assert counts["phase1"] / counts["phase2"] == 2.5
+    assert counts["phase1"] / counts["phase2"] == 2.5 and min(counts.values()) >= 2
     text = path.read_text()
     assert text.startswith("#") and ("scripts.train" in text or "make quickstart" in text)
 
