@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data.manifest import first_difference, reason, shown
+from data.manifest import reason, shown
 from data.tables import column
 from fms_spec.batch import Batch
-from fms_spec.errors import UserError
+from fms_spec.errors import UserError, first_difference
 
 FINISH_REASONS = ("stop", "length")
 # Head 0 sees the state at the end of the prompt and the first token after it, and predicts the second: fewer teach nothing.

@@ -7,8 +7,8 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.manifest import MANIFEST, check_sizes, first_difference, read_manifest, shown
-from fms_spec.errors import UserError
+from data.manifest import MANIFEST, check_sizes, read_manifest, shown
+from fms_spec.errors import UserError, first_difference
 
 # Written first, with the inputs, and removed last: a folder with this file and without a manifest is half-written, and ours.
 MARKER = "incomplete.json"

@@ -42,17 +42,6 @@ def table_of(manifest, data_dir, name):
     return manifest["tables"][name]
 
 
-def first_difference(old, new, path=""):
-    """The first place where two JSON values differ, as (dotted name, old, new); None if they are the same."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return None
-    return None if old == new else (path, old, new)
-
-
 def shown(value):
     """A setting as it appears in a message: hashes are cut to the part a person compares."""
     text = json.dumps(value)

@@ -160,13 +160,16 @@ class RowShard:
         return self.tokens[rows].astype(np.int64), np.cumsum(begins, axis=1, dtype=np.int32)
 
 
-def read_prompts(data_dir, split="train"):
-    """The prompt table of a split, as Prompts.
+def read_prompts(data_dir, split="train", limit=None):
+    """The prompt table of a split, as Prompts; only the first `limit` (the documents were shuffled), None for all.
 
     Raises:
-        UserError: the folder is half-written, lacks the split, or a shard is missing, cut short or altered.
+        UserError: fewer than `limit`, or the folder is half-written, lacks the split, or a shard is missing, cut short or altered.
     """
     table = read_table(data_dir, f"prompts-{split}")
+    if limit is not None and limit > len(table):
+        raise UserError(f"{data_dir}: {limit} prompts asked of prompts-{split}, which has {len(table)}; ask for fewer")
+    table = table.slice(0, limit)
     length = int(table.schema.metadata[b"prompt_length"])
     tokens = table.column("tokens").combine_chunks().flatten().to_numpy().reshape(-1, length).astype(np.int64)
     ids = table.column("prompt_id").to_numpy().astype(np.int64)

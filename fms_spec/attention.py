@@ -5,8 +5,8 @@ Shapes: b batch, n query tokens, l cached tokens, h query heads, g key-value hea
 Two ways to attend, chosen per call:
 - packed: a row holds several documents one after the other; no token sees another document. Each document is a causal attention of
   its own, so the cost is the sum of the documents' squares and no mask is ever built.
-- cached: new tokens are stored in place into a `KVCache` and attend to whatever a boolean mask allows. The mask is always given:
-  ibm-fms without one uses a top-left causal mask, silently wrong as soon as more than one token meets a filled cache.
+- cached: new tokens are stored in place into a `KVCache` and attend to whatever a boolean mask allows. ibm-fms's own op without a mask
+  takes a top-left causal one, silently wrong as soon as more than one token meets a filled cache; ours is never causal by itself.
 
 Grouped-query heads are never expanded: the query heads that share a key-value head are laid side by side as further query rows.
 """
@@ -60,13 +60,21 @@ def attend_packed(query, keys, values, spans, scale):
     return attended
 
 
+def fold_mask(mask, shared, dtype):
+    """A boolean mask as `attend_masked` adds it, made once for all layers: bool [b, n, l] -> dtype [b, 1, shared * n, l].
+
+    Args:
+        shared: query heads per key-value head, h / g.
+    """
+    batch, tokens, length = mask.shape
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return added[:, None].expand(batch, shared, tokens, length).reshape(batch, 1, shared * tokens, length)
+
+
 def attend_masked(query, keys, values, mask, scale):
-    """Attention under a mask: query [b, h, n, d], keys and values [b, g, l, d], mask bool [b, n, l] -> [b, h, n, d]."""
+    """Attention under a folded mask: query [b, h, n, d], keys and values [b, g, l, d] -> [b, h, n, d]."""
     batch, heads, tokens, width = query.shape
-    groups = keys.shape[1]
-    shared = heads // groups  # query heads per key-value head
-    folded = query.reshape(batch, groups, shared * tokens, width)
-    mask = mask[:, None].expand(batch, shared, tokens, mask.shape[-1]).reshape(batch, 1, shared * tokens, -1)
+    folded = query.reshape(batch, keys.shape[1], -1, width)
     attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     return attended.reshape(batch, heads, tokens, width)
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fms_spec.attention import CACHED, PACKED, KVCache, TransformersCacheView, document_spans, span_positions
+from fms_spec.attention import CACHED, PACKED, KVCache, TransformersCacheView, document_spans, fold_mask, span_positions
 from fms_spec.errors import UserError
+from fms_spec.packed_linear import pack_linears
 
 # What ibm-fms loads from a Hugging Face checkpoint and what was compared with `transformers` here (tests/test_base_model.py).
 FMS_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM", "Qwen3ForCausalLM")
@@ -175,6 +176,7 @@ class BaseModel:
         end = int(cache.lengths.max()) + count
         if mask is None:
             mask = torch.arange(end, device=self.device) <= slots[:, :, None]
+        mask = fold_mask(mask, self.config.num_attention_heads // cache.store.shape[4], self.dtype)
         positions = slots if positions is None else positions
         if self.backend == "fms":
             layers = [cache.layer(index) for index in range(len(cache.store))]
@@ -185,6 +187,10 @@ class BaseModel:
         self.trunk.config._attn_implementation = CACHED
         view = TransformersCacheView(cache, slots, end)
         return self.trunk(tokens, position_ids=positions, past_key_values=view, use_cache=True, mask=mask).last_hidden_state
+
+    def pack(self, tokens):
+        """Lay the weights out for forwards of about so many tokens, where that pays (bf16 on a CPU); for decoding, not for training."""
+        pack_linears(self.trunk, tokens)
 
     def logits(self, states):
         """Vocabulary logits [..., v] of states [..., d]."""

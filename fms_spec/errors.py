@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The one exception that is meant for the person at the keyboard, and what its messages need."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,14 @@ class UserError(ValueError):
     Scripts print its message and end with exit code 1; a library caller may catch it as a
     `ValueError`. Anything else that is raised is a bug and keeps its traceback.
     """
+
+
+def first_difference(old, new, path=""):
+    """The first place where two JSON values differ, as (dotted name, old, new); None if they are the same."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    return None if old == new else (path, old, new)

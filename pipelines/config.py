@@ -37,6 +37,7 @@ class SpeculatorSection(Section):
 class DataSection(Section):
     dir: str  # written by scripts.prepare_data
     rows: int | None = Field(None, ge=1)  # phase 1 reads only so many rows, drawn once; None reads all
+    prompts: int | None = Field(None, ge=1)  # phase 2 continues only so many prompts; None continues all
     continuations: str | None = None  # phase 2's Parquet shards; None puts them beside the run's outputs
 
 

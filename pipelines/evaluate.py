@@ -22,6 +22,7 @@ def evaluate(base_model, speculator, prompts, *, max_new_tokens, lookahead=None)
         without prefill), speedup, lossless, prompts, differing_at_a_tie, differing, new_tokens.
     """
     lookahead = lookahead or speculator.n_predict
+    base_model.pack(1 + lookahead)
     accepted, verdicts = [], []
     seconds, tokens = {"plain": 0.0, "speculative": 0.0}, {"plain": 0, "speculative": 0}
     decode(base_model, prompts[:1], max_new_tokens=4, speculator=speculator)  # first calls choose kernels and allocate

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
-from fms_spec.errors import UserError
+from fms_spec.errors import UserError, first_difference
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.speculators import describe
 from pipelines.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
@@ -37,7 +37,7 @@ class Trainer:
         self.weights = {phase: loss_weights(config, phase) for phase in self.phase_steps}
         self.step = 0
         self.watch = Stopwatch()
-        self.tokens = 0  # of continuations and corpus rows trained on
+        self.tokens = 0  # positions trained on, in both phases
         self.logged = {}  # phase -> device tensors since the last log line, read only when logged
 
     def resume(self):
@@ -105,7 +105,6 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.speculator.parameters(), self.config.optimizer.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.tokens += sum(int((batch.segment_ids >= 0).sum()) for batch in micro_batches)
         self.logged.setdefault(phase, []).append(torch.cat([losses, norm[None], torch.tensor([factor], device=norm.device)]))
 
     def backward(self, phase, micro_batches, states):
@@ -118,6 +117,7 @@ class Trainer:
             usable = usable_positions(batch.segment_ids, batch.first_states, heads, greedy)
             chosen.append(choose_positions(usable, settings.positions, generator))
         counts = torch.tensor([positions.counts for positions in chosen]).sum(0).tolist()
+        self.tokens += counts[0]
         total = 0.0
         for batch, (hidden, _), positions in zip(micro_batches, states, chosen):
             windows = make_windows(hidden, batch.tokens, positions, heads)
@@ -164,9 +164,12 @@ def check_out_dir(out_dir, config, resume):
     record = out_dir / "run.json"
     if record.is_file():
         theirs, ours = json.loads(record.read_text())["config"], config.model_dump(mode="json")
-        if theirs != ours:
-            key = first_difference(theirs, ours)
-            raise UserError(f"{out_dir} holds a run with another {key}; give another out_dir, or the same config to resume")
+        difference = first_difference(theirs, ours)
+        if difference:
+            key, before, now = difference
+            raise UserError(
+                f"{out_dir} holds a run with another {key} ({before!r}, now {now!r}); give another out_dir, or the same config to resume"
+            )
         if not resume:
             raise UserError(f"{out_dir} holds a run already; add --resume to go on with it, or give another out_dir")
     elif out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -179,13 +182,3 @@ def claim_out_dir(out_dir, config, environment):
     record = out_dir / "run.json"
     if not record.is_file():
         record.write_text(json.dumps({"config": config.model_dump(mode="json")} | environment, indent=2) + "\n")
-
-
-def first_difference(theirs, ours, path=""):
-    """Dotted key of the first value in which two nested dicts differ."""
-    for key in theirs | ours:
-        a, b = theirs.get(key), ours.get(key)
-        if a != b:
-            nested = isinstance(a, dict) and isinstance(b, dict)
-            return first_difference(a, b, f"{path}{key}.") if nested else f"{path}{key} ({a!r}, now {b!r})"
-    return path

@@ -1,5 +1,6 @@
 """How every script starts: Fire fills a frozen, validated argument class, and the work runs after that."""
 
+import ctypes
 import difflib
 import inspect
 import sys
@@ -13,6 +14,8 @@ from fms_spec.errors import UserError
 # Strict: Fire ignores annotations, so `--seed=1e3` would arrive as a float where an int was declared.
 arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+
 
 def main(argument_class, run, overrides=False):
     """Parse the command line into `argument_class`, then call `run(parsed)`, or `run(parsed, words)` with trailing key.path=value words.
@@ -20,6 +23,7 @@ def main(argument_class, run, overrides=False):
     Fire alone would run the work first and complain about unknown flags afterwards, so it only builds the argument object. A
     `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise; Ctrl-C with 130.
     """
+    keep_freed_memory()
     words = sys.argv[1:]
     settings = [word for word in words if overrides and not word.startswith("-") and "=" in word]
     flags = [word for word in words if word not in settings]
@@ -36,6 +40,20 @@ def main(argument_class, run, overrides=False):
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted", code=130)
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed blocks instead of giving them back to the system and fetching them, page by page, for the next tensor.
+
+    On two CPU cores the hidden states of SmolLM2-135M in fp32 went from 660 to 755 tokens/s, with a tenth of the page faults. Elsewhere
+    than on glibc, nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+        mallopt(parameter, value)
 
 
 def check_flags(argument_class, words):

@@ -94,8 +94,10 @@ def scaled_config(out, scale, dtype):
     smaller = {
         "schedule.steps": max(7, round(full.schedule.steps * scale)),
         "data.rows": max(full.phase1.batch_size, round(full.data.rows * scale)),
+        "data.prompts": max(full.phase2.batch_size, round(full.data.prompts * scale)),
         "generation.batch_size": max(full.phase2.batch_size, round(full.generation.batch_size * scale)),
         "validation.every": max(7, round(full.validation.every * scale)),
+        "checkpoint.every": max(7, round(full.checkpoint.every * scale)),
     }
     return load_config(CONFIG, places + [f"{key}={value}" for key, value in smaller.items()])
 

@@ -44,7 +44,7 @@ def train(config, out_dir, resume):
     check_out_dir(out_dir, config, resume)
     manifest = read_manifest(config.data.dir)
     rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
-    prompts = read_prompts(config.data.dir)
+    prompts = read_prompts(config.data.dir, limit=config.data.prompts)
     base_model = BaseModel(config.base_model.name, dtype=config.base_model.dtype, backend=config.base_model.backend)
     check_tokenizer(manifest, base_model.path)
     engine = EmbeddedEngine(base_model, config.generation, prompts.tokens.shape[1], config.seed)

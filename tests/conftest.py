@@ -3,7 +3,6 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-os.environ.pop("CI", None)  # some libraries print differently under CI
 
 import pytest
 import torch

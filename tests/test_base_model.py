@@ -93,3 +93,15 @@ def test_a_document_over_the_context_is_refused(base_model):
     tokens = torch.ones(1, base_model.context_length + 1, dtype=torch.int64)
     with pytest.raises(UserError, match="context"):
         base_model.hidden_states(tokens, torch.zeros_like(tokens))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_packed_for_decoding_give_the_same_states(model_dir, backend):
+    plain, packed = (BaseModel(str(model_dir), dtype="bfloat16", backend=backend, device="cpu") for _ in range(2))
+    packed.pack(4)
+    for count in (1, 4, 40):
+        tokens = random_rows(2, count)
+        expected = plain.hidden_states(tokens, torch.zeros_like(tokens)).float()
+        found = packed.hidden_states(tokens, torch.zeros_like(tokens)).float()
+        assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+        assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.99

@@ -140,3 +140,11 @@ def test_a_reader_of_some_rows_reads_the_same_ones_in_every_epoch(prepared):
     assert len(reader) == whole - 2 == len(epochs[0]) and epochs[0] == epochs[1] == epochs[2]
     with pytest.raises(UserError, match="ask for fewer"):
         RowReader(prepared, batch_size=1, seed=3, rows=whole + 1)
+
+
+def test_only_so_many_prompts_are_read_and_not_more_than_there_are(prepared):
+    whole = read_prompts(prepared)
+    some = read_prompts(prepared, limit=5)
+    assert len(some) == 5 and some.tokens.equal(whole.tokens[:5]) and some.ids.equal(whole.ids[:5]) and some.sources == whole.sources[:5]
+    with pytest.raises(UserError, match="ask for fewer"):
+        read_prompts(prepared, limit=len(whole) + 1)

@@ -80,7 +80,7 @@ class HiddenStateSpeculator(Speculator):
         return self.draft_index[tokens]
 
     def start(self, hidden):
-        return hidden / self.state_scale, None, None
+        return (hidden / self.state_scale).to(hidden.dtype), None, None
 
     def advance(self, state, tokens, head):
         hidden, *before = state
@@ -90,7 +90,7 @@ class HiddenStateSpeculator(Speculator):
         return hidden, predicted, inner
 
     def output(self, state, head):
-        return state[1] * self.state_scale, self.frozen[1]
+        return (state[1] * self.state_scale).to(self.frozen[1].dtype), self.frozen[1]
 
     def state_distance(self, features, target_states):
         """Smooth L1 between predicted and true states, in units of sigma (a few coordinates are fifty times the others): fp32 [m]."""
