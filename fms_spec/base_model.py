@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fms_spec.attention import CACHED, PACKED, KVCache, TransformersCacheView, document_spans, fold_mask, span_positions
 from fms_spec.errors import UserError
-from fms_spec.packed_linear import pack_linears
+from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 
 # What ibm-fms loads from a Hugging Face checkpoint and what was compared with `transformers` here (tests/test_base_model.py).
 FMS_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM", "Qwen3ForCausalLM")
@@ -108,6 +108,7 @@ class BaseModel:
             self.output_weight = self.output_weight / self.config.logits_scaling
         self.context_length = self.config.max_position_embeddings
         self.eos_token_ids = read_eos_token_ids(path, self.config)
+        self.packed_output = None  # see `pack`
 
     def _load_fms(self):
         from fms.models import get_model
@@ -189,12 +190,17 @@ class BaseModel:
         return self.trunk(tokens, position_ids=positions, past_key_values=view, use_cache=True, mask=mask).last_hidden_state
 
     def pack(self, tokens):
-        """Lay the weights out for forwards of about so many tokens, where that pays (bf16 on a CPU); for decoding, not for training."""
+        """Lay the weights out for forwards of about so many tokens, where that pays (bf16 on a CPU); for decoding, not for training.
+
+        The lm_head is laid out beside the shared one, which heads and a tied embedding go on reading.
+        """
         pack_linears(self.trunk, tokens)
+        if can_pack(self.output_weight):
+            self.packed_output = PackedLinear(self.output_weight, None, tokens)
 
     def logits(self, states):
         """Vocabulary logits [..., v] of states [..., d]."""
-        return F.linear(states, self.output_weight)
+        return F.linear(states, self.output_weight) if self.packed_output is None else self.packed_output(states)
 
 
 def read_config(path):

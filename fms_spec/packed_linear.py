@@ -10,26 +10,26 @@ from torch import nn
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with W in oneDNN's own layout; takes the place of an `nn.Linear` and lets its weight go."""
+    """y = x W^T + b with W [out, in] in oneDNN's own layout; `tokens`: how many a forward will usually have, any number works."""
 
-    def __init__(self, linear, tokens):
+    def __init__(self, weight, bias, tokens):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), tokens)
-        self.bias = linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), tokens)
+        self.bias = bias
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def pack_linears(module, tokens):
-    """Replace every bf16 `nn.Linear` below `module` that lies on a CPU with oneDNN; elsewhere nothing changes.
+def can_pack(weight):
+    """Whether packing pays: bf16 on a CPU with oneDNN."""
+    has_operators = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return has_operators and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
 
-    Args:
-        tokens: how many a forward will usually have; any number works.
-    """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return
+
+def pack_linears(module, tokens):
+    """Replace every `nn.Linear` below `module` that can be packed, letting its own weight go."""
     for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu":
-                setattr(parent, name, PackedLinear(child, tokens))
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and can_pack(child.weight):
+                setattr(parent, name, PackedLinear(child.weight, child.bias, tokens))

@@ -74,7 +74,8 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 last = self.step == total
-                if self.step % config.log_every == 0 or last:
+                saving = self.step % config.checkpoint.every == 0 or last
+                if self.step % config.log_every == 0 or saving:  # so that what is saved has been seen to be finite
                     values = self.read_log()
                     metrics.write(self.step, values)
                     bar.set_postfix({name: f"{value:.3f}" for name, value in values.items() if name.endswith("/loss")})
@@ -82,13 +83,16 @@ class Trainer:
                     with self.watch.measure("validation"):
                         agreement = head_agreement(self.speculator, self.base_model, self.validation)
                     metrics.write(self.step, {f"validation/head_agreement_{i}": value for i, value in enumerate(agreement)})
-                if self.step % config.checkpoint.every == 0 or last:
+                if saving:
                     saved = self.save()
         metrics.close()
         return saved or whole_checkpoints(self.out_dir / "checkpoints")[-1]
 
     def train_step(self):
-        """One optimiser step of whichever phase is due; nothing in it waits for the device."""
+        """One optimiser step of whichever phase is due.
+
+        Nothing in it waits for the device, except where `only_accepted` asks for the base model's own tokens of rows not kept on disk.
+        """
         phase, step_in_phase = self.schedule.phase(self.step)
         settings = getattr(self.config, phase)
         factor = learning_rate_factor(step_in_phase, self.phase_steps[phase], **settings.lr.model_dump())
@@ -138,8 +142,8 @@ class Trainer:
         values = {}
         for phase, lines in self.logged.items():
             *losses, norm, factor = torch.stack(lines).mean(0).tolist()
-            if not math.isfinite(sum(losses)):
-                raise UserError(f"{phase}: the loss is not finite at step {self.step}; lower optimizer.lr, or resume from a checkpoint")
+            if not math.isfinite(sum(losses) + norm):
+                raise UserError(f"{phase}: the loss is not finite at step {self.step}; lower optimizer.lr in a new run")
             values |= {f"{phase}/loss": sum(losses), f"{phase}/grad_norm": norm, f"{phase}/lr": factor * self.config.optimizer.lr}
             values |= {f"{phase}/loss_head_{i}": loss for i, loss in enumerate(losses)}
         self.logged = {}

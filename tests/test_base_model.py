@@ -104,4 +104,5 @@ def test_weights_packed_for_decoding_give_the_same_states(model_dir, backend):
         expected = plain.hidden_states(tokens, torch.zeros_like(tokens)).float()
         found = packed.hidden_states(tokens, torch.zeros_like(tokens)).float()
         assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+        assert (packed.logits(found.bfloat16()) - plain.logits(found.bfloat16())).abs().max() < 0.1 * expected.abs().max()
         assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.99

@@ -5,12 +5,66 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fms_spec.errors import UserError
-from fms_spec.speculators import MLPSpeculator, describe, load_speculator, save_speculator
+from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator, describe, load_speculator, save_speculator
 
 
 def mlp(base_model, **changes):
     torch.manual_seed(2)
     return MLPSpeculator(base_model.width, base_model.vocab_size, **dict(n_predict=3, inner_dim=16) | changes)
+
+
+def hidden_state(base_model, n_predict=3):
+    torch.manual_seed(2)
+    draft_ids = torch.arange(0, base_model.vocab_size, 2)
+    speculator = HiddenStateSpeculator(
+        base_model.width, base_model.vocab_size, draft_ids, torch.rand(base_model.width) + 0.5, n_predict, width=12, inner_dim=20
+    )
+    for trunk in speculator.trunks:
+        torch.nn.init.normal_(trunk.out.weight)
+        torch.nn.init.normal_(trunk.out.bias)
+    speculator.attach(base_model)
+    return speculator
+
+
+def test_hidden_state_heads_predict_the_states_of_the_formulas(base_model):
+    speculator = hidden_state(base_model)
+    hidden, tokens = torch.randn(4, base_model.width), torch.tensor([[5, 9, 2], [1, 1, 1], [90, 3, 4], [7, 8, 95]])
+    weights = {name: value.double() for name, value in speculator.state_dict().items()}
+    sigma, embedding = weights["state_scale"], base_model.embedding_weight.double()
+    embedding = embedding / embedding.square().mean().sqrt()
+    norm = lambda x: x / torch.sqrt((x * x).mean() + 1e-6)  # noqa: E731
+    for row, (h, line) in enumerate(zip(hidden.double(), tokens)):
+        z = y = torch.zeros(0, dtype=torch.float64)
+        for i, token in enumerate(line):
+            own = {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"trunks.{min(i, 1)}.")}
+            before = [z / sigma, y] if i else []
+            x = own["mix.weight"] @ torch.cat([h / sigma, *before, embedding[token]])
+            gate = own["gate.weight"] @ norm(x)
+            y = norm(x + own["down.weight"] @ (gate * gate.sigmoid() * (own["up.weight"] @ norm(x))))
+            z = sigma * (own["out.weight"] @ y + own["out.bias"])
+            features = list(speculator.heads(hidden, tokens, [4, 4, 4]))[i][0][row]
+            torch.testing.assert_close(features.double(), z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [hidden_state, lambda base_model: mlp(base_model)], ids=["hidden_state", "mlp"])
+def test_a_proposed_chain_is_what_the_trained_heads_find_likeliest(base_model, family):
+    speculator = family(base_model)
+    hidden, first = torch.randn(6, base_model.width), torch.arange(6)
+    chain = speculator.propose(hidden, first, 3)
+    seen = torch.cat([first[:, None], chain], dim=1)
+    for i, (features, weight) in enumerate(speculator.heads(hidden, seen, [6, 6, 6])):
+        best = (features @ weight.T).argmax(-1)
+        assert torch.equal(chain[:, i], best if speculator.draft_ids is None else speculator.draft_ids[best])
+
+
+@pytest.mark.parametrize("n_predict", [1, 3])
+def test_a_hidden_state_speculator_survives_saving_and_drafts_the_same(tmp_path, base_model, n_predict):
+    speculator = hidden_state(base_model, n_predict)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    loaded = load_speculator(tmp_path, base_model)
+    hidden, tokens = torch.randn(5, base_model.width), torch.arange(5)
+    assert torch.equal(loaded.propose(hidden, tokens, n_predict), speculator.propose(hidden, tokens, n_predict))
+    assert torch.equal(loaded.draft_ids, speculator.draft_ids)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fms_spec.base_model import BaseModel
@@ -162,6 +163,14 @@ def test_mistakes_in_what_a_run_is_given_are_found_before_it_writes_anything(tmp
             train(config_file(**changes), tmp_path / "run", resume=False)
         assert "\n" not in str(error.value)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_longer_finite_ends_the_run_in_one_line_and_is_never_saved(tmp_path, config_file):
+    with pytest.raises(UserError, match="loss is not finite at step"):
+        train(config_file(**{"optimizer.lr": 1e30, "optimizer.clip_norm": 1e30}), tmp_path / "run", resume=False)
+    for checkpoint in whole_checkpoints(tmp_path / "run/checkpoints"):
+        export(checkpoint, tmp_path / checkpoint.name)
+        assert all(value.isfinite().all() for value in load_file(tmp_path / checkpoint.name / "model.safetensors").values())
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, config_file):
