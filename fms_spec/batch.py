@@ -1,6 +1,6 @@
 """What a training step is fed with. Shapes: b batch, n sequence."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -20,7 +20,3 @@ class Batch:
     segment_ids: torch.Tensor
     first_states: torch.Tensor
     row_ids: torch.Tensor
-
-    def to(self, device):
-        """The same batch on `device`."""
-        return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})

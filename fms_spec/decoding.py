@@ -54,7 +54,7 @@ def decode(base_model, prompts, *, max_new_tokens, speculator=None, lookahead=No
         (list of Continuation, in the prompts' order, Timing)
 
     Raises:
-        UserError: an empty prompt, one too long for the context, a lookahead over the trained one, or sampling with a speculator.
+        UserError: an empty prompt, no new tokens asked for, a prompt too long for the context, a lookahead over the trained one, or sampling with a speculator.
     """
     drafts = check_request(base_model, prompts, max_new_tokens, speculator, lookahead, sampling)
     timing, clock = Timing(), time.perf_counter
@@ -91,6 +91,8 @@ def check_request(base_model, prompts, max_new_tokens, speculator, lookahead, sa
     """Number of drafts a step; raises UserError for what `decode` refuses."""
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise UserError("an empty prompt can't be continued; give at least one token")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
     drafts = 0
     if speculator is not None:
         drafts = speculator.n_predict if lookahead is None else lookahead

@@ -21,11 +21,11 @@ def evaluate(base_model, speculator, prompts, *, max_new_tokens, lookahead=None)
         dict: acceptance_length, acceptance_per_position, draft_steps, plain_tokens_per_s and speculative_tokens_per_s (of decoding,
         without prefill), speedup, lossless, prompts, differing_at_a_tie, differing, new_tokens.
     """
-    lookahead = lookahead or speculator.n_predict
+    lookahead = speculator.n_predict if lookahead is None else lookahead
     base_model.pack(1 + lookahead)
     accepted, verdicts = [], []
     seconds, tokens = {"plain": 0.0, "speculative": 0.0}, {"plain": 0, "speculative": 0}
-    decode(base_model, prompts[:1], max_new_tokens=4, speculator=speculator)  # first calls choose kernels and allocate
+    decode(base_model, prompts[:1], max_new_tokens=4, speculator=speculator, lookahead=lookahead)  # first calls choose kernels and allocate
     for prompt in tqdm(prompts, desc="decode", unit="prompt", dynamic_ncols=True):
         outputs = {}
         for kind, head in (("plain", None), ("speculative", speculator)):

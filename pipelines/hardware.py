@@ -8,8 +8,8 @@ import torch
 def faster_dtype(rows=512, inner=576, columns=8192, repeats=5):
     """ "bfloat16" or "float32", whichever multiplies matrices faster here; bfloat16 on a GPU.
 
-    CPUs differ: with AMX bf16 runs at twice the rate of fp32, without it at half (both were measured). The shape is that of a
-    training step's read-out.
+    CPUs differ: bf16 can run at twice the rate of fp32, and on the cores of the README's figures it runs at half. The shape is that of
+    a training step's read-out.
     """
     if torch.cuda.is_available():
         return "bfloat16"

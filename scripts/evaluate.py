@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from data.prompts import load_prompts
 from fms_spec.base_model import BaseModel
@@ -35,8 +36,8 @@ class Arguments:
     limit: int | None = None
     max_new_tokens: int = 128
     lookahead: int | None = None
-    dtype: str = "bfloat16"
-    backend: str = "auto"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    backend: Literal["auto", "fms", "transformers"] = "auto"
 
 
 def run(parsed):

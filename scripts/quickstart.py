@@ -123,6 +123,8 @@ def report(out, config, seconds):
     """Write report.json and print it as a table."""
     progress = json.loads(sorted((out / "run/checkpoints").glob("step-*"))[-1].joinpath("progress.json").read_text())
     steps = config.schedule.build().phase_steps()
+    # A run that was stopped and resumed took longer than its last start; the checkpoints carry the seconds of all of them.
+    seconds = seconds | {"training": max(seconds["training"], sum(progress["seconds"].values()))}
     values = json.loads((out / "evaluation.json").read_text()) | {
         "phase1_steps": steps["phase1"],
         "phase2_steps": steps["phase2"],

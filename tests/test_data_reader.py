@@ -37,7 +37,7 @@ def test_an_epoch_gives_every_row_once_in_an_order_that_changes(prepared):
 
 
 def test_batches_have_the_promised_shapes_and_segments_follow_the_documents(prepared):
-    batch = next(RowReader(prepared, batch_size=7, seed=0)).to("cpu")
+    batch = next(RowReader(prepared, batch_size=7, seed=0))
     assert batch.tokens.shape == batch.segment_ids.shape == (7, 16)
     assert (batch.tokens.dtype, batch.segment_ids.dtype) == (torch.int64, torch.int32)
     assert batch.first_states.tolist() == [0] * 7 and batch.row_ids.dtype == torch.int64

@@ -132,6 +132,8 @@ def test_what_cannot_be_decoded_is_refused_before_any_work(base_model):
     refused = [
         (dict(prompts=[torch.zeros(0, dtype=torch.int64)], max_new_tokens=5), "empty prompt"),
         (dict(prompts=[prompt], max_new_tokens=250), "over the context"),
+        (dict(prompts=[prompt], max_new_tokens=0), "max_new_tokens 0"),
+        (dict(prompts=[prompt], max_new_tokens=5, speculator=speculator, lookahead=0), "lookahead 0"),
         (dict(prompts=[prompt], max_new_tokens=5, speculator=speculator, lookahead=3), "lookahead 3"),
         (dict(prompts=[prompt], max_new_tokens=5, speculator=speculator, sampling=Sampling(temperature=1.0)), "sampling"),
     ]

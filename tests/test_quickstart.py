@@ -43,6 +43,8 @@ def test_a_quickstart_stopped_in_training_goes_on_and_ends_with_a_lossless_repor
     assert report["lossless"] is True and report["differing"] == 0
     assert report["acceptance_length"] > 1.1, "even a twentieth of the budget learns something"
     assert report["phase1_steps"] > 2 * report["phase2_steps"] > 0
-    assert {"base model", "data", "training", "export", "evaluation"} <= set(report["seconds_by_part"])
+    parts = {name: seconds for name, seconds in report["seconds_by_part"].items() if not name.startswith("training: ")}
+    within = sum(seconds for name, seconds in report["seconds_by_part"].items() if name.startswith("training: "))
+    assert set(parts) == {"base model", "data", "training", "export", "evaluation"} and parts["training"] >= within * 0.999
+    assert sum(parts.values()) == pytest.approx(report["seconds_in_all"])
     assert (out / "speculator/model.safetensors").is_file() and list((out / "run/continuations").glob("*.parquet"))
-    assert sum(json.loads((out / "parts.json").read_text()).values()) == pytest.approx(report["seconds_in_all"])

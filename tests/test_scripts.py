@@ -55,6 +55,8 @@ def test_the_readmes_commands_do_what_it_says(place):
         ("scripts.prepare_data --source=corpus --tokenizer=base_model --out_dir=new --seed=1e3", "--seed"),
         ("scripts.export --checkpoint=corpus --out_dir=new", "corpus is no checkpoint"),
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared", "corpus: no config.json"),
+        ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared --dtype=fp8", "--dtype"),
+        ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared --backend=onnx", "--backend"),
         ("scripts.quickstart --out_dir=base_model", "base_model holds other files"),
         ("scripts.quickstart --out_dir=new --scale=7.0", "--scale=7.0"),
     ],
@@ -84,6 +86,8 @@ def test_prompts_from_a_jsonl_file_are_read_and_their_mistakes_named(place):
     finished = run(place, *words, "--prompts=prompts.jsonl")
     assert finished.returncode == 0, finished.stderr
     (place / "broken.jsonl").write_text('{"prompt": "w1"}\n{"promt": "w2"}\n')
+    finished = run(place, *words, "--prompts=prompts.jsonl", "--lookahead=0")
+    assert finished.returncode == 1 and "lookahead 0" in finished.stderr and "Traceback" not in finished.stderr
     finished = run(place, *words, "--prompts=broken.jsonl")
     assert finished.returncode == 1 and "broken.jsonl, line 2" in finished.stderr
 
