@@ -1,7 +1,10 @@
-"""Prompts to evaluate with: held-out ones of a prepared folder, or the lines of a JSONL file."""
+"""Prompts to evaluate with: held-out ones of a prepared folder, or the lines of a JSONL file. Shapes: n tokens of a prompt."""
 
 import json
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -10,44 +13,128 @@ from data.reader import check_tokenizer, read_manifest, read_prompts
 from fms_spec.errors import UserError
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens that the base model is to continue as they stand.
+
+    Attributes:
+        category: a text or None. encoded: int64 [n]. turns: how many times the user speaks.
+    """
+
+    category: str | None
+    encoded: torch.Tensor
+    turns = 1
+
+    def tokens(self, replies):
+        """What the base model is to continue next: int64 [n].
+
+        Args:
+            replies: lists of token ids, what it answered to the turns before; fewer than `turns`.
+        """
+        assert len(replies) < self.turns
+        return self.encoded
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A Prompt of one or more user turns, put together by the base model's chat template.
+
+    Attributes:
+        category: a text or None. texts: what the user says, turn by turn. tokenizer: a `transformers` one with a chat template.
+    """
+
+    category: str | None
+    texts: list[str]
+    tokenizer: Any
+
+    @property
+    def turns(self):
+        return len(self.texts)
+
+    def tokens(self, replies):
+        """As Prompt.tokens: the conversation up to the first turn that `replies` holds no answer to, int64 [n]."""
+        assert len(replies) < self.turns
+        messages = [{"role": "user", "content": self.texts[0]}]
+        for reply, text in zip(replies, self.texts[1:]):
+            messages.append({"role": "assistant", "content": self.tokenizer.decode(reply, skip_special_tokens=True)})
+            messages.append({"role": "user", "content": text})
+        # the template writes BOS and the like itself; return_dict=False: transformers 5 would give a BatchEncoding
+        return torch.tensor(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False), dtype=torch.int64)
+
+
 def load_prompts(path, tokenizer_dir, limit=None):
-    """List of 1-D int64 tensors.
+    """List of Prompt and Chat, in the file's order.
 
     Args:
-        path: a folder from prepare_data whose documents were partly held out, or a .jsonl file with a "prompt" text on each line.
-        tokenizer_dir: the base model's. limit: use only the first so many.
+        path: a folder from prepare_data whose documents were partly held out, or a .jsonl file. Each of its lines has a "prompt"
+            text, continued as it stands, or "turns", a list of user texts for the chat template; and a "category" text, if wanted.
+        tokenizer_dir: the base model's. limit: use only the first so many of each category; those without one count as one.
 
     Raises:
-        UserError: nothing there that can be read, another tokenizer's tokens, a malformed line, or no prompts.
+        UserError: nothing there that can be read, another tokenizer's tokens, a malformed line, turns but no chat template, or no
+            prompts.
     """
     path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: must be at least 1")
     if path.is_dir():
         check_tokenizer(read_manifest(path), tokenizer_dir)
-        prompts = list(read_prompts(path, "held_out").tokens)
+        prompts = [Prompt(None, tokens) for tokens in read_prompts(path, "held_out").tokens]
     else:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-        prompts = [torch.tensor(tokenizer(text).input_ids, dtype=torch.int64) for text in read_texts(path)]
+        prompts = read_lines(path, tokenizer_dir)
     if not prompts:
-        raise UserError(f"prompts {path}: none in it")
-    return prompts[:limit]
+        raise UserError(f'prompts {path}: none in it; give at least one line like {{"prompt": "Once upon a time"}}')
+    kept, counts = [], Counter()
+    for prompt in prompts:
+        counts[prompt.category] += 1
+        if limit is None or counts[prompt.category] <= limit:
+            kept.append(prompt)
+    return kept
 
 
-def read_texts(path):
-    """The "prompt" of each line of a JSONL file; blank lines are passed over."""
+def read_lines(path, tokenizer_dir):
+    """The Prompt or Chat of each line of a JSONL file; blank lines are passed over."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): it also cuts at U+2028 and the like, which JSON allows within a text
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts {path}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
-    texts = []
+        problem = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"prompts {path}: can't be read ({problem}); give a prepared folder or a .jsonl file") from error
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    prompts = []
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                text = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'prompts {path}, line {number}: expected a JSON object with a "prompt" text') from error
-            if not isinstance(text, str) or not text:
-                raise UserError(f'prompts {path}, line {number}: its "prompt" is no text')
-            texts.append(text)
-    return texts
+        if not line.strip():
+            continue
+        place = f"prompts {path}, line {number}"
+        prompt, turns, category = read_fields(line, place)
+        if turns is None:
+            prompts.append(Prompt(category, torch.tensor(tokenizer(prompt).input_ids, dtype=torch.int64)))
+        elif tokenizer.chat_template:
+            prompts.append(Chat(category, turns, tokenizer))
+        else:
+            mend = 'give "prompt" texts, or take a base model with a chat template'
+            raise UserError(f'{place}: it has "turns", but the tokenizer in {tokenizer_dir} has no chat template; {mend}')
+    return prompts
+
+
+def read_fields(line, place):
+    """(prompt, turns, category) of a line; None where it has none, and one of the first two is always None."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error}); write one JSON object on each line") from error
+    fields = [entry.get(name) for name in ("prompt", "turns", "category")] if isinstance(entry, dict) else [None] * 3
+    prompt, turns, category = fields
+    if (prompt is None) == (turns is None):
+        raise UserError(f'{place}: expected a JSON object with either "prompt", a text, or "turns", a list of user texts')
+    if turns is None and not is_text(prompt):
+        raise UserError(f'{place}: its "prompt" must be a text that is not empty')
+    if prompt is None and not (isinstance(turns, list) and turns and all(map(is_text, turns))):
+        raise UserError(f'{place}: its "turns" must be a list of one or more texts, none of them empty')
+    if category is not None and not is_text(category):
+        raise UserError(f'{place}: its "category" must be a text that is not empty; or leave it out')
+    return fields
+
+
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())

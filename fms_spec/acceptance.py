@@ -1,12 +1,17 @@
-"""Acceptance, defined once, as vLLM counts it.
+"""Acceptance, defined once, as vLLM counts it; and what decoding would accept, computed without decoding.
 
-A step drafts k tokens, accepts a of them and emits a + 1. Acceptance length = 1 + sum(a) / steps, pooled over all steps of all prompts.
-Acceptance at position i (from 1) = the share of steps that accepted at least i tokens.
+A step drafts candidates, accepts a of them and emits a + 1. Acceptance length = 1 + sum(a) / steps, pooled over all steps of all prompts.
+Acceptance at position i (from 1) = the share of steps that accepted at least i candidates.
+
+Shapes: s tokens of a text, d base width, m positions.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from fms_spec.proposers import Step
+from fms_spec.verification import match
 
 
 @dataclass(frozen=True)
@@ -19,10 +24,47 @@ class Acceptance:
 
 
 def pooled_acceptance(accepted, drafts):
-    """`Acceptance` from the number of accepted tokens of every step (any iterable of ints), `drafts` of them drafted a step."""
+    """`Acceptance` from the number of accepted tokens of every step (any iterable of ints), at most `drafts` a step."""
     accepted = torch.tensor(list(accepted), dtype=torch.int64)
     steps = len(accepted)
     if steps == 0:
         return Acceptance(1.0, [0.0] * drafts, 0)
     shares = [(accepted >= position).double().mean().item() for position in range(1, drafts + 1)]
     return Acceptance(1 + accepted.double().mean().item(), shares, steps)
+
+
+@torch.inference_mode()
+def accepted_in_text(proposer, states, tokens, prompt_length, new_tokens):
+    """What greedy decoding of this text would have accepted at each of its steps, from the text alone.
+
+    Every position of the text is given to the proposer at once, as if a step began there; the steps that decoding would have taken are
+    then read off, each beginning where the one before ended. Equal to `Continuation.accepted` up to rounding of the states.
+
+    Args:
+        proposer: see `proposers`. states: [s, d], the base model's, of the whole text. tokens: int64 [s], a prompt and what the base model
+        said greedily after it: new_tokens that decoding would have emitted, and the `proposer.lookahead` tokens it would have said next.
+        Where those are missing, candidates past the end of the text count as wrong.
+
+    Returns:
+        list of ints, one for each step that had candidates.
+    """
+    count = new_tokens - 1  # the first new token comes from reading the prompt
+    if count < 1:
+        return []
+    line = tokens.tolist()
+    roots = torch.arange(prompt_length, prompt_length + count, device=tokens.device)
+    texts = [line[: root + 1] for root in range(prompt_length, prompt_length + count)]
+    candidates = proposer.propose(Step(states[roots - 1], tokens[roots], texts))
+    if candidates is None:
+        return []
+    # What the base model says after a node on the text's own path, as deep as it is; other nodes' parents are wrong already.
+    places = roots[:, None] + 1 + candidates.tree.depths
+    chosen = tokens[places.clamp(max=len(tokens) - 1)].masked_fill(places >= len(tokens), -2)
+    accepted = (match(candidates, chosen).accepted.sum(-1) - 1).tolist()
+    drafted = (candidates.tokens >= 0).any(-1).tolist()
+    steps, place = [], 0
+    while place < count:
+        if drafted[place]:
+            steps.append(accepted[place])
+        place += 1 + accepted[place]
+    return steps

@@ -1,12 +1,13 @@
-"""Attention over packed rows and over one preallocated cache, for both base-model backends.
+"""Attention over packed rows and over a preallocated cache (`kv_cache`), for both base-model backends.
 
 Shapes: b batch, n query tokens, l cached tokens, h query heads, g key-value heads, d head width.
 
 Two ways to attend, chosen per call:
 - packed: a row holds several documents one after the other; no token sees another document. Each document is a causal attention of
   its own, so the cost is the sum of the documents' squares and no mask is ever built.
-- cached: new tokens are stored in place into a `KVCache` and attend to whatever a boolean mask allows. ibm-fms's own op without a mask
-  takes a top-left causal one, silently wrong as soon as more than one token meets a filled cache; ours is never causal by itself.
+- cached: new tokens are stored in place and attend to whatever a boolean mask allows, be they a chain or a candidate tree. ibm-fms's own
+  op without a mask takes a top-left causal one, silently wrong as soon as more than one token meets a filled cache; ours is never causal by
+  itself.
 
 Grouped-query heads are never expanded: the query heads that share a key-value head are laid side by side as further query rows.
 """
@@ -72,52 +73,15 @@ def fold_mask(mask, shared, dtype):
 
 
 def attend_masked(query, keys, values, mask, scale):
-    """Attention under a folded mask: query [b, h, n, d], keys and values [b, g, l, d] -> [b, h, n, d]."""
+    """Attention under a folded mask, or over everything with None: query [b, h, n, d], keys and values [b, g, l, d] -> [b, h, n, d]."""
     batch, heads, tokens, width = query.shape
     folded = query.reshape(batch, keys.shape[1], -1, width)
     attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     return attended.reshape(batch, heads, tokens, width)
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once: [layers, 2, b, capacity, g, d].
-
-    `lengths` int64 [b] counts the tokens each sequence holds. A forward stores its tokens at `slots` behind them; they count only
-    once `lengths` has been advanced, so dropping rejected tokens is not advancing. Nothing is ever concatenated or expanded.
-    """
-
-    def __init__(self, layers, batch, capacity, groups, width, dtype, device):
-        # Zeros, not empty: a shorter sequence's unused slots are read under a mask, and 0 x NaN would be NaN.
-        self.store = torch.zeros(layers, 2, batch, capacity, groups, width, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.rows = torch.arange(batch, device=device)[:, None]
-
-    @property
-    def capacity(self):
-        return self.store.shape[3]
-
-    def layer(self, index):
-        """(keys, values) of one layer, each [b, capacity, g, d], views."""
-        return self.store[index, 0], self.store[index, 1]
-
-    def keep_sequences(self, kept):
-        """Drop finished sequences: `kept` int64 [m], ascending. Moves the survivors to the front in place, layer by layer."""
-        for layer in self.store:
-            layer[:, : len(kept)] = layer[:, kept]
-        self.store = self.store[:, :, : len(kept)]
-        self.lengths = self.lengths[kept]
-        self.rows = self.rows[: len(kept)]
-
-
-def store_in_place(keys, values, key_cache, value_cache, rows, slots, end):
-    """Write keys and values [b, n, g, d] at `slots` int64 [b, n]; return what to attend to, views [b, g, end, d]."""
-    key_cache[rows, slots] = keys
-    value_cache[rows, slots] = values
-    return key_cache[:, :end].transpose(1, 2), value_cache[:, :end].transpose(1, 2)
-
-
-def _fms_store(keys, values, key_cache, value_cache, *, rows, slots, end, **_):
-    seen_keys, seen_values = store_in_place(keys, values, key_cache, value_cache, rows, slots, end)
+def _fms_store(keys, values, key_cache, value_cache, *, place, **_):
+    seen_keys, seen_values = place.store(keys, values, key_cache, value_cache)
     return seen_keys, seen_values, key_cache, value_cache
 
 
@@ -140,20 +104,6 @@ def _transformers_packed(module, query, keys, values, attention_mask, *, spans, 
 
 def _transformers_cached(module, query, keys, values, attention_mask, *, mask, scaling=None, **_):
     return attend_masked(query, keys, values, mask, scaling).transpose(1, 2).contiguous(), None
-
-
-class TransformersCacheView:
-    """What a `transformers` attention layer sees of a `KVCache` for one forward: an `update` that stores in place."""
-
-    def __init__(self, cache, slots, end):
-        self.cache, self.slots, self.end = cache, slots, end
-
-    def update(self, keys, values, layer_index, *_, **__):
-        """keys, values [b, g, n, d] -> everything stored so far, views [b, g, end, d]."""
-        key_cache, value_cache = self.cache.layer(layer_index)
-        return store_in_place(
-            keys.transpose(1, 2), values.transpose(1, 2), key_cache, value_cache, self.cache.rows, self.slots, self.end
-        )
 
 
 register_attention_op(PACKED, _fms_store_nothing, _fms_compute_packed)

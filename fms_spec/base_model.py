@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fms_spec.attention import CACHED, PACKED, KVCache, TransformersCacheView, document_spans, fold_mask, span_positions
+from fms_spec.attention import CACHED, PACKED, document_spans, fold_mask, span_positions
 from fms_spec.errors import UserError
+from fms_spec.kv_cache import KVCache, TransformersCacheView, visible
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
+from fms_spec.rotary import look_up_once
 
 # What ibm-fms loads from a Hugging Face checkpoint and what was compared with `transformers` here (tests/test_base_model.py).
 FMS_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM", "Qwen3ForCausalLM")
@@ -115,6 +117,7 @@ class BaseModel:
 
         self.model = get_model("hf_pretrained", model_path=str(self.path), data_type=self.dtype, device_type=self.device.type)
         self.trunk = self.model.base_model
+        look_up_once(self.trunk, self.config.max_position_embeddings, self.device)
         self.embedding_weight, self.output_weight = self.trunk.embedding.weight, self.model.head.weight
 
     def _load_transformers(self):
@@ -148,55 +151,45 @@ class BaseModel:
         return self.trunk(tokens, position_ids=positions, use_cache=False, spans=spans).last_hidden_state
 
     def new_cache(self, batch, capacity):
-        """An empty `KVCache` for `batch` sequences of up to `capacity` tokens.
-
-        Raises:
-            UserError: a capacity over the base model's context.
-        """
-        if capacity > self.context_length:
-            raise UserError(f"{capacity} tokens (prompt and continuation) are over the context of {self.name}, {self.context_length}")
+        """An empty `KVCache` for `batch` sequences of up to `capacity` tokens, candidates among them."""
         config = self.config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return KVCache(config.num_hidden_layers, batch, capacity, groups, width, self.dtype, self.device)
 
     @torch.no_grad()
-    def extend(self, tokens, cache, mask=None, positions=None):
-        """Run new tokens on top of a cache; they are stored behind each sequence's `cache.lengths`, which stay as they are.
+    def extend(self, tokens, cache, tree=None):
+        """Run new tokens on top of a cache; they are stored behind what each sequence holds, and count only once accepted there.
 
         Args:
-            tokens: int64 [b, n], on the model's device. mask: bool [b, n, end], which slots each token sees, where end is the
-                largest length plus n; by default every token sees its sequence and the new tokens up to itself.
-            positions: int64 [b, n]; by default the slots' own numbers.
+            tokens: int64 [b, n], on the model's device. tree: `candidates.Tree` of n nodes, which then see what the cache holds and their
+                ancestors, at positions by their depth; by default the tokens are a text, each seeing those before it.
 
         Returns:
             [b, n, d] states after the final norm.
         """
-        count = tokens.shape[1]
-        slots = cache.lengths[:, None] + torch.arange(count, device=self.device)
-        end = int(cache.lengths.max()) + count
-        if mask is None:
-            mask = torch.arange(end, device=self.device) <= slots[:, :, None]
-        mask = fold_mask(mask, self.config.num_attention_heads // cache.store.shape[4], self.dtype)
-        positions = slots if positions is None else positions
+        place = cache.place(tokens.shape[1])
+        positions = place.slots if tree is None else cache.lengths[:, None] + tree.depths
+        mask = visible(cache, place, tree)
+        if mask is not None:
+            mask = fold_mask(mask, self.config.num_attention_heads // cache.store.shape[4], self.dtype)
         if self.backend == "fms":
             layers = [cache.layer(index) for index in range(len(cache.store))]
             return self.trunk(
-                tokens, position_ids=positions, past_key_value_states=layers, use_cache=True,
-                attn_name=CACHED, rows=cache.rows, slots=slots, end=end, mask=mask,
-            )[0]  # fmt: skip
+                tokens, position_ids=positions, past_key_value_states=layers, use_cache=True, attn_name=CACHED, place=place, mask=mask
+            )[0]
         self.trunk.config._attn_implementation = CACHED
-        view = TransformersCacheView(cache, slots, end)
+        view = TransformersCacheView(cache, place)
         return self.trunk(tokens, position_ids=positions, past_key_values=view, use_cache=True, mask=mask).last_hidden_state
 
-    def pack(self, tokens):
-        """Lay the weights out for forwards of about so many tokens, where that pays (bf16 on a CPU); for decoding, not for training.
+    def pack(self):
+        """Lay the weights out for forwards over a few tokens, where that pays (bf16 on a CPU); for decoding, not for training.
 
         The lm_head is laid out beside the shared one, which heads and a tied embedding go on reading.
         """
-        pack_linears(self.trunk, tokens)
+        pack_linears(self.trunk)
         if can_pack(self.output_weight):
-            self.packed_output = PackedLinear(self.output_weight, None, tokens)
+            self.packed_output = PackedLinear(self.output_weight)
 
     def logits(self, states):
         """Vocabulary logits [..., v] of states [..., d]."""

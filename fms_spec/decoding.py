@@ -1,165 +1,291 @@
-"""Decoding on one preallocated cache: plain, or checking a speculator's chain in one forward.
+"""Decoding on one preallocated cache: plain, or checking a proposer's candidates in one forward.
 
-Shapes: b live sequences, k drafted tokens, d base width, v vocabulary.
+Shapes: b live sequences, n candidates, d base width, v vocabulary.
 
-A step runs each sequence's last token and its k drafted tokens at once. The leading drafts that equal what the base model would have
-said are accepted; its own next token is the bonus. Rejected drafts stay behind in the cache but are never counted, so they are
-overwritten. Plain decoding is the same loop with k = 0, so both are compared on equal terms.
+A step runs each sequence's newest token and its candidates at once, each seeing the cached text and its own ancestors. The candidates that
+the base model would have said itself are accepted, and its own next token comes on top. Plain decoding is the same step with no candidates,
+so both are compared on equal terms.
 """
 
-import time
 from dataclasses import dataclass, field
 
 import torch
 
+from fms_spec.candidates import Candidates, Tree
 from fms_spec.errors import UserError
-from fms_spec.sampling import Sampling
+from fms_spec.proposers import Step
+from fms_spec.sampling import Chance, Sampling
+from fms_spec.text import TextStream
+from fms_spec.timing import Marks
+from fms_spec.verification import match, reject
 
 # Finished sequences leave the batch once they are this share of it: leaving moves the cache of all that stay, so not at every end.
 LEAVING_SHARE = 1 / 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How tokens are chosen and when a text ends.
+
+    max_new_tokens, min_new_tokens: EOS can't be chosen, and stop strings don't count, among the first min_new_tokens. ignore_eos: EOS is a
+    token like any other. stop: strings that end a text and are left out of it. tokenizer: a `transformers` one, for `stop` and for text.
+    seeds: an int for each prompt; 0, 1, 2 ... by default. What is sampled for a prompt depends on its own seed alone.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple = ()
+    tokenizer: object = None
+    sampling: Sampling = Sampling()
+    seeds: tuple | None = None
+
+
+@dataclass
+class Emitted:
+    """What one step added to one text.
+
+    index: of the prompt. tokens: list of ints, at least one, up to EOS or the limit. accepted: how many candidates the base model accepted
+    (the first so many tokens), None where the step had none. pieces: the text that each token sets free, all "" without a tokenizer.
+    finish_reason: None while the text goes on, "stop" (EOS or a stop string) or "length".
+    """
+
+    index: int
+    accepted: int | None = None
+    tokens: list = field(default_factory=list)
+    pieces: list = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def text(self):
+        """The step's text."""
+        return "".join(self.pieces)
+
+
 @dataclass
 class Continuation:
-    """What was decoded for one prompt.
+    """What was decoded for one prompt: tokens, text and finish_reason as in `Emitted`.
 
-    tokens: the new tokens, ending with EOS where finish_reason is "stop" ("length" otherwise).
-    accepted: for every step that drafted, how many drafts were accepted, as the base model judged them.
+    accepted: for every step that had candidates, how many the base model accepted, counted before the text was cut at its end.
     """
 
     tokens: list = field(default_factory=list)
-    finish_reason: str = "length"
+    text: str = ""
+    finish_reason: str | None = None
     accepted: list = field(default_factory=list)
 
 
 @dataclass
 class Timing:
-    """Seconds of prefill and of decoding steps, and the number of steps (base-model forwards after prefill)."""
+    """Seconds by part, and the number of steps (base-model forwards after prefill). verifying: those forwards, with their logits."""
 
     prefill: float = 0.0
-    decoding: float = 0.0
+    drafting: float = 0.0
+    verifying: float = 0.0
+    overhead: float = 0.0
     steps: int = 0
 
+    @property
+    def decoding(self):
+        """Seconds of all steps."""
+        return self.drafting + self.verifying + self.overhead
 
-@torch.inference_mode()
-def decode(base_model, prompts, *, max_new_tokens, speculator=None, lookahead=None, sampling=Sampling(), generator=None, progress=None):
-    """Decode a batch of prompts of unequal length together; sequences that finish leave the batch.
+
+def decode(base_model, prompts, options, proposer=None, progress=None):
+    """Decode a batch of prompts together, to their ends.
 
     Args:
-        prompts: list of 1-D int64 tensors. speculator: any `Speculator`, or None for plain decoding. lookahead: drafts a step, at most
-        and by default what the speculator was trained for. generator: seeds sampling. progress: called with the number of new tokens
-        after each step.
+        as for `stream`. progress: called with the number of new tokens after each step.
 
     Returns:
         (list of Continuation, in the prompts' order, Timing)
 
     Raises:
-        UserError: an empty prompt, no new tokens asked for, a prompt too long for the context, a lookahead over the trained one, or sampling with a speculator.
+        UserError: as `stream`.
     """
-    drafts = check_request(base_model, prompts, max_new_tokens, speculator, lookahead, sampling)
-    timing, clock = Timing(), time.perf_counter
-    start = clock()
-    results = [Continuation() for _ in prompts]
-    capacity = max(len(prompt) for prompt in prompts) + max_new_tokens + drafts
-    cache = base_model.new_cache(len(prompts), capacity)
-    hidden = prefill(base_model, cache, prompts)
-    last = sampling.choose(base_model.logits(hidden), generator)
-    live = list(range(len(prompts)))
-    done = take_tokens(results, live, [[token] for token in last.tolist()], base_model.eos_token_ids, max_new_tokens)
-    timing.prefill = clock() - start
-    while len(done) < len(live):
-        if len(done) >= max(1, LEAVING_SHARE * len(live)):
-            kept = [i for i in range(len(live)) if i not in done]
-            live, done = [live[i] for i in kept], set()
-            kept = torch.tensor(kept, device=last.device)
-            cache.keep_sequences(kept)
-            hidden, last = hidden[kept], last[kept]
-        hidden, last, emitted = step(base_model, cache, hidden, last, speculator, drafts, sampling, generator)
-        if drafts:
-            for i, tokens in enumerate(emitted):
-                if i not in done:
-                    results[live[i]].accepted.append(len(tokens) - 1)
-        done |= take_tokens(results, live, emitted, base_model.eos_token_ids, max_new_tokens, done)
-        timing.steps += 1
+    results, decoding = [Continuation() for _ in prompts], Decoding(base_model, prompts, options, proposer)
+    for step in decoding.run():
+        for emitted in step:
+            result = results[emitted.index]
+            result.tokens += emitted.tokens
+            result.text += emitted.text
+            result.finish_reason = emitted.finish_reason
+            if emitted.accepted is not None:
+                result.accepted.append(emitted.accepted)
         if progress:
-            progress(sum(len(tokens) for tokens in emitted))
-    timing.decoding = clock() - start - timing.prefill
-    return results, timing
+            progress(sum(len(emitted.tokens) for emitted in step))
+    return results, decoding.timing()
 
 
-def check_request(base_model, prompts, max_new_tokens, speculator, lookahead, sampling):
-    """Number of drafts a step; raises UserError for what `decode` refuses."""
-    if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise UserError("an empty prompt can't be continued; give at least one token")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-    drafts = 0
-    if speculator is not None:
-        drafts = speculator.n_predict if lookahead is None else lookahead
-        if not 1 <= drafts <= speculator.n_predict:
-            raise UserError(f"lookahead {drafts}: this speculator was trained for 1 to {speculator.n_predict}")
-        if sampling.temperature > 0:
-            raise UserError("sampling with a speculator is not supported; use temperature 0, or decode without the speculator")
-    longest = max(len(prompt) for prompt in prompts)
-    if longest + max_new_tokens + drafts > base_model.context_length:
-        raise UserError(
-            f"a prompt of {longest} tokens, {max_new_tokens} new ones and {drafts} drafts are over the context of {base_model.name}, "
-            f"{base_model.context_length}; shorten the prompt or lower the number of new tokens"
-        )
-    return drafts
-
-
-def prefill(base_model, cache, prompts):
-    """Store the prompts in an empty cache; returns the states [b, d] at their last tokens.
-
-    Shorter prompts are padded on the right: what follows a prompt's last token is masked from it, never counted, and overwritten.
-    """
-    device = base_model.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = torch.nn.utils.rnn.pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
-    hidden = base_model.extend(padded, cache)
-    cache.lengths = lengths
-    return hidden[cache.rows[:, 0], lengths - 1]
-
-
-def step(base_model, cache, hidden, last, speculator, drafts, sampling, generator):
-    """One forward of the base model; advances the cache by what is accepted.
+def stream(base_model, prompts, options, proposer=None):
+    """Decode a batch of prompts of unequal length together, giving out what every step adds; finished sequences leave the batch.
 
     Args:
-        hidden: [b, d] state that gave `last`. last: int64 [b], chosen but not yet in the cache.
+        prompts: list of 1-D int64 tensors. options: `Options`. proposer: see `proposers`; None for plain decoding.
 
     Returns:
-        (state [b, d] that gave the newest token, newest token int64 [b], emitted tokens as b lists)
+        iterator of lists of `Emitted`, one for each text that is still going on: the first after the prompts were read, then one a step.
+
+    Raises:
+        UserError: an empty prompt, impossible limits, or texts and candidates that are over the base model's context; before any work.
     """
-    rows = cache.rows[:, 0]
-    tokens = last[:, None]
-    if drafts:
-        tokens = torch.cat([tokens, speculator.propose(hidden, last, drafts)], dim=1)
-    states = base_model.extend(tokens, cache)
-    if not drafts:
-        newest = sampling.choose(base_model.logits(states[:, -1]), generator)
-        cache.lengths += 1
-        return states[:, -1], newest, [[token] for token in newest.tolist()]
-    verdict = base_model.logits(states).argmax(-1)  # [b, k + 1]
-    accepted = (verdict[:, :-1] == tokens[:, 1:]).cumprod(dim=1).sum(dim=1)  # [b]
-    cache.lengths += accepted + 1
-    counts = accepted.tolist()
-    emitted = [line[: count + 1] for line, count in zip(verdict.tolist(), counts)]
-    return states[rows, accepted], verdict[rows, accepted], emitted
+    return Decoding(base_model, prompts, options, proposer).run()
 
 
-def take_tokens(results, live, emitted, eos_token_ids, max_new_tokens, done=frozenset()):
-    """Append emitted tokens up to EOS or the limit; returns the indices into `live` that finished now."""
-    finished = set()
-    for i, tokens in enumerate(emitted):
-        if i in done:
-            continue
-        result = results[live[i]]
-        for token in tokens:
-            result.tokens.append(token)
-            if token in eos_token_ids:
-                result.finish_reason = "stop"
-            if token in eos_token_ids or len(result.tokens) == max_new_tokens:
-                finished.add(i)
+class Decoding:
+    """One batch on its way."""
+
+    def __init__(self, base_model, prompts, options, proposer):
+        lookahead, nodes = (proposer.lookahead, proposer.nodes) if proposer else (0, 0)
+        check_request(base_model, prompts, options, lookahead)
+        self.base_model, self.options, self.proposer = base_model, options, proposer
+        self.marks, self.steps = Marks(base_model.device), 0
+        self.prompts = [prompt.to(base_model.device) for prompt in prompts]
+        self.texts = [prompt.tolist() for prompt in prompts]
+        self.emitted = [0] * len(prompts)
+        self.streams = [TextStream(options.tokenizer, options.stop) if options.tokenizer else None for _ in prompts]
+        self.live = list(range(len(prompts)))  # prompt of each row of the batch
+        self.done = set()  # rows that have ended and not left yet
+        self.eos = [] if options.ignore_eos else sorted(base_model.eos_token_ids)
+        self.root = Tree.full([], base_model.device)
+        capacity = max(len(prompt) for prompt in prompts) + options.max_new_tokens + nodes
+        self.cache = base_model.new_cache(len(prompts), capacity)
+        self.chance = None
+        if options.sampling.temperature > 0:
+            seeds = range(len(prompts)) if options.seeds is None else options.seeds
+            self.chance = Chance(seeds, options.max_new_tokens + lookahead + 1, 2 * nodes, base_model.device)
+
+    @torch.inference_mode()
+    def run(self):
+        """See `stream`."""
+        yield self.prefill()
+        while len(self.done) < len(self.live):
+            if len(self.done) >= max(1, LEAVING_SHARE * len(self.live)):
+                self.leave()
+            emitted = self.step()
+            self.steps += 1
+            yield emitted
+
+    def timing(self):
+        """`Timing` so far."""
+        seconds = self.marks.seconds()
+        return Timing(**{part: seconds.get(part, 0.0) for part in ("prefill", "drafting", "verifying", "overhead")}, steps=self.steps)
+
+    def prefill(self):
+        """Read the prompts and choose each one's first token.
+
+        Shorter prompts are padded on the right: what follows a prompt's last token is masked from it, never counted, and overwritten.
+        """
+        padded = torch.nn.utils.rnn.pad_sequence(self.prompts, batch_first=True)
+        states = self.base_model.extend(padded, self.cache)
+        self.cache.hold([len(prompt) for prompt in self.prompts])
+        self.hidden = states[self.rows(), self.cache.lengths - 1]
+        candidates = Candidates(padded[:, :0], self.root)
+        self.newest = self.verify(candidates, self.base_model.logits(self.hidden)[:, None], None).newest
+        emitted = self.take([[token] for token in self.newest.tolist()], [None] * len(self.live))
+        self.marks.mark("prefill")
+        return emitted
+
+    def step(self):
+        """One forward of the base model over every sequence's newest token and its candidates."""
+        numbers = self.chance.for_step(self.counts()) if self.chance and self.proposer else None
+        candidates = self.propose(None if numbers is None else numbers[:, : self.proposer.nodes])
+        self.marks.mark("drafting")
+        tokens = torch.cat([self.newest[:, None], candidates.tokens.clamp(min=0)], dim=1)
+        states = self.base_model.extend(tokens, self.cache, candidates.tree)
+        logits = self.base_model.logits(states)
+        self.marks.mark("verifying")
+        verdict = self.verify(candidates, logits, None if numbers is None else numbers[:, self.proposer.nodes :])
+        self.hidden, self.newest = states[self.rows(), verdict.last], verdict.newest
+        # The one wait for the device in a step: everything the host needs of it, in one tensor.
+        drafted = (candidates.tokens >= 0).any(1)
+        lines = torch.cat([drafted[:, None], verdict.accepted, tokens, verdict.newest[:, None]], dim=1).tolist()
+        nodes = tokens.shape[1]
+        paths = [[node for node in range(nodes) if line[1 + node]] for line in lines]
+        tokens = [[line[1 + nodes + node] for node in path[1:]] + line[-1:] for line, path in zip(lines, paths)]
+        emitted = self.take(tokens, [len(path) - 1 if line[0] else None for line, path in zip(lines, paths)])
+        # Rows that have ended stay where they are, or they would outgrow the cache before they leave.
+        self.cache.accept([[] if row in self.done else path for row, path in enumerate(paths)])
+        self.marks.mark("overhead")
+        return emitted
+
+    def propose(self, numbers):
+        """The proposer's `Candidates`, or none at all for a plain step."""
+        candidates = None
+        if self.proposer:
+            texts = [self.texts[index] for index in self.live]
+            candidates = self.proposer.propose(Step(self.hidden, self.newest, texts, self.options.sampling, numbers))
+        return candidates or Candidates(self.newest.new_zeros(len(self.live), 0), self.root)
+
+    def verify(self, candidates, logits, tests):
+        """`Verdict` on the candidates: logits [b, n + 1, v], tests float64 [b, at least n]."""
+        depths = candidates.tree.depths
+        if self.eos and min(self.emitted[index] for index in self.live) < self.options.min_new_tokens:
+            early = self.counts() + depths < self.options.min_new_tokens
+            logits[:, :, self.eos] = logits[:, :, self.eos].masked_fill(early[:, :, None], -torch.inf)
+        numbers = self.chance.at(self.counts(), depths) if self.chance else None
+        if candidates.draft_probs is not None:
+            return reject(candidates, self.options.sampling.probabilities(logits), tests, numbers)
+        return match(candidates, self.options.sampling.choose(logits, numbers))
+
+    def take(self, lines, accepted):
+        """Add each row's tokens to its text, up to its end; returns the step's `Emitted`."""
+        step = []
+        for row, (index, line) in enumerate(zip(self.live, lines)):
+            if row not in self.done:
+                step.append(self.extend_text(index, line, accepted[row]))
+                if step[-1].finish_reason:
+                    self.done.add(row)
+        return step
+
+    def extend_text(self, index, line, accepted):
+        options, emitted, stream = self.options, Emitted(index, accepted), self.streams[index]
+        for token in line:
+            self.emitted[index] += 1
+            piece = stream.push(token, self.emitted[index] > options.min_new_tokens) if stream else ""
+            ended = token in self.eos or (stream is not None and stream.stopped)
+            if ended or self.emitted[index] == options.max_new_tokens:
+                emitted.finish_reason = "stop" if ended else "length"
+                piece += stream.finish() if stream else ""
+            emitted.tokens.append(token)
+            emitted.pieces.append(piece)
+            if emitted.finish_reason:
                 break
-    return finished
+        self.texts[index] += emitted.tokens
+        return emitted
+
+    def leave(self):
+        """Drop the rows that have ended."""
+        kept = [row for row in range(len(self.live)) if row not in self.done]
+        self.live, self.done = [self.live[row] for row in kept], set()
+        self.cache.keep_sequences(kept)
+        if self.chance:
+            self.chance.keep_sequences(kept)
+        self.hidden, self.newest = self.hidden[kept], self.newest[kept]
+
+    def rows(self):
+        return torch.arange(len(self.live), device=self.base_model.device)
+
+    def counts(self):
+        """New tokens of each row so far: int64 [b, 1]."""
+        return torch.tensor([[self.emitted[index]] for index in self.live], device=self.base_model.device)
+
+
+def check_request(base_model, prompts, options, lookahead):
+    """Raise UserError for what `stream` refuses."""
+    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+        raise UserError("an empty prompt can't be continued; give at least one token")
+    if options.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {options.max_new_tokens}: must be at least 1")
+    if not 0 <= options.min_new_tokens <= options.max_new_tokens:
+        raise UserError(f"min_new_tokens {options.min_new_tokens}: must be from 0 to max_new_tokens, {options.max_new_tokens}")
+    if options.stop and (options.tokenizer is None or not all(options.stop)):
+        raise UserError("stop strings need a tokenizer, and none of them may be empty")
+    if options.seeds is not None and len(options.seeds) != len(prompts):
+        raise UserError(f"{len(options.seeds)} seeds for {len(prompts)} prompts; give one each")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + options.max_new_tokens + lookahead > base_model.context_length:
+        raise UserError(
+            f"a prompt of {longest} tokens, {options.max_new_tokens} new ones and candidates {lookahead} deep are over the context of "
+            f"{base_model.name}, {base_model.context_length}; shorten the prompt, or lower the number of new tokens or the lookahead"
+        )

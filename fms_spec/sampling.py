@@ -1,6 +1,9 @@
 """How a token is chosen from the base model's logits.
 
-Shapes: b batch, v vocabulary.
+Shapes: v vocabulary; leading dimensions are any.
+
+Chance comes in as numbers that were drawn beforehand: a text's i-th new token is chosen with its i-th number, whichever way decoding gets
+there. So one seed gives one text in any batch, with or without a speculator whose candidates are picked.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,19 +37,70 @@ class Sampling:
         """Plain values, for metadata."""
         return asdict(self)
 
-    def choose(self, logits, generator=None):
-        """One token for each row: logits [b, v] -> int64 [b]. The generator lives on the logits' device."""
+    def choose(self, logits, uniforms):
+        """One token for each row: logits [..., v], uniforms float64 [...] in [0, 1), unused where greedy -> int64 [...]."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
-        ids = None
+        probabilities, ids = self._kept(logits)
+        drawn = draw(probabilities, uniforms)
+        return drawn if ids is None else ids.gather(-1, drawn[..., None]).squeeze(-1)
+
+    def probabilities(self, logits):
+        """The distribution that `choose` draws from: fp32, the logits' shape, each row summing to 1."""
+        if self.temperature == 0:
+            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        kept, ids = self._kept(logits)
+        dense = kept if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, ids, kept)
+        return dense / dense.sum(-1, keepdim=True)
+
+    def _kept(self, logits):
+        """(probabilities fp32 [..., s] up to a factor, their tokens int64 [..., s]; None where s = v in the vocabulary's order)."""
+        logits, ids = logits.float() / self.temperature, None
         if self.top_k and self.top_k < logits.shape[-1]:
             logits, ids = logits.topk(self.top_k, dim=-1)
         probabilities = logits.softmax(-1)
         if self.top_p < 1:
-            probabilities, order = probabilities.sort(dim=-1, descending=True)
+            probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
             ids = order if ids is None else ids.gather(-1, order)
             # A token stays while the mass before it is under top_p, so the most likely one always stays.
             probabilities = probabilities * (probabilities.cumsum(-1) - probabilities < self.top_p)
-        drawn = torch.multinomial(probabilities, 1, generator=generator)
-        return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
+        return probabilities, ids
+
+
+def draw(weights, uniforms):
+    """Index drawn from each row by inverting its cumulated weights: weights [..., s] >= 0, uniforms float64 [...] -> int64 [...].
+
+    In float64, so that no weight of 0 is ever drawn and none is lost to rounding. A row without any weight gives its last index.
+    """
+    cumulated = weights.double().cumsum(-1)
+    total = cumulated[..., -1]
+    # A uniform just under 1 may round up to the total, behind which there is nothing.
+    wanted = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, wanted[..., None], right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
+
+
+class Chance:
+    """The numbers a batch's choices hang on, each sequence from its own seed: float64 in [0, 1), drawn on the host at the start.
+
+    Args:
+        seeds: list of b ints. steps: most new tokens and candidates of one sequence. tests: numbers a step for drawing and testing drafts.
+    """
+
+    def __init__(self, seeds, steps, tests, device):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        rows = [torch.rand(steps, dtype=torch.float64, generator=generator) for generator in generators]
+        self.choices = torch.stack(rows).to(device)
+        rows = [torch.rand(steps if tests else 0, tests, dtype=torch.float64, generator=generator) for generator in generators]
+        self.tests = torch.stack(rows).to(device)
+
+    def at(self, emitted, depths):
+        """Numbers that choose the token after nodes at `depths` int64 [t, n], sequences having emitted int64 [b, 1] tokens: [b, n]."""
+        return self.choices.gather(1, emitted + depths)
+
+    def for_step(self, emitted):
+        """The numbers [b, tests] of a step that starts with so many emitted tokens, int64 [b, 1]."""
+        return self.tests[torch.arange(len(emitted), device=emitted.device), emitted[:, 0]]
+
+    def keep_sequences(self, kept):
+        """Drop finished sequences: `kept` list of ints."""
+        self.choices, self.tests = self.choices[kept], self.tests[kept]

@@ -117,7 +117,10 @@ class GenerationSection(Section):
 
 class ValidationSection(Section):
     every: int = Field(500, ge=1)  # steps
-    rows: int = Field(8, ge=0)  # held-out rows that head_agreement is measured on; 0 turns it off
+    prompts: int = Field(
+        32, ge=0
+    )  # the last so many held-out prompts, whose greedy continuations acceptance is measured on; 0 turns it off
+    max_new_tokens: int = Field(64, ge=2)
 
 
 class CheckpointSection(Section):

@@ -1,58 +1,68 @@
-"""What a speculator earns on held-out prompts, measured by decoding them with and without it."""
+"""What a speculator earns, measured by decoding prompts with it, plainly, and with prompt lookup, in turn on the same machine."""
 
 import math
+from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from fms_spec.acceptance import pooled_acceptance
-from fms_spec.decoding import decode
+from fms_spec.decoding import Options, Timing, decode
+from fms_spec.proposers import PromptLookup
+
+RESAMPLES, INTERVAL = 1000, 0.95  # of the bootstrap over prompts
 
 
-def evaluate(base_model, speculator, prompts, *, max_new_tokens, lookahead=None):
-    """Greedy decoding of each prompt alone, plain and with the speculator in turn, so that both meet the same machine.
+@dataclass(frozen=True)
+class Sample:
+    """One text: which prompt and category, which way it was decoded, what came of it.
+
+    verdict: "equal", "tie" or "differs" against the plain text; see `compare`. tokens: of prompt and continuation, int64 [s].
+    """
+
+    prompt: int
+    category: str
+    kind: str
+    accepted: list
+    new_tokens: int
+    timing: Timing
+    verdict: str
+    tokens: torch.Tensor
+    prompt_length: int
+
+
+def usual_ways(proposer):
+    """What `report` compares: plain decoding, the proposer, and prompt lookup with as many candidates."""
+    return {"plain": None, "speculator": proposer, "prompt_lookup": PromptLookup(proposer.nodes)}
+
+
+def evaluate(base_model, prompts, ways, max_new_tokens):
+    """Decode every prompt greedily and alone, in all ways in turn.
 
     Args:
-        prompts: list of 1-D int64 tensors. lookahead: drafts a step; by default what the speculator was trained for.
+        prompts: objects with category (str or None), turns (int) and tokens(replies) -> int64 [n], the tokens to be continued when the
+        turns before were answered with `replies`. ways: {kind: proposer}, "plain" with None first; see `usual_ways`.
 
     Returns:
-        dict: acceptance_length, acceptance_per_position, draft_steps, plain_tokens_per_s and speculative_tokens_per_s (of decoding,
-        without prefill), speedup, lossless, prompts, differing_at_a_tie, differing, new_tokens.
+        list of `Sample`.
     """
-    lookahead = speculator.n_predict if lookahead is None else lookahead
-    base_model.pack(1 + lookahead)
-    accepted, verdicts = [], []
-    seconds, tokens = {"plain": 0.0, "speculative": 0.0}, {"plain": 0, "speculative": 0}
-    decode(base_model, prompts[:1], max_new_tokens=4, speculator=speculator, lookahead=lookahead)  # first calls choose kernels and allocate
-    for prompt in tqdm(prompts, desc="decode", unit="prompt", dynamic_ncols=True):
-        outputs = {}
-        for kind, head in (("plain", None), ("speculative", speculator)):
-            (result,), timing = decode(
-                base_model, [prompt], max_new_tokens=max_new_tokens, speculator=head, lookahead=lookahead if head else None
-            )
-            outputs[kind] = result
-            seconds[kind] += timing.decoding
-            tokens[kind] += len(result.tokens) - 1  # the first token comes from the prefill
-        accepted += outputs["speculative"].accepted
-        verdicts.append(compare(base_model, prompt, outputs["plain"].tokens, outputs["speculative"].tokens))
-    acceptance = pooled_acceptance(accepted, lookahead)
-    rates = {kind: tokens[kind] / seconds[kind] if seconds[kind] else math.nan for kind in seconds}
-    return {
-        "acceptance_length": acceptance.length,
-        "acceptance_per_position": acceptance.per_position,
-        "draft_steps": acceptance.steps,
-        "lookahead": lookahead,
-        "plain_tokens_per_s": rates["plain"],
-        "speculative_tokens_per_s": rates["speculative"],
-        "speedup": rates["speculative"] / rates["plain"],
-        "lossless": "differs" not in verdicts,
-        "prompts": len(prompts),
-        "differing_at_a_tie": verdicts.count("tie"),
-        "differing": verdicts.count("differs"),
-        "new_tokens": tokens["speculative"] + len(prompts),
-    }
+    options = Options(max_new_tokens=max_new_tokens)
+    for way in ways.values():  # first calls choose kernels and allocate
+        decode(base_model, [prompts[0].tokens([])], Options(max_new_tokens=4, ignore_eos=True), way)
+    samples = []
+    for number, prompt in enumerate(tqdm(prompts, desc="decode", unit="prompt", dynamic_ncols=True)):
+        replies = []
+        for _ in range(prompt.turns):
+            tokens = prompt.tokens(replies)
+            for kind, way in ways.items():
+                (result,), timing = decode(base_model, [tokens], options, way)
+                if kind == "plain":
+                    replies.append(result.tokens)
+                whole = torch.cat([tokens, torch.tensor(result.tokens)])
+                verdict = compare(base_model, tokens, replies[-1], result.tokens)
+                category = prompt.category or "all"
+                samples.append(Sample(number, category, kind, result.accepted, len(result.tokens), timing, verdict, whole, len(tokens)))
+    return samples
 
 
 def compare(base_model, prompt, plain, speculative):
@@ -73,15 +83,75 @@ def compare(base_model, prompt, plain, speculative):
     return "tie" if (logits[plain[place]] - logits[speculative[place]]).abs() <= spacing else "differs"
 
 
-def print_report(report, title):
-    """The report as a table on stdout."""
-    table = Table(title=title, show_header=False)
-    for name, value in report.items():
-        if isinstance(value, float):
-            value = f"{value:.3f}"
-        elif isinstance(value, list):
-            value = " / ".join(f"{item:.3f}" for item in value)
-        elif isinstance(value, dict):
-            value = ", ".join(f"{key} {item:.1f}" if isinstance(item, float) else f"{key} {item}" for key, item in value.items())
-        table.add_row(name, str(value))
-    Console().print(table)
+def report(samples, proposer):
+    """The figures of `evaluate`'s samples, as JSON values.
+
+    Returns:
+        dict: the speculator's figures (see `figures`) over all prompts; plain_tokens_per_s; lossless, differing_at_a_tie, differing;
+        prompt_lookup: the same figures for it; categories: {name: the speculator's figures and prompt lookup's speed}.
+    """
+    speculated = [sample for sample in samples if sample.kind == "speculator"]
+    verdicts = [sample.verdict for sample in speculated]
+    values = figures(samples, "speculator", proposer.lookahead)
+    categories = {}
+    for category in dict.fromkeys(sample.category for sample in samples):
+        own = [sample for sample in samples if sample.category == category]
+        lookup = figures(own, "prompt_lookup", 1)
+        categories[category] = figures(own, "speculator", proposer.lookahead) | {"prompt_lookup_speedup": lookup["speedup"]}
+    return values | {
+        "lookahead": proposer.lookahead,
+        "nodes": proposer.nodes,
+        "lossless": "differs" not in verdicts,
+        "texts": len(verdicts),
+        "differing_at_a_tie": verdicts.count("tie"),
+        "differing": verdicts.count("differs"),
+        "prompts": len({sample.prompt for sample in samples}),
+        "prompt_lookup": figures(samples, "prompt_lookup", proposer.nodes),
+        "categories": categories,
+    }
+
+
+def figures(samples, kind, lookahead):
+    """Acceptance, speed and shares of one way of decoding, against plain decoding of the same prompts; `..._interval` is the 95% one.
+
+    Speed is of decoding, without reading the prompt and without its first token.
+    """
+    own = [sample for sample in samples if sample.kind == kind]
+    plain = [sample for sample in samples if sample.kind == "plain"]
+    acceptance = pooled_acceptance((count for sample in own for count in sample.accepted), lookahead)
+    numbers = sorted({sample.prompt for sample in own})
+    sums = torch.zeros(6, len(numbers), dtype=torch.float64)  # accepted, steps, tokens and seconds, plain tokens and seconds
+    for place, number in enumerate(numbers):
+        for first, group in ((2, own), (4, plain)):
+            mine = [sample for sample in group if sample.prompt == number]
+            sums[first, place] = sum(sample.new_tokens - 1 for sample in mine)
+            sums[first + 1, place] = sum(sample.timing.decoding for sample in mine)
+        counts = [count for sample in own if sample.prompt == number for count in sample.accepted]
+        sums[0, place], sums[1, place] = sum(counts), len(counts)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(numbers), (RESAMPLES, len(numbers)), generator=generator)
+    resampled = sums[:, drawn].sum(-1)
+    length = lambda total: 1 + total[0] / total[1].clamp(min=1)  # noqa: E731
+    speedup = lambda total: (total[2] / total[3]) / (total[4] / total[5])  # noqa: E731
+    total, seconds = sums.sum(-1), sum(sample.timing.decoding for sample in own)
+    return {
+        "acceptance_length": acceptance.length,
+        "acceptance_length_interval": interval(length(resampled)),
+        "acceptance_per_position": acceptance.per_position,
+        "draft_steps": acceptance.steps,
+        "new_tokens": sum(sample.new_tokens for sample in own),
+        "plain_tokens_per_s": (total[4] / total[5]).item(),
+        "tokens_per_s": (total[2] / total[3]).item(),
+        "speedup": speedup(total).item(),
+        "speedup_interval": interval(speedup(resampled)),
+        "shares": {
+            part: sum(getattr(s.timing, part) for s in own) / seconds if seconds else 0.0 for part in ("drafting", "verifying", "overhead")
+        },
+    }
+
+
+def interval(values):
+    """The middle 95% of resampled values, as [low, high]; values that are no number, from prompts without a step, are left out."""
+    edge = (1 - INTERVAL) / 2
+    found = values[values.isfinite()]
+    return found.quantile(torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist() if len(found) else [math.nan, math.nan]

@@ -3,7 +3,7 @@
 import torch
 from tqdm import tqdm
 
-from fms_spec.decoding import decode
+from fms_spec.decoding import Options, decode
 from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling
 
@@ -38,11 +38,9 @@ class EmbeddedEngine:
 
     def __call__(self, prompts, block):
         """prompts int64 [p, length] -> (list of p continuations, 1-D int64; list of p finish reasons)."""
-        generator = torch.Generator(self.base_model.device).manual_seed(self.seed * 1_000_003 + block)
+        seeds = tuple((self.seed * 1_000_003 + block) * 1_000_003 + place for place in range(len(prompts)))
+        options = Options(max_new_tokens=self.settings.max_new_tokens, sampling=self.sampling, seeds=seeds)
         total = len(prompts) * self.settings.max_new_tokens
         with tqdm(total=total, desc=f"continuations {block}", unit="token", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
-            results, _ = decode(
-                self.base_model, list(prompts), max_new_tokens=self.settings.max_new_tokens, sampling=self.sampling,
-                generator=generator, progress=bar.update,
-            )  # fmt: skip
+            results, _ = decode(self.base_model, list(prompts), options, progress=bar.update)
         return [torch.tensor(result.tokens) for result in results], [result.finish_reason for result in results]

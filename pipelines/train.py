@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cached_property
 
 import torch
 from tqdm import tqdm
@@ -9,11 +10,11 @@ from tqdm import tqdm
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.errors import UserError, first_difference
 from fms_spec.losses import LossWeights, head_losses
+from fms_spec.proposers import DraftShape
 from fms_spec.speculators import describe
 from pipelines.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
 from pipelines.metrics import Metrics, Stopwatch
 from pipelines.schedule import learning_rate_factor
-from pipelines.validation import head_agreement
 
 
 class Trainer:
@@ -21,13 +22,13 @@ class Trainer:
 
     Args:
         config: `RunConfig`. speculator: fp32 weights, on the base model's device. batches: {phase: iterator of `Batch` with
-        state_dict and load_state_dict}. states: {phase: `HiddenStates`}. validation: a held-out `Batch` or None.
-        out_dir: of the run, already claimed with `claim_out_dir`.
+        state_dict and load_state_dict}. states: {phase: `HiddenStates`}. validation: a function that makes the `Validation`, called when
+        it is first needed, or None. out_dir: of the run, already claimed with `claim_out_dir`.
     """
 
     def __init__(self, config, base_model, speculator, batches, states, out_dir, validation=None):
         self.config, self.base_model, self.speculator = config, base_model, speculator
-        self.batches, self.states, self.out_dir, self.validation = batches, states, out_dir, validation
+        self.batches, self.states, self.out_dir, self.make_validation = batches, states, out_dir, validation
         self.schedule = config.schedule.build()
         self.phase_steps = self.schedule.phase_steps()
         settings = config.optimizer
@@ -79,10 +80,9 @@ class Trainer:
                     values = self.read_log()
                     metrics.write(self.step, values)
                     bar.set_postfix({name: f"{value:.3f}" for name, value in values.items() if name.endswith("/loss")})
-                if self.validation is not None and (self.step % config.validation.every == 0 or last):
+                if self.make_validation and (self.step % config.validation.every == 0 or last):
                     with self.watch.measure("validation"):
-                        agreement = head_agreement(self.speculator, self.base_model, self.validation)
-                    metrics.write(self.step, {f"validation/head_agreement_{i}": value for i, value in enumerate(agreement)})
+                        metrics.write(self.step, self.validate())
                 if saving:
                     saved = self.save()
         metrics.close()
@@ -136,6 +136,16 @@ class Trainer:
         spent = getattr(self.batches[phase], "generate_seconds", 0.0) - before
         self.watch.seconds["data"] -= spent
         self.watch.seconds["generation"] = self.watch.seconds.get("generation", 0.0) + spent
+
+    @cached_property
+    def validation(self):
+        return self.make_validation()
+
+    def validate(self):
+        """Acceptance of a chain as deep as there are heads, as decoding would count it."""
+        found = self.validation.acceptance(DraftShape().proposer(self.speculator))
+        shares = {f"validation/acceptance_at_{place}": share for place, share in enumerate(found.per_position, start=1)}
+        return {"validation/acceptance_length": found.length} | shares
 
     def read_log(self):
         """Means since the last log line, as plain numbers: the only place where the host waits for the device."""

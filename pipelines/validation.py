@@ -1,30 +1,38 @@
-"""Head agreement on held-out rows: how often each head's best token is the base model's own.
+"""Acceptance on held-out prompts while training: what greedy decoding would accept, without decoding each time.
 
-A figure for training only: every head is given the true tokens before its target. What decoding earns is acceptance.
+Shapes: p prompts, s tokens of a text, d base width.
 """
 
 import torch
-from torch.nn import functional as F
 
-from fms_spec.alignment import choose_positions, make_windows, usable_positions
-from fms_spec.losses import CHUNK
+from fms_spec.acceptance import accepted_in_text, pooled_acceptance
+from fms_spec.decoding import Options, decode
 
 
-@torch.no_grad()
-def head_agreement(speculator, base_model, batch):
-    """Share of positions at which head i's best token is the base model's best token: list of h floats, NaN where it had none."""
-    hidden = base_model.hidden_states(batch.tokens, batch.segment_ids)
-    positions = choose_positions(usable_positions(batch.segment_ids, batch.first_states, speculator.n_predict))
-    windows = make_windows(hidden, batch.tokens, positions, speculator.n_predict)
-    agreements = []
-    with torch.autocast(hidden.device.type, dtype=hidden.dtype, enabled=hidden.dtype != torch.float32):
-        for head, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens, windows.counts)):
-            targets = windows.target_states(head)
-            agree = torch.zeros((), device=hidden.device)
-            for start in range(0, len(features), CHUNK):
-                rows = slice(start, start + CHUNK)
-                best = F.linear(features[rows], weight).argmax(-1)
-                best = best if speculator.draft_ids is None else speculator.draft_ids[best]
-                agree += (best == base_model.logits(targets[rows]).argmax(-1)).sum()
-            agreements.append((agree / len(features)).item() if len(features) else float("nan"))
-    return agreements
+class Validation:
+    """The base model's greedy continuations of some prompts and its states along them, made once: the base model is frozen.
+
+    Args:
+        prompts: int64 [p, length]. max_new_tokens: each continuation is judged over so many tokens. lookahead: deepest candidates.
+    """
+
+    def __init__(self, base_model, prompts, max_new_tokens, lookahead):
+        self.prompt_length = prompts.shape[1]
+        # Decoding judges its last step past the end of the text, so the text goes on by as many tokens as are drafted.
+        results, _ = decode(base_model, list(prompts), Options(max_new_tokens=max_new_tokens + lookahead, ignore_eos=True))
+        self.tokens = torch.cat([prompts, torch.tensor([result.tokens for result in results])], dim=1).to(base_model.device)
+        self.states = base_model.hidden_states(self.tokens, torch.zeros(self.tokens.shape, dtype=torch.int64))
+        self.new_tokens = [length_to_eos(result.tokens[:max_new_tokens], base_model.eos_token_ids) for result in results]
+
+    def acceptance(self, proposer):
+        """`Acceptance` of a proposer, equal to that of decoding greedily up to rounding of the states."""
+        accepted = []
+        for states, tokens, count in zip(self.states, self.tokens, self.new_tokens):
+            with torch.autocast(states.device.type, dtype=states.dtype, enabled=states.dtype != torch.float32):
+                accepted += accepted_in_text(proposer, states, tokens, self.prompt_length, count)
+        return pooled_acceptance(accepted, proposer.lookahead)
+
+
+def length_to_eos(tokens, eos_token_ids):
+    """Number of tokens up to and with the first EOS, or all of them."""
+    return next((place for place, token in enumerate(tokens, start=1) if token in eos_token_ids), len(tokens))

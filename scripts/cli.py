@@ -6,10 +6,12 @@ import inspect
 import sys
 
 import fire
+from fire.decorators import SetParseFns
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fms_spec.errors import UserError
+from fms_spec.proposers import DraftShape
 
 # Strict: Fire ignores annotations, so `--seed=1e3` would arrive as a float where an int was declared.
 arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -24,6 +26,7 @@ def main(argument_class, run, overrides=False):
     `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise; Ctrl-C with 130.
     """
     keep_freed_memory()
+    keep_texts(argument_class)
     words = sys.argv[1:]
     settings = [word for word in words if overrides and not word.startswith("-") and "=" in word]
     flags = [word for word in words if word not in settings]
@@ -42,6 +45,24 @@ def main(argument_class, run, overrides=False):
         fail("interrupted", code=130)
 
 
+def main_of(commands):
+    """`main` of the command that the first word names: {name: (argument class, run)}."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in commands:
+        del sys.argv[1]
+        return main(*commands[name])
+    if name in ("--help", "-h"):
+        return fire.Fire({name: argument_class for name, (argument_class, _) in commands.items()}, command=["--help"])
+    fail(f"{name or 'no command'}: give one of {', '.join(commands)} first; --help tells more")
+
+
+def keep_texts(argument_class):
+    """Tell Fire to leave text flags as they are typed: it would read --prompt=[1] as a list and --prompt=1e3 as a number."""
+    parameters = inspect.signature(argument_class).parameters.values()
+    texts = {parameter.name: str for parameter in parameters if parameter.annotation in (str, str | None)}
+    SetParseFns(**texts)(argument_class)
+
+
 def keep_freed_memory():
     """Tell glibc to keep freed blocks instead of giving them back to the system and fetching them, page by page, for the next tensor.
 
@@ -54,6 +75,12 @@ def keep_freed_memory():
         return
     for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
         mallopt(parameter, value)
+
+
+def draft_shape(parsed):
+    """`DraftShape` of the flags lookahead, top_k_per_head and nodes."""
+    widths = parsed.top_k_per_head
+    return DraftShape(parsed.lookahead, (widths,) if isinstance(widths, int) else widths, parsed.nodes)
 
 
 def check_flags(argument_class, words):

@@ -8,21 +8,24 @@ from pathlib import Path
 from data.prepare import prepare
 from data.prompts import load_prompts
 from data.python_sources import copy_python_sources
-from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
-from fms_spec.speculators import load_speculator
+from fms_spec.loading import load_for_decoding
+from fms_spec.proposers import DraftShape
 from pipelines.config import load_config
 from pipelines.environment import environment
-from pipelines.evaluate import evaluate, print_report
+from pipelines.evaluate import evaluate, report, usual_ways
 from pipelines.export import export
 from pipelines.hardware import faster_dtype
 from pipelines.small_model import unpack_small_model
+from pipelines.suggestion import chain_acceptance, greedy_texts
+from pipelines.tables import print_values
 from scripts.cli import arguments, main
 from scripts.train import train
 
 CONFIG = Path(__file__).parents[1] / "pipelines/configs/quickstart.yaml"
 ROW_TOKENS = 512  # rows of one document each, mostly: short enough that attention costs little, longer than any evaluated context
 HELD_OUT = 40  # documents that no training step sees
+SHAPE = DraftShape(lookahead=2, nodes=4)  # chosen on prompts that are in no split
 PROMPTS, NEW_TOKENS = 24, 64  # evaluated: one prompt a held-out document
 
 
@@ -68,7 +71,7 @@ def run(parsed):
     parts.run("training", lambda: train(config, out / "run", resume=True))
     parts.run("export", lambda: (out / "speculator").exists() or export(out / "run", out / "speculator"))
     parts.run("evaluation", lambda: measure(out, parsed.scale))
-    report(out, config, parts.seconds)
+    write_report(out, config, parts.seconds)
 
 
 def claim(out, scale):
@@ -112,14 +115,15 @@ def prepare_data(out):
 
 def measure(out, scale):
     """Decode held-out prompts; the result waits in evaluation.json for the report."""
-    base_model = BaseModel(str(out / "base_model"))
-    speculator = load_speculator(out / "speculator", base_model)
+    base_model, speculator, proposer = load_for_decoding(str(out / "base_model"), out / "speculator", SHAPE)
     prompts = load_prompts(out / "data", base_model.path, max(2, round(PROMPTS * scale)))
-    result = evaluate(base_model, speculator, prompts, max_new_tokens=NEW_TOKENS)
-    (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    samples = evaluate(base_model, prompts, usual_ways(proposer), NEW_TOKENS)
+    values = report(samples, proposer) | chain_acceptance(speculator, greedy_texts(base_model, samples))
+    del values["categories"]  # there is but one
+    (out / "evaluation.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def report(out, config, seconds):
+def write_report(out, config, seconds):
     """Write report.json and print it as a table."""
     progress = json.loads(sorted((out / "run/checkpoints").glob("step-*"))[-1].joinpath("progress.json").read_text())
     steps = config.schedule.build().phase_steps()
@@ -133,7 +137,7 @@ def report(out, config, seconds):
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,  # Linux counts in KiB
     }
     (out / "report.json").write_text(json.dumps(values | {"environment": environment()}, indent=2) + "\n")
-    print_report(values, str(out / "report.json"))
+    print_values(values, str(out / "report.json"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pipelines.environment import environment
 from pipelines.generation import EmbeddedEngine
 from pipelines.states import HiddenStates
 from pipelines.train import Trainer, check_out_dir, claim_out_dir
+from pipelines.validation import Validation
 from scripts.cli import arguments, main
 
 SAMPLE_ROWS = 8  # corpus rows on which the spread of hidden states is measured
@@ -55,8 +56,9 @@ def train(config, out_dir, resume):
     sample = next(RowReader(config.data.dir, batch_size=SAMPLE_ROWS, seed=config.seed))
     speculator = build_speculator(config, base_model, read_token_counts(config.data.dir), sample)
     validation = None
-    if config.validation.rows:
-        validation = next(RowReader(config.data.dir, "held_out", batch_size=config.validation.rows, seed=config.seed))
+    if config.validation.prompts:
+        held_out = read_prompts(config.data.dir, "held_out").tokens[-config.validation.prompts :]
+        validation = partial(Validation, base_model, held_out, config.validation.max_new_tokens, config.speculator.n_predict)
     claim_out_dir(out_dir, config, environment())
     asked = config.phase1.loss.only_accepted or config.phase2.loss.only_accepted
     best_tokens = partial(speculator.best_base_tokens, base_model) if asked else None

@@ -1,6 +1,7 @@
 """Tiny real models, tokenizers and prepared data, made on the spot: no network, no GPU."""
 
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -11,6 +12,9 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 
 from data.prepare import prepare
 from fms_spec.base_model import BaseModel
+from fms_spec.candidates import Candidates, Tree
+from fms_spec.proposers import BestNodesProposer, PromptLookup, TopKProposer
+from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
 
 WORDS = 96
 
@@ -69,3 +73,122 @@ def data_dir(tmp_path_factory, corpus_dir, model_dir):
     directory = tmp_path_factory.mktemp("prepared") / "data"
     prepare(source=str(corpus_dir), tokenizer=str(model_dir), out_dir=str(directory), seq_length=64, prompt_length=8, held_out=3)
     return directory
+
+
+# Small base models of twenty shapes, for tests over hundreds of random ones: vocabularies from 8 on, so that random heads are right at times.
+SHAPES = [
+    dict(
+        vocab_size=8 + i, num_hidden_layers=1 + i % 3, num_attention_heads=heads, num_key_value_heads=groups,
+        hidden_size=heads * (4, 8)[i % 2], intermediate_size=2 * heads * (4, 8)[i % 2], tie_word_embeddings=i % 5 == 4,
+    )
+    for i, (heads, groups) in enumerate([(2, 1), (4, 2), (4, 4), (6, 3), (4, 1)] * 4)
+]  # fmt: skip
+
+
+class TinyModels:
+    """One loaded model for each of SHAPES and each backend; `get` gives it fresh random weights."""
+
+    def __init__(self, directory):
+        self.directory, self.loaded = directory, {}
+
+    def get(self, shape, backend="fms", seed=0):
+        key = (shape, backend)
+        if key not in self.loaded:
+            directory = self.directory / str(shape)
+            if not directory.exists():
+                write_model(directory, **SHAPES[shape])
+            self.loaded[key] = BaseModel(str(directory), dtype="float32", backend=backend, device="cpu")
+        model = self.loaded[key]
+        torch.manual_seed(seed)
+        for weight in model.model.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=0.3)
+        model.eos_token_ids = {0}
+        return model
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+FAMILIES = ("mlp_tied", "mlp_untied", "hidden_state")
+
+
+def tiny_speculator(base_model, family, seed=0, n_predict=4):
+    """Untrained heads, none of whose logits are zero."""
+    torch.manual_seed(seed)
+    if family != "hidden_state":
+        return MLPSpeculator(base_model.width, base_model.vocab_size, n_predict, inner_dim=12, tie_weights=family == "mlp_tied")
+    draft_ids = torch.randperm(base_model.vocab_size)[: max(6, base_model.vocab_size // 2)].sort().values
+    scale = torch.rand(base_model.width) + 0.5
+    speculator = HiddenStateSpeculator(base_model.width, base_model.vocab_size, draft_ids, scale, n_predict, width=12, inner_dim=20)
+    for trunk in speculator.trunks:
+        torch.nn.init.normal_(trunk.out.weight, std=0.5)
+        torch.nn.init.normal_(trunk.out.bias)
+    speculator.attach(base_model)
+    return speculator
+
+
+KINDS = ("chain", "tree", "best", "lookup")
+
+
+def tiny_proposer(base_model, kind, family="mlp_tied", seed=0, widths=(2, 2), extra=4):
+    """Candidates as deep as `widths` is long: a chain, a tree with those children, the best `extra` more nodes than levels, or lookup."""
+    if kind == "lookup":
+        return PromptLookup(len(widths))
+    speculator = tiny_speculator(base_model, family, seed)
+    if kind == "best":
+        return BestNodesProposer(speculator, len(widths) + extra, len(widths))
+    return TopKProposer(speculator, [1] * len(widths) if kind == "chain" else widths)
+
+
+def prompts_of(*lengths, words=WORDS, seed=0):
+    """Random prompts of these lengths, no two alike where the lengths allow it."""
+    generator = torch.Generator().manual_seed(seed + sum(lengths))
+    return [torch.randint(1, words, (length,), generator=generator) for length in lengths]
+
+
+class Planted:
+    """A proposer whose acceptance is known beforehand: branches side by side, of which one at most is right, and for a known length.
+
+    Args:
+        texts: lists of ints, prompt and what the base model says, longer than it will be asked for. right: function of (prompt's index,
+            number of its step) giving how many tokens are right. A wrong branch is wrong at its first token and right ever after.
+    """
+
+    def __init__(self, texts, vocab_size, lookahead, right, branches=1, seed=0):
+        self.texts, self.vocab_size, self.right, self.branches = texts, vocab_size, right, branches
+        self.lookahead, self.nodes = lookahead, lookahead * branches
+        self.tree = Tree.full([branches] + [1] * (lookahead - 1))
+        self.steps, self.random = [0] * len(texts), random.Random(seed)
+
+    def propose(self, step):
+        return Candidates(torch.tensor([self.branches_of(text) for text in step.texts]), self.tree)
+
+    def branches_of(self, text):
+        """Tokens of one text's nodes, level after level."""
+        index = next(index for index, whole in enumerate(self.texts) if whole[: len(text)] == text)
+        truth = self.texts[index][len(text) : len(text) + self.lookahead]
+        chains = [[(truth[0] + 1 + branch) % self.vocab_size, *truth[1:]] for branch in range(self.branches)]
+        right = self.right(index, self.steps[index])
+        self.steps[index] += 1
+        if right:
+            chain = truth[:right] + [(token + 1) % self.vocab_size for token in truth[right : right + 1]] + truth[right + 1 :]
+            chains[self.random.randrange(self.branches)] = chain
+        return [chain[level] for level in range(self.lookahead) for chain in chains]
+
+
+def chi_square(counts, expected):
+    """How many standard deviations Pearson's statistic is over its mean; infinite where something impossible happened.
+
+    Cells that are expected less than five times count together as one.
+    """
+    counts, expected = counts.double().flatten(), expected.double().flatten()
+    if counts[expected == 0].any():
+        return float("inf")
+    rare = expected < 5
+    counts, expected = (torch.cat([cells[~rare], cells[rare].sum()[None]]) for cells in (counts, expected))
+    kept = expected >= 5
+    degrees = int(kept.sum()) - 1
+    return ((((counts - expected) ** 2 / expected)[kept].sum() - degrees) / max(1, 2 * degrees) ** 0.5).item()

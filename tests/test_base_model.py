@@ -1,12 +1,15 @@
 import pytest
 import torch
 from conftest import write_model
+from fms.modules.positions import RotaryEmbedding
 from transformers import AutoModelForCausalLM
 
 from fms_spec.base_model import BaseModel, fingerprint
 from fms_spec.errors import UserError
+from fms_spec.rotary import RotaryOnce, look_up_once
 
 BACKENDS = ["fms", "transformers"]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def random_rows(*shape):
@@ -47,8 +50,21 @@ def test_extending_a_cache_by_pieces_gives_the_states_of_the_whole_row(model_dir
     cache, pieces = model.new_cache(3, 30), []
     for start, end in [(0, 11), (11, 12), (12, 19), (19, 30)]:
         pieces.append(model.extend(tokens[:, start:end], cache))
-        cache.lengths += end - start
+        cache.hold([end] * 3)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [{}, LLAMA3], ids=["plain", "llama3"])
+def test_positions_turn_queries_and_keys_as_ibm_fms_does(scaling):
+    theirs = RotaryEmbedding(8, 10_000.0, 64, 1.0, scaling)
+    layer = torch.nn.Module()
+    layer.position_encoder = theirs
+    look_up_once(layer, 64, torch.device("cpu"))
+    assert isinstance(layer.position_encoder, RotaryOnce)
+    for positions in (torch.tensor([[0, 1, 5], [63, 2, 2]]), torch.tensor([[9, 9, 10], [1, 0, 62]])):
+        query, keys = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8)
+        for ours, expected in zip(layer.position_encoder.adjusted_qk(query, keys, positions), theirs.adjusted_qk(query, keys, positions)):
+            torch.testing.assert_close(ours, expected)
 
 
 def test_the_fingerprint_names_the_weights_and_not_how_they_were_loaded(model_dir, other_model_dir, tmp_path):
@@ -98,7 +114,7 @@ def test_a_document_over_the_context_is_refused(base_model):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_packed_for_decoding_give_the_same_states(model_dir, backend):
     plain, packed = (BaseModel(str(model_dir), dtype="bfloat16", backend=backend, device="cpu") for _ in range(2))
-    packed.pack(4)
+    packed.pack()
     for count in (1, 4, 40):
         tokens = random_rows(2, count)
         expected = plain.hidden_states(tokens, torch.zeros_like(tokens)).float()

@@ -1,152 +1,235 @@
+"""Speculative decoding says what plain decoding says, and ends where it is told to end."""
+
+from collections import Counter
+from dataclasses import replace
+from unittest.mock import patch
+
 import pytest
-import torch
-from hypothesis import given, settings
+from conftest import FAMILIES, KINDS, SHAPES, Planted, prompts_of, tiny_proposer, tiny_speculator
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from fms_spec.acceptance import pooled_acceptance
 from fms_spec.base_model import BaseModel
-from fms_spec.decoding import decode
+from fms_spec.decoding import Options, decode, stream
 from fms_spec.errors import UserError
+from fms_spec.proposers import PromptLookup, TopKProposer
 from fms_spec.sampling import Sampling
-from fms_spec.speculators import MLPSpeculator
+
+SEEDS = st.integers(0, 1_000_000)
 
 
-class Planted:
-    """Proposes the known continuation, wrong from a chosen place on: a proposer whose acceptance is known beforehand."""
-
-    def __init__(self, base_model, prompts, plain, right, n_predict=3):
-        self.n_predict, self.right, self.vocab_size = n_predict, right, base_model.vocab_size
-        self.texts = [torch.cat([prompt, torch.tensor(tokens)]).tolist() for prompt, tokens in zip(prompts, plain)]
-
-    def propose(self, hidden, tokens, count):
-        drafts = torch.zeros(len(tokens), count, dtype=torch.int64)
-        for row, text in enumerate(self.texts):
-            place = self.places[row]
-            for i in range(count):
-                truth = text[place + 1 + i] if place + 1 + i < len(text) else 0
-                drafts[row, i] = truth if i < self.right else (truth + 1) % self.vocab_size
-            self.places[row] = place + min(self.right, count) + 1
-        return drafts
+@st.composite
+def limits(draw):
+    most = draw(st.integers(1, 24))
+    least = draw(st.integers(0, most))
+    return Options(max_new_tokens=most, min_new_tokens=draw(st.sampled_from([0, least])), ignore_eos=draw(st.booleans()))
 
 
-def prompts_of(*lengths):
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(1, 96, (length,), generator=generator) for length in lengths]
+def decode_plainly(model, prompts, options):
+    """Plain decoding. An example in which a choice hangs on rounding is thrown away: it could say nothing."""
+    original, seen = model.logits, []
+    with patch.object(model, "logits", lambda states: seen.append(original(states)) or seen[-1]):
+        plain, _ = decode(model, prompts, options)
+    best = [logits.topk(2).values for logits in seen]
+    assume(min((two[..., 0] - two[..., 1]).min().item() for two in best) > 1e-4)
+    return plain
 
 
-def without_stops(model):
-    """The same model, never ending by itself, so that lengths are known."""
-    model = BaseModel(model.name, dtype="float32", device="cpu")
-    model.eos_token_ids = set()
-    return model
+def said(results):
+    """What must not depend on how it was decoded."""
+    return [(result.tokens, result.text, result.finish_reason) for result in results]
 
 
-@pytest.fixture(scope="module")
-def endless(base_model):
-    return without_stops(base_model)
+@pytest.fixture(scope="session")
+def tokenizer(model_dir):
+    return AutoTokenizer.from_pretrained(model_dir)
 
 
-@pytest.mark.parametrize("right, steps", [(0, 24), (1, 12), (2, 8), (3, 6)])
-def test_a_proposer_right_for_a_known_length_takes_exactly_that_many_steps(endless, right, steps):
-    prompts = prompts_of(9)
-    plain, plain_timing = decode(endless, prompts, max_new_tokens=25)
-    planted = Planted(endless, prompts, [plain[0].tokens], right)
-    planted.places = [9]
-    fast, timing = decode(endless, prompts, max_new_tokens=25, speculator=planted)
-    assert fast[0].tokens == plain[0].tokens
-    assert (plain_timing.steps, timing.steps) == (24, steps)
-    assert pooled_acceptance(fast[0].accepted, 3).length == 1 + right
+def test_speculative_greedy_decoding_equals_plain_decoding_token_for_token(tiny_models, tokenizer):
+    wins, losses, far, ends = Counter(), Counter(), Counter(), Counter()
+
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @given(
+        shape=st.integers(0, len(SHAPES) - 1), backend=st.sampled_from(["fms", "transformers"]), seed=SEEDS, options=limits(),
+        kind=st.sampled_from(KINDS), family=st.sampled_from(FAMILIES), widths=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+        extra=st.integers(0, 12), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5), stop=st.none() | st.integers(0, 30),
+    )  # fmt: skip
+    def check(shape, backend, seed, options, kind, family, widths, extra, lengths, stop):
+        model = tiny_models.get(shape, backend, seed)
+        model.eos_token_ids = {seed % model.vocab_size, 0}
+        if stop is not None:
+            options = replace(options, tokenizer=tokenizer, stop=(f"w{stop % model.vocab_size} w1", f"w{stop}"))
+        prompts = prompts_of(*lengths, words=model.vocab_size, seed=seed)
+        plain = decode_plainly(model, prompts, options)
+        fast, _ = decode(model, prompts, options, tiny_proposer(model, kind, family, seed, widths, extra))
+        assert said(fast) == said(plain)
+        accepted = [count for result in fast for count in result.accepted]
+        for name in (kind,) if kind == "lookup" else (kind, family):
+            wins[name] += sum(count > 0 for count in accepted)
+            losses[name] += sum(count == 0 for count in accepted)
+        far[kind] += sum(count > 1 for count in accepted)
+        ends.update(result.finish_reason for result in fast)
+
+    check()
+    # The examples prove something only if candidates of every kind and family were accepted at times and rejected at times.
+    assert all(min(wins[name], losses[name]) > 20 for name in (*KINDS, *FAMILIES))
+    assert all(far[kind] for kind in KINDS) and min(ends["stop"], ends["length"]) > 100
 
 
-def test_a_batch_of_unequal_prompts_decodes_as_each_prompt_alone(base_model):
-    prompts = prompts_of(3, 17, 8, 30, 5)
-    together, _ = decode(base_model, prompts, max_new_tokens=40)
-    for prompt, result in zip(prompts, together):
-        (alone,), _ = decode(base_model, [prompt], max_new_tokens=40)
-        assert alone == result
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_a_batch_of_unequal_prompts_decodes_as_each_prompt_alone(base_model, kind):
+    prompts, options = prompts_of(3, 17, 8, 30, 5), Options(max_new_tokens=40)
+    proposer = kind and tiny_proposer(base_model, kind, widths=(3, 2))
+    together, _ = decode(base_model, prompts, options, proposer)
+    assert together == [decode(base_model, [prompt], options, proposer)[0][0] for prompt in prompts]
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5), lookahead=st.integers(1, 4), tied=st.booleans())
-def test_speculative_decoding_gives_the_tokens_of_plain_decoding(base_model, seed, lengths, lookahead, tied):
-    torch.manual_seed(seed)
-    speculator = MLPSpeculator(base_model.width, base_model.vocab_size, n_predict=4, inner_dim=16, tie_weights=tied)
-    prompts = prompts_of(*lengths)
-    plain, _ = decode(base_model, prompts, max_new_tokens=20)
-    fast, _ = decode(base_model, prompts, max_new_tokens=20, speculator=speculator, lookahead=lookahead)
-    assert [(r.tokens, r.finish_reason) for r in fast] == [(r.tokens, r.finish_reason) for r in plain]
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_both_backends_decode_the_same_tokens(base_model, kind):
+    other = BaseModel(base_model.name, dtype="float32", backend="transformers", device="cpu")
+    prompts, options = prompts_of(5, 12), Options(max_new_tokens=20)
+    proposer = kind and tiny_proposer(base_model, kind, "hidden_state", widths=(3, 2, 1))
+    assert decode(other, prompts, options, proposer)[0] == decode(base_model, prompts, options, proposer)[0]
 
 
-def test_decoding_ends_with_the_first_eos_and_says_why(tmp_path, base_model, endless):
+@pytest.fixture
+def known(base_model):
+    """Two prompts and their endless greedy texts."""
     prompts = prompts_of(6, 11)
-    plain, _ = decode(endless, prompts, max_new_tokens=12)
-    stopping = without_stops(base_model)
-    stopping.eos_token_ids = {plain[0].tokens[4]}
-    stopped, _ = decode(stopping, prompts, max_new_tokens=12)
-    assert stopped[0].tokens == plain[0].tokens[: plain[0].tokens.index(plain[0].tokens[4]) + 1]
-    assert stopped[0].finish_reason == "stop"
-    planted = Planted(endless, prompts[:1], [plain[0].tokens], right=3)
-    planted.places = [6]
-    fast, _ = decode(stopping, prompts[:1], max_new_tokens=12, speculator=planted)
-    assert fast[0].tokens == stopped[0].tokens and fast[0].finish_reason == "stop"
+    plain, _ = decode(base_model, prompts, Options(max_new_tokens=40, ignore_eos=True))
+    assert [len(result.tokens) for result in plain] == [40, 40] and {result.finish_reason for result in plain} == {"length"}
+    return prompts, [result.tokens for result in plain]
 
 
-def test_finished_sequences_leave_the_batch(endless, monkeypatch):
-    widths = []
-    extend = endless.extend
-    monkeypatch.setattr(endless, "extend", lambda tokens, cache, **more: widths.append(len(tokens)) or extend(tokens, cache, **more))
-    prompts = prompts_of(4, 5, 6, 7)
-    plain, _ = decode(endless, prompts, max_new_tokens=10)
-    endless_stop = {plain[1].tokens[2]}
-    monkeypatch.setattr(endless, "eos_token_ids", endless_stop)
-    widths.clear()
-    decode(endless, prompts, max_new_tokens=10)
-    assert widths[0] == 4 and widths[-1] < 4
+def planted(base_model, known, right, **changes):
+    prompts, tokens = known
+    texts = [prompt.tolist() + line for prompt, line in zip(prompts, tokens)]
+    return Planted(texts, base_model.vocab_size, changes.pop("lookahead", 3), lambda index, step: right, **changes)
 
 
-def test_sampling_follows_the_models_own_distribution(base_model):
-    (prompt,) = prompts_of(7)
-    states = base_model.hidden_states(prompt[None], torch.zeros(1, 7, dtype=torch.int64))
-    logits = base_model.logits(states[0, -1]).double()
-    draws = 4000
-    for sampling in (Sampling(temperature=1.3), Sampling(temperature=2.0, top_k=5), Sampling(temperature=3.0, top_p=0.7)):
-        expected = (logits / sampling.temperature).softmax(-1)
-        if sampling.top_k:
-            expected[expected < expected.topk(sampling.top_k).values[-1]] = 0
-        if sampling.top_p < 1:
-            ordered, order = expected.sort(descending=True)
-            expected[order[ordered.cumsum(0) - ordered >= sampling.top_p]] = 0
-        expected /= expected.sum()
-        chosen = sampling.choose(logits.float().expand(draws, -1), torch.Generator().manual_seed(0))
-        counts = torch.bincount(chosen, minlength=96).double()
-        assert counts[expected == 0].sum() == 0
-        kept = expected * draws > 5
-        chi_square = ((counts - expected * draws) ** 2 / (expected * draws))[kept].sum().item()
-        degrees = int(kept.sum()) - 1
-        assert chi_square < degrees + 5 * (2 * degrees) ** 0.5
+@pytest.mark.parametrize("right", [None, 0, 3])
+def test_a_text_ends_with_the_first_eos_wherever_it_stands_in_an_accepted_path(base_model, known, monkeypatch, right):
+    prompts, (first, second) = known
+    for eos in first[1:9]:
+        monkeypatch.setattr(base_model, "eos_token_ids", {eos})
+        proposer = None if right is None else planted(base_model, known, right)
+        results, _ = decode(base_model, prompts, Options(max_new_tokens=30), proposer)
+        assert results[0].tokens == first[: first.index(eos) + 1] and results[0].finish_reason == "stop"
+        expected = (second[: second.index(eos) + 1], "stop") if eos in second[:30] else (second[:30], "length")
+        assert (results[1].tokens, results[1].finish_reason) == expected
 
 
-def test_what_cannot_be_decoded_is_refused_before_any_work(base_model):
-    speculator = MLPSpeculator(base_model.width, base_model.vocab_size, n_predict=2, inner_dim=16)
+@pytest.mark.parametrize("right", [None, 0, 1, 3])
+def test_max_new_tokens_ends_a_text_at_exactly_that_length(base_model, known, right):
+    for most in (1, 2, 3, 4, 5, 9):
+        proposer = None if right is None else planted(base_model, known, right)
+        results, _ = decode(base_model, known[0], Options(max_new_tokens=most, ignore_eos=True), proposer)
+        assert said(results) == [(tokens[:most], "", "length") for tokens in known[1]]
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_min_new_tokens_keeps_eos_out_of_the_first_so_many_tokens_and_no_further(tiny_models, kind):
+    ended = Counter()
+    for seed in range(12):
+        model = tiny_models.get(0, seed=seed)
+        prompts, proposer = prompts_of(4, 9, words=8, seed=seed), kind and tiny_proposer(model, kind, seed=seed, widths=(3, 2, 2))
+        for sampling in (Sampling(), Sampling(temperature=1.0)):
+            options = Options(max_new_tokens=20, min_new_tokens=6, sampling=sampling)
+            for result in decode(model, prompts, options, proposer)[0]:
+                assert 0 not in result.tokens[:6] and 0 not in result.tokens[:-1]
+                assert (result.finish_reason == "stop") == (result.tokens[-1] == 0)
+                ended[len(result.tokens)] += 1
+    assert ended[7] and ended[20]  # EOS was taken as soon as it was let
+
+
+def test_stop_strings_end_the_text_before_them_and_not_before_min_new_tokens(base_model, known, tokenizer):
+    prompts, (first, _) = known
+    words = [tokenizer.decode([token]) for token in first]
+    place = next(i for i in range(5, 25) if f"{words[i]} {words[i + 1]}" not in " ".join(words[:i]) and "<eos>" not in words[i : i + 2])
+    stop = f"{words[place]} {words[place + 1]}"
+    for proposer in (None, planted(base_model, known, 3), planted(base_model, known, 0)):
+        options = Options(max_new_tokens=30, ignore_eos=True, tokenizer=tokenizer, stop=(stop, "never said"))
+        (result, _), _ = decode(base_model, prompts, options, proposer)
+        assert result.tokens == first[: place + 2] and result.finish_reason == "stop"
+        assert result.text == tokenizer.decode(first[:place], skip_special_tokens=True) + " "
+        (late, _), _ = decode(base_model, prompts, replace(options, min_new_tokens=place + 2), proposer)
+        assert len(late.tokens) > place + 2 and stop in late.text
+
+
+@pytest.mark.parametrize("right", [None, 2])
+def test_a_stream_gives_out_what_the_batch_returns_and_marks_what_was_accepted(base_model, known, tokenizer, right):
+    prompts, tokens = known
+    options = Options(max_new_tokens=11, ignore_eos=True, tokenizer=tokenizer)
+    build = lambda: None if right is None else planted(base_model, known, right)
+    results, timing = decode(base_model, prompts, options, build())
+    steps = list(stream(base_model, prompts, options, build()))
+    assert len(steps) == timing.steps + 1 == (11 if right is None else 5)
+    for index, result in enumerate(results):
+        emitted = [one for step in steps for one in step if one.index == index]
+        assert [token for one in emitted for token in one.tokens] == result.tokens == tokens[index][:11]
+        assert "".join(one.text for one in emitted) == result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
+        assert [one.finish_reason for one in emitted] == [None] * (len(emitted) - 1) + ["length"]
+        assert [one.accepted for one in emitted] == [None] + [right] * (len(emitted) - 1)
+        assert [len(one.tokens) for one in emitted] == ([1] * 11 if right is None else [1, 3, 3, 3, 1])
+        assert result.accepted == ([] if right is None else [2] * 4)
+
+
+def test_progress_is_told_the_new_tokens_of_every_step(base_model, known):
+    told = []
+    _, timing = decode(base_model, known[0], Options(max_new_tokens=7, ignore_eos=True), planted(base_model, known, 2), told.append)
+    assert told == [2, 6, 6] and timing.steps == 2 and timing.decoding > 0 < timing.prefill
+
+
+def test_finished_sequences_leave_the_batch(base_model, monkeypatch):
+    prompts, widths, extend = prompts_of(4, 5, 6, 7), [], base_model.extend
+    plain, _ = decode(base_model, prompts, Options(max_new_tokens=10, ignore_eos=True))
+    monkeypatch.setattr(base_model, "extend", lambda tokens, *more: widths.append(len(tokens)) or extend(tokens, *more))
+    monkeypatch.setattr(base_model, "eos_token_ids", {plain[1].tokens[2]})
+    results, _ = decode(base_model, prompts, Options(max_new_tokens=10))
+    assert widths[0] == 4 and widths == sorted(widths, reverse=True)
+    ends = [len(result.tokens) for result in results]
+    assert widths[1:] == [sum(end > step for end in ends) for step in range(1, max(ends))]
+
+
+@pytest.mark.parametrize("most", range(2, 10))
+def test_a_text_that_ends_inside_an_accepted_path_waits_in_a_large_batch_without_outgrowing_the_cache(base_model, most):
+    # One finished text of sixteen stays in the batch; the longest prompt ends first, its last step having accepted more than was asked for.
+    prompts = prompts_of(9, *[3] * 15)
+    plain, _ = decode(base_model, prompts, Options(max_new_tokens=30, ignore_eos=True))
+    texts = [prompt.tolist() + result.tokens for prompt, result in zip(prompts, plain)]
+    proposer = Planted(texts, base_model.vocab_size, 4, lambda index, step: 4 if index == 0 else 0)
+    fast, _ = decode(base_model, prompts, Options(max_new_tokens=most, ignore_eos=True), proposer)
+    assert [result.tokens for result in fast] == [result.tokens[:most] for result in plain]
+
+
+def test_what_cannot_be_decoded_is_refused_before_any_work(base_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(base_model, "extend", None)
+    monkeypatch.setattr(base_model, "new_cache", None)
     (prompt,) = prompts_of(10)
+    context = base_model.context_length
     refused = [
-        (dict(prompts=[torch.zeros(0, dtype=torch.int64)], max_new_tokens=5), "empty prompt"),
-        (dict(prompts=[prompt], max_new_tokens=250), "over the context"),
-        (dict(prompts=[prompt], max_new_tokens=0), "max_new_tokens 0"),
-        (dict(prompts=[prompt], max_new_tokens=5, speculator=speculator, lookahead=0), "lookahead 0"),
-        (dict(prompts=[prompt], max_new_tokens=5, speculator=speculator, lookahead=3), "lookahead 3"),
-        (dict(prompts=[prompt], max_new_tokens=5, speculator=speculator, sampling=Sampling(temperature=1.0)), "sampling"),
+        ([], {"max_new_tokens": 5}, "empty prompt"),
+        ([prompt, prompt[:0]], {"max_new_tokens": 5}, "empty prompt"),
+        ([prompt], {"max_new_tokens": 0}, "max_new_tokens 0"),
+        ([prompt], {"max_new_tokens": 5, "min_new_tokens": 6}, "min_new_tokens 6"),
+        ([prompt], {"max_new_tokens": 5, "min_new_tokens": -1}, "min_new_tokens -1"),
+        ([prompt], {"max_new_tokens": 5, "stop": ("x",)}, "need a tokenizer"),
+        ([prompt], {"max_new_tokens": 5, "stop": ("x", ""), "tokenizer": tokenizer}, "empty"),
+        ([prompt], {"max_new_tokens": 5, "seeds": (1, 2)}, "2 seeds for 1 prompts"),
+        ([prompt], {"max_new_tokens": context - 9}, f"over the context of .*, {context}"),
     ]
-    for arguments, message in refused:
-        with pytest.raises(UserError, match=message):
-            decode(base_model, **arguments)
-    for wrong in (dict(temperature=-1.0), dict(top_k=-2), dict(top_p=0.0)):
-        with pytest.raises(UserError):
-            Sampling(**wrong)
+    for prompts, options, message in refused:
+        for begin in (decode, stream):
+            with pytest.raises(UserError, match=message):
+                begin(base_model, prompts, Options(**options))
 
 
-@pytest.mark.parametrize("backend", ["fms", "transformers"])
-def test_both_backends_decode_the_same_tokens(tmp_path, base_model, backend):
-    model = BaseModel(base_model.name, dtype="float32", backend=backend, device="cpu")
-    prompts = prompts_of(5, 12)
-    assert decode(model, prompts, max_new_tokens=20)[0] == decode(base_model, prompts, max_new_tokens=20)[0]
+def test_the_context_is_filled_to_its_last_token_and_candidates_count_too(base_model):
+    (prompt,) = prompts_of(10)
+    fits, proposer = base_model.context_length - 10, PromptLookup(3)
+    assert len(decode(base_model, [prompt], Options(max_new_tokens=fits, ignore_eos=True))[0][0].tokens) == fits
+    assert len(decode(base_model, [prompt], Options(max_new_tokens=fits - 3, ignore_eos=True), proposer)[0][0].tokens) == fits - 3
+    for most, more in ((fits + 1, None), (fits - 2, proposer), (fits, TopKProposer(tiny_speculator(base_model, "mlp_tied"), [1]))):
+        with pytest.raises(UserError, match="over the context"):
+            decode(base_model, [prompt], Options(max_new_tokens=most), more)

@@ -24,6 +24,10 @@ def place(tmp_path_factory, corpus_dir):
     directory = tmp_path_factory.mktemp("readme")
     (directory / "corpus").symlink_to(corpus_dir)
     write_model(directory / "base_model")
+    write_model(directory / "other_model", seed=1)
+    (directory / "windowed").mkdir()
+    (directory / "windowed/config.json").write_text('{"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}')
+    (directory / "windowed/model.safetensors").write_bytes(b"no weights: refused before they are looked at")
     (yaml,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (directory / "first.yaml").write_text(yaml)
     return directory
@@ -32,14 +36,26 @@ def place(tmp_path_factory, corpus_dir):
 def test_the_readmes_commands_do_what_it_says(place):
     commands = [command for command in readme_commands() if command.startswith("python -m scripts.")]
     assert [command.split()[2] for command in commands] == [
-        "scripts.prepare_data", "scripts.train", "scripts.export", "scripts.evaluate"
+        "scripts.prepare_data", "scripts.train", "scripts.export", "scripts.evaluate", "scripts.generate", "scripts.benchmark"
     ]  # fmt: skip
+    printed = {}
     for command in commands:
         finished = run(place, *command.split()[1:])
         assert finished.returncode == 0, finished.stderr
+        printed[command.split()[2]] = finished.stdout
     report = json.loads((place / "report.json").read_text())
     assert report["lossless"] is True and 1 <= report["acceptance_length"] <= 4
     assert len(report["acceptance_per_position"]) == 3 and report["plain_tokens_per_s"] > 0
+    assert report["prompt_lookup"]["speedup"] > 0 and report["suggestion"] and list(report["categories"]) == ["all"]
+    low, high = report["acceptance_length_interval"]
+    assert low <= report["acceptance_length"] <= high and sum(report["shares"].values()) == pytest.approx(1)
+    assert (place / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "tokens/s, acceptance length" in printed["scripts.generate"] and "speed-up" in printed["scripts.generate"]
+    lines = [json.loads(line) for line in (place / "speed.jsonl").read_text().splitlines()]
+    assert [json.loads(line) for line in printed["scripts.benchmark"].splitlines()] == lines
+    assert {line["name"] for line in lines} == {"forward", "plain", "tree", "our_prompt_lookup", "prompt_lookup", "batch"}
+    assert all(line["benchmark"] == "decode" and line["environment"]["versions"]["torch"] for line in lines)
+    assert all(line["texts"]["differs"] == 0 for line in lines if "texts" in line)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +73,21 @@ def test_the_readmes_commands_do_what_it_says(place):
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared", "corpus: no config.json"),
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared --dtype=fp8", "--dtype"),
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared --backend=onnx", "--backend"),
+        ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --lookahead=4", "lookahead 4"),
+        ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --nodes=1", "nodes 1"),
+        ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --out=nowhere/r.json", "no such folder"),
+        ("scripts.evaluate --base_model=other_model --speculator=speculator --prompts=prepared", "was trained for base_model"),
+        ("scripts.generate --base_model=other_model --speculator=speculator --prompt=w1", "was trained for base_model"),
+        ("scripts.generate --base_model=base_model --speculator=speculator --prompt=w1 --top_k_per_head=2,2 --nodes=4", "top_k_per_head"),
+        ("scripts.generate --base_model=base_model --speculator=speculator --prompt=w1 --top_k_per_head=2,0", "top_k_per_head 2,0"),
+        ("scripts.generate --base_model=base_model --prompt=w1 --nodes=4", "give --speculator"),
+        ("scripts.generate --base_model=base_model --prompt=w1 --max_new_tokens=500", "over the context"),
+        ("scripts.generate --base_model=base_model --speculator=speculator --prompt=w1 --max_new_tokens=253", "over the context"),
+        ("scripts.generate --base_model=base_model --prompt=w1 --temperature=-1", "temperature -1"),
+        ("scripts.generate --base_model=base_model --prompt=w1 --chat", "no chat template"),
+        ("scripts.generate --base_model=windowed --prompt=w1", "sliding windows"),
+        ("scripts.benchmark speed --base_model=base_model", "give one of decode"),
+        ("scripts.benchmark", "give one of decode"),
         ("scripts.quickstart --out_dir=base_model", "base_model holds other files"),
         ("scripts.quickstart --out_dir=new --scale=7.0", "--scale=7.0"),
     ],
@@ -74,7 +105,7 @@ def test_a_mistake_ends_with_one_line_exit_code_1_and_nothing_written(place, wor
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in ("__init__", "cli")))
 def test_help_describes_every_flag_and_starts_nothing(tmp_path, script):
-    finished = run(tmp_path, "-m", f"scripts.{script}", "--help")
+    finished = run(tmp_path, "-m", f"scripts.{script}", *{"benchmark": ["decode"]}.get(script, []), "--help")
     text = finished.stdout + finished.stderr
     assert finished.returncode == 0 and "FLAGS" in text and "--" in text
     assert list(tmp_path.iterdir()) == []
@@ -90,6 +121,27 @@ def test_prompts_from_a_jsonl_file_are_read_and_their_mistakes_named(place):
     assert finished.returncode == 1 and "lookahead 0" in finished.stderr and "Traceback" not in finished.stderr
     finished = run(place, *words, "--prompts=broken.jsonl")
     assert finished.returncode == 1 and "broken.jsonl, line 2" in finished.stderr
+
+
+def test_texts_on_the_command_line_stay_as_they_are_typed(place):
+    for prompt in ("[1]", "1e3", "None", "w1,w2", "{'a': 1}"):
+        finished = run(place, "-m", "scripts.generate", "--base_model=base_model", f"--prompt={prompt}", "--max_new_tokens=2")
+        assert finished.returncode == 0, finished.stderr
+
+
+def test_generate_gives_the_same_text_with_and_without_a_speculator_and_ends_at_a_stop_string(place):
+    words = ["-m", "scripts.generate", "--base_model=base_model", "--prompt=w1 w2", "--dtype=float32", "--max_new_tokens=12"]
+    text = lambda *more: run(place, *words, *more).stdout.split("\n\n")[0]  # noqa: E731
+    plain = text()
+    assert len(plain.split()) == 12
+    for more in (["--speculator=speculator"], ["--speculator=speculator", "--nodes=6"], ["--speculator=prompt_lookup"]):
+        assert text(*more) == plain
+    sampled = text("--temperature=1.5", "--seed=3")
+    assert sampled != plain and sampled == text("--temperature=1.5", "--seed=3", "--speculator=speculator", "--nodes=6")
+    stop = plain.split()[5]
+    assert text(f"--stop={stop}", "--speculator=speculator").split() == plain.split()[: plain.split().index(stop)]
+    marked = run(place, *words, "--speculator=speculator", "--top_k_per_head=64", "--mark").stdout
+    assert "\x1b[32m" in marked
 
 
 def test_shards_of_continuations_are_kept_where_the_readme_says(place):

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
+from fms_spec.proposers import DraftShape, Step
 from fms_spec.speculators import load_speculator
 from pipelines.checkpoint import whole_checkpoints
 from pipelines.config import load_config
@@ -34,7 +35,7 @@ phase1: {{batch_size: 3, accumulate: 2, positions: 40, loss: {{cross_entropy: 0.
 phase2: {{batch_size: 4, loss: {{cross_entropy: 1.0, only_accepted: true}}}}
 generation: {{batch_size: 5, max_new_tokens: 12, temperature: 0.8, top_k: 10}}
 optimizer: {{lr: 0.01}}
-validation: {{every: 4, rows: 1}}
+validation: {{every: 4, prompts: 2, max_new_tokens: 20}}
 checkpoint: {{every: 2}}
 log_every: 1
 """
@@ -56,7 +57,7 @@ def records(run_dir):
 
 
 def losses(run_dir):
-    return [(r["step"], name, r[name]) for r in records(run_dir) for name in sorted(r) if "loss" in name or "agreement" in name]
+    return [(r["step"], name, r[name]) for r in records(run_dir) for name in sorted(r) if "loss" in name or "acceptance" in name]
 
 
 @pytest.mark.parametrize("family", ["hidden_state", "mlp"])
@@ -77,7 +78,7 @@ def test_training_learns_and_its_export_is_what_was_trained(tmp_path, config_fil
     export(tmp_path / "run", tmp_path / "speculator")
     speculator = load_speculator(tmp_path / "speculator", base_model)
     assert speculator.n_predict == 3
-    assert speculator.propose(torch.randn(2, base_model.width), torch.tensor([3, 4]), 3).shape == (2, 3)
+    assert DraftShape().proposer(speculator).propose(Step(torch.randn(2, base_model.width), torch.tensor([3, 4]), [])).tokens.shape == (2, 3)
 
 
 def test_phases_alternate_five_to_two_and_every_figure_is_logged(tmp_path, config_file):
@@ -87,7 +88,7 @@ def test_phases_alternate_five_to_two_and_every_figure_is_logged(tmp_path, confi
     last = [r for r in records(tmp_path / "run") if r["step"] == 9]
     names = {name for record in last for name in record}
     assert {"phase1/loss_head_0", "phase1/loss_head_2", "phase1/lr", "phase1/grad_norm", "tokens_per_s", "time_share/base_model"} <= names
-    assert {"time_share/heads", "time_share/data", "time_share/generation", "validation/head_agreement_2"} <= names
+    assert {"time_share/heads", "time_share/data", "time_share/generation", "validation/acceptance_length", "validation/acceptance_at_3"} <= names
     board = EventAccumulator(str(tmp_path / "run/tensorboard"))
     board.Reload()
     written = {event.step: event.value for event in board.Scalars("phase1/loss")}
@@ -155,7 +156,7 @@ def test_mistakes_in_what_a_run_is_given_are_found_before_it_writes_anything(tmp
         ({"base_model.name": tmp_path / "no_model"}, "no such directory"),
         ({"speculator.draft_vocab_size": 4000}, "draft_vocab_size 4000"),
         ({"data.rows": 4000}, "ask for fewer"),
-        ({"validation.rows": 0, "base_model.backend": "fms", "phase1.loss.cross_entropy": 0, "phase1.loss.distillation": 0,
+        ({"validation.prompts": 0, "base_model.backend": "fms", "phase1.loss.cross_entropy": 0, "phase1.loss.distillation": 0,
           "phase1.loss.smooth_l1": 0}, "nothing would be learned"),
     ]  # fmt: skip
     for changes, message in cases:

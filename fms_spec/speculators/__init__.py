@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fms_spec.base_model import DTYPES
+from fms_spec.base_model import DTYPES, fingerprint, read_config, resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.speculators.base import Speculator
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
@@ -19,7 +19,8 @@ from fms_spec.speculators.mlp import MLPSpeculator
 FAMILIES = {family.family: family for family in (MLPSpeculator, HiddenStateSpeculator)}
 
 __all__ = [
-    "FAMILIES", "HiddenStateSpeculator", "MLPSpeculator", "Speculator", "describe", "from_config", "load_speculator", "save_speculator",
+    "FAMILIES", "HiddenStateSpeculator", "MLPSpeculator", "Speculator", "check_speculator", "describe", "from_config", "load_speculator",
+    "save_speculator",
 ]  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def load_speculator(directory, base_model):
     """
     directory = Path(directory)
     config = read_speculator_config(directory)
-    check_base_model(directory, config, base_model)
+    check_base_model(directory, config, base_model.name, base_model.fingerprint, (base_model.width, base_model.vocab_size))
     speculator = from_config(config)
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -92,21 +93,38 @@ def read_speculator_config(directory):
         raise UserError(f"speculator {directory}: its config.json can't be read ({error})") from error
 
 
-def check_base_model(directory, config, base_model):
-    """Refuse a speculator that was trained for another base model.
+def check_speculator(directory, base_model):
+    """Refuse a pair that doesn't fit before any weight is loaded; returns the speculator's config.json.
 
-    Published directories carry no fingerprint; for them widths and vocabularies have to agree.
+    Args:
+        base_model: its directory or hub name.
+
+    Raises:
+        UserError: as `resolve_base_model`, `read_config` and `check_base_model`.
+    """
+    config = read_speculator_config(directory)
+    path = resolve_base_model(base_model)
+    base_config = read_config(path)
+    check_base_model(directory, config, base_model, fingerprint(path), (base_config.hidden_size, base_config.vocab_size))
+    from_config(config)
+    return config
+
+
+def check_base_model(directory, config, name, print_of_weights, sizes):
+    """Refuse a speculator that was trained for another base model than `name`.
+
+    Published directories carry no fingerprint; for them the sizes (width, vocabulary) have to agree.
     """
     theirs = config.get("base_model_fingerprint")
     trained_for = config.get("base_model_name_or_path", "an unnamed base model")
-    if theirs and theirs != base_model.fingerprint:
+    if theirs and theirs != print_of_weights:
         raise UserError(
-            f"speculator {directory} was trained for {trained_for} (fingerprint {theirs}), not for {base_model.name} "
-            f"({base_model.fingerprint}); use the base model it was trained for, or train one for this"
+            f"speculator {directory} was trained for {trained_for} (fingerprint {theirs}), not for {name} "
+            f"({print_of_weights}); use the base model it was trained for, or train one for this"
         )
-    sizes = (config.get("emb_dim"), config.get("vocab_size"))
-    if sizes != (base_model.width, base_model.vocab_size):
+    expected = (config.get("emb_dim"), config.get("vocab_size"))
+    if expected != sizes:
         raise UserError(
-            f"speculator {directory} (for {trained_for}) fits a base model of width {sizes[0]} and vocabulary {sizes[1]}, "
-            f"{base_model.name} has {base_model.width} and {base_model.vocab_size}"
+            f"speculator {directory} (for {trained_for}) fits a base model of width {expected[0]} and vocabulary {expected[1]}, "
+            f"{name} has {sizes[0]} and {sizes[1]}"
         )

@@ -16,8 +16,8 @@ from fms_spec.errors import UserError
 class Speculator(nn.Module):
     """Attached heads that guess `n_predict` tokens from one hidden state of a frozen base model.
 
-    A family defines `start`, `advance` and `output`; training and proposing are the same three calls. `start` may return any tensor or
-    tuple of tensors as the running state, so that a family that reads more of the base model, or keeps a cache, fits in.
+    A family defines `start`, `advance` and `output`; training and proposing (`proposers`) are the same three calls. `start` may return any
+    tensor or tuple of tensors as the running state, so that a family that reads more of the base model, or keeps a cache, fits in.
     """
 
     family: str
@@ -52,6 +52,13 @@ class Speculator(nn.Module):
     def output(self, state, head):
         """(features [m, k], weight [r, k]): the head's logits are features @ weight.T, never formed here."""
         raise NotImplementedError
+
+    def logits(self, state, head):
+        """The head's logits over the draft vocabulary: [m, r]. For proposing only."""
+        return F.linear(*self.output(state, head))
+
+    def pack(self):
+        """Lay the weights out for proposing, where that pays; see `BaseModel.pack`. It can't be trained or saved any more."""
 
     def saved_config(self):
         """Everything the constructor needs, as plain JSON values."""
@@ -92,23 +99,23 @@ class Speculator(nn.Module):
             state = self.advance(first(state, count), tokens[:count, head], head)
             yield self.output(state, head)
 
-    @torch.inference_mode()
-    def propose(self, hidden, tokens, count):
-        """The most likely chain of `count` tokens.
+    def to_tokens(self, drafts):
+        """Token of each draft-vocabulary entry: int64, any shape; -1 stays -1."""
+        return drafts if self.draft_ids is None else self.draft_ids[drafts].where(drafts >= 0, -1)
 
-        Args:
-            hidden: [m, d] states at the last token the base model has processed. tokens: int64 [m], the token that follows it.
+    def over_vocabulary(self, probabilities):
+        """Probabilities over the draft vocabulary [..., r] as such over the whole vocabulary, [..., v]."""
+        if self.draft_ids is None:
+            return probabilities
+        whole = probabilities.new_zeros(*probabilities.shape[:-1], self.vocab_size)
+        return whole.index_copy_(-1, self.draft_ids, probabilities)
 
-        Returns:
-            int64 [m, count] tokens, without any wait for the device.
-        """
-        state, chain = self.start(hidden), []
-        for head in range(count):
-            state = self.advance(state, tokens, head)
-            best = F.linear(*self.output(state, head)).argmax(-1)
-            tokens = best if self.draft_ids is None else self.draft_ids[best]
-            chain.append(tokens)
-        return torch.stack(chain, dim=1)
+
+def select(state, index):
+    """Positions `index` int64 [m'] of a running state: a tensor, or a tuple of tensors and None."""
+    if isinstance(state, tuple):
+        return tuple(None if part is None else part[index] for part in state)
+    return state[index]
 
 
 def first(state, count):

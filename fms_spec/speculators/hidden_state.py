@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.errors import UserError
+from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 from fms_spec.speculators.base import Speculator
 
 
@@ -72,6 +73,7 @@ class HiddenStateSpeculator(Speculator):
         embedding = base_model.embedding_weight
         self.embedding_scale = 1 / embedding.float().square().mean().sqrt().item()
         self.frozen = (embedding, base_model.output_weight[self.draft_ids])  # a tuple, so that neither becomes a parameter
+        self.packed_output = None  # see `pack`
 
     def teacher_weight(self, base_model):
         return self.frozen[1]
@@ -91,6 +93,15 @@ class HiddenStateSpeculator(Speculator):
 
     def output(self, state, head):
         return (state[1] * self.state_scale).to(self.frozen[1].dtype), self.frozen[1]
+
+    def logits(self, state, head):
+        features, weight = self.output(state, head)
+        return F.linear(features, weight) if self.packed_output is None else self.packed_output(features)
+
+    def pack(self):
+        pack_linears(self.trunks)
+        if can_pack(self.frozen[1]):
+            self.packed_output = PackedLinear(self.frozen[1])
 
     def state_distance(self, features, target_states):
         """Smooth L1 between predicted and true states, in units of sigma (a few coordinates are fifty times the others): fp32 [m]."""

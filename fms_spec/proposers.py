@@ -1,0 +1,206 @@
+"""Who proposes candidates: a speculator's heads in three shapes of tree, or the text itself.
+
+Shapes: b sequences, n candidates, w nodes of a tree's level, d base width, r draft vocabulary, v vocabulary.
+
+Any object with these two can propose:
+- lookahead: int, deepest level of its trees; nodes: int, most candidates of one.
+- propose(step) -> `Candidates`, or None where no sequence has any; `step` is a `Step`.
+"""
+
+from dataclasses import dataclass
+
+import numpy
+import torch
+
+from fms_spec.candidates import Candidates, Tree
+from fms_spec.errors import UserError
+from fms_spec.sampling import Sampling, draw
+from fms_spec.speculators.base import select
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a proposer may look at.
+
+    hidden: [b, d], the base model's states that chose `tokens`. tokens: int64 [b], each sequence's newest token. texts: b lists of ints,
+    prompt and new tokens up to the newest, not to be changed. sampling: how the base model's tokens are chosen. chance: float64 [b, n],
+    a number for each candidate that is drawn; None where decoding is greedy.
+    """
+
+    hidden: torch.Tensor
+    tokens: torch.Tensor
+    texts: list
+    sampling: Sampling = Sampling()
+    chance: torch.Tensor | None = None
+
+
+class TopKProposer:
+    """A tree in which every candidate of level i has top_k_per_head[i] children; ones make a chain. One batched step of the heads a level.
+
+    Greedy decoding gets each head's best tokens. Under sampling the children are drawn from the head's own distribution, changed by
+    temperature, top-k and top-p as the base model's is, without replacement.
+
+    Args:
+        speculator: attached. top_k_per_head: ints; `DraftShape` makes one that has been checked.
+    """
+
+    def __init__(self, speculator, top_k_per_head):
+        self.widths = list(top_k_per_head)
+        self.speculator, self.lookahead = speculator, len(self.widths)
+        self.tree = Tree.full(self.widths, next(speculator.buffers(), next(speculator.parameters())).device)
+        self.nodes = self.tree.nodes - 1
+
+    def propose(self, step):
+        speculator, batch = self.speculator, len(step.tokens)
+        state, tokens, levels, drafts = speculator.start(step.hidden), step.tokens, [], []
+        numbers = None if step.chance is None else step.chance.split(level_sizes(self.widths), dim=1)
+        for head, width in enumerate(self.widths):
+            state = speculator.advance(state, tokens, head)
+            logits = speculator.logits(state, head)
+            if numbers is None:
+                picked = logits.argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
+            else:
+                drafts.append(step.sampling.probabilities(logits))
+                picked = draw_children(drafts[-1], numbers[head].reshape(-1, width))
+            children = speculator.to_tokens(picked)
+            levels.append(children.reshape(batch, -1))
+            if head + 1 < len(self.widths):
+                tokens = children.flatten().clamp(min=0)
+                if width > 1:
+                    state = select(state, torch.arange(len(picked), device=tokens.device).repeat_interleave(width))
+        draft_probs = None
+        if drafts:
+            draft_probs = speculator.over_vocabulary(torch.cat([level.view(batch, -1, level.shape[-1]) for level in drafts], dim=1))
+        return Candidates(torch.cat(levels, dim=1), self.tree, draft_probs)
+
+
+class BestNodesProposer:
+    """The `nodes` candidates with the highest joint probability under the heads, a tree of another shape at every step.
+
+    Level i keeps at most nodes - i candidates: one that deep has i ancestors, each at least as likely, so no other can be among the best.
+    The candidates are picked, not drawn, also under sampling: which ones there are depends on all of their probabilities.
+
+    Args:
+        speculator: attached. nodes: candidates. lookahead: levels; `DraftShape` makes one that has been checked.
+    """
+
+    def __init__(self, speculator, nodes, lookahead):
+        self.speculator, self.nodes, self.lookahead = speculator, nodes, lookahead
+
+    def propose(self, step):
+        speculator, batch = self.speculator, len(step.tokens)
+        device = step.tokens.device
+        state, tokens = speculator.start(step.hidden), step.tokens
+        scores = torch.zeros(batch, 1, device=device)  # [b, w] joint log-probability of the level's nodes
+        ids, first, all_scores, all_tokens, all_parents = torch.zeros(batch, 1, dtype=torch.int64, device=device), 0, [], [], []
+        for head in range(self.lookahead):
+            state = speculator.advance(state, tokens, head)
+            logits = speculator.logits(state, head).float()
+            keep = min(self.nodes - head, logits.shape[-1])
+            best, picked = logits.log_softmax(-1).topk(keep, dim=-1)  # [b * w, keep]
+            joint = (scores[:, :, None] + best.view(batch, -1, keep)).flatten(1)
+            scores, flat = joint.topk(min(self.nodes - head, joint.shape[1]), dim=-1)  # [b, w']
+            parent = flat // keep  # within the level before
+            children = speculator.to_tokens(picked.view(batch, -1).gather(1, flat))
+            all_scores.append(scores), all_tokens.append(children), all_parents.append(ids.gather(1, parent))
+            ids = first + 1 + torch.arange(scores.shape[1], device=device).expand(batch, -1)
+            first += scores.shape[1]
+            if head + 1 < self.lookahead:
+                width = logits.shape[0] // batch
+                state = select(state, (torch.arange(batch, device=device)[:, None] * width + parent).flatten())
+                tokens = children.flatten()
+        return best_nodes(*(torch.cat(level, dim=1) for level in (all_scores, all_tokens, all_parents)), self.nodes)
+
+
+def best_nodes(scores, tokens, parents, count):
+    """`Candidates` of the `count` best of m nodes, parents before children: all [b, m], parents counted from 1 with the root as 0."""
+    # A child's score never exceeds its parent's; stable, so that the parent comes first where they are equal.
+    order = scores.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
+    place = torch.zeros(len(order), scores.shape[1] + 1, dtype=torch.int64, device=order.device)
+    place.scatter_(1, order + 1, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order))
+    root = torch.zeros_like(order[:, :1])
+    return Candidates(tokens.gather(1, order), Tree(torch.cat([root, place.gather(1, parents.gather(1, order))], dim=1)))
+
+
+class PromptLookup:
+    """What followed the latest earlier place where the text had the same last tokens: a chain of `lookahead`, no model at all.
+
+    The longest of `LONGEST` to 1 equal tokens decides, as in the public prompt-lookup decoding.
+    """
+
+    LONGEST = 3
+
+    def __init__(self, lookahead):
+        """Raises UserError for a lookahead under 1."""
+        if lookahead < 1:
+            raise UserError(f"lookahead {lookahead}: must be at least 1")
+        self.lookahead = self.nodes = lookahead
+
+    def propose(self, step):
+        found = [self.look_up(numpy.array(text)) for text in step.texts]
+        longest = max(len(line) for line in found)
+        if not longest:
+            return None
+        device = step.tokens.device
+        padded = torch.tensor([[*line, *[-1] * (longest - len(line))] for line in found], device=device)
+        return Candidates(padded, Tree.full([1] * longest, device))
+
+    def look_up(self, text):
+        """Up to `lookahead` tokens that followed, as a list."""
+        for size in range(min(self.LONGEST, len(text) - 1), 0, -1):
+            # A match must end before the text does, so that something follows it.
+            same = (numpy.lib.stride_tricks.sliding_window_view(text[:-1], size) == text[-size:]).all(-1)
+            if same.any():
+                start = int(same.nonzero()[0][-1]) + size
+                return text[start : start + self.lookahead].tolist()
+        return []
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """Which tree a speculator drafts: a chain of `lookahead`, the tree of `top_k_per_head`, or the best `nodes` up to `lookahead` deep.
+
+    Everything left out is as deep as the speculator was trained for.
+    """
+
+    lookahead: int | None = None
+    top_k_per_head: tuple | None = None
+    nodes: int | None = None
+
+    def check(self, n_predict):
+        """(children of each level or None, nodes, lookahead) for a speculator of `n_predict` heads.
+
+        Raises:
+            UserError: deeper than the heads, a level without candidates, or shapes that exclude each other.
+        """
+        widths = self.top_k_per_head
+        if widths is not None and (self.nodes is not None or self.lookahead is not None):
+            raise UserError("top_k_per_head says how deep and wide the tree is: give it without lookahead and nodes")
+        lookahead = len(widths) if widths is not None else n_predict if self.lookahead is None else self.lookahead
+        if not 1 <= lookahead <= n_predict:
+            raise UserError(f"lookahead {lookahead}: this speculator was trained for 1 to {n_predict}")
+        if widths is not None and min(widths) < 1:
+            raise UserError(f"top_k_per_head {','.join(map(str, widths))}: every level needs at least 1")
+        if self.nodes is not None and self.nodes < lookahead:
+            raise UserError(f"nodes {self.nodes}: must be at least the lookahead, {lookahead}")
+        return widths or (None if self.nodes else (1,) * lookahead), self.nodes, lookahead
+
+    def proposer(self, speculator):
+        """The proposer of this shape; raises UserError as `check`."""
+        widths, nodes, lookahead = self.check(speculator.n_predict)
+        return TopKProposer(speculator, widths) if widths else BestNodesProposer(speculator, nodes, lookahead)
+
+
+def level_sizes(widths):
+    """Candidates of each level of a full tree."""
+    return [int(numpy.prod(widths[: level + 1])) for level in range(len(widths))]
+
+
+def draw_children(probabilities, numbers):
+    """Tokens drawn one after the other without replacement: fp32 [m, r], float64 [m, k] -> int64 [m, k], -1 where none is left."""
+    left, drawn = probabilities, []
+    for column in numbers.unbind(1):
+        token = draw(left, column)
+        drawn.append(token.where(left.sum(-1) > 0, -1))
+        left = left.scatter(1, token[:, None], 0.0)
+    return torch.stack(drawn, dim=1)

@@ -1,0 +1,33 @@
+"""Where the time of decoding goes, without making the device wait."""
+
+import time
+
+import torch
+
+
+class Marks:
+    """Marks the ends of parts of a step and adds up the seconds between them; on a GPU by events, read only when asked for."""
+
+    def __init__(self, device):
+        self.gpu = device.type == "cuda"
+        self.marks = []
+        self.mark("start")
+
+    def mark(self, part):
+        """The part that began with the last mark ends here."""
+        if self.gpu:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self.marks.append((part, moment))
+
+    def seconds(self):
+        """{part: seconds}."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        spent = {}
+        for (_, before), (part, after) in zip(self.marks, self.marks[1:]):
+            elapsed = before.elapsed_time(after) / 1000 if self.gpu else after - before
+            spent[part] = spent.get(part, 0.0) + elapsed
+        return spent

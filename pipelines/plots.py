@@ -1,0 +1,31 @@
+"""Pictures of what was measured, as PNG files."""
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, never a window
+from matplotlib import pyplot  # noqa: E402
+
+
+def plot_evaluation(values, path):
+    """Acceptance per position, and speed-up by category with its interval, of `evaluate.report`'s values."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(1, 2), layout="constrained")
+    shares = values["acceptance_per_position"]
+    left.bar(range(1, len(shares) + 1), shares)
+    left.set(title=f"acceptance length {values['acceptance_length']:.2f}", xlabel="candidate depth", ylabel="share of steps", ylim=(0, 1))
+    left.set_xticks(range(1, len(shares) + 1))
+    groups = {"all": values | {"prompt_lookup_speedup": values["prompt_lookup"]["speedup"]}} | values["categories"]
+    if len(values["categories"]) == 1:
+        groups = {"all": groups["all"]}
+    places = range(len(groups))
+    middles = [group["speedup"] for group in groups.values()]
+    errors = [
+        [abs(group["speedup"] - group["speedup_interval"][side]) for group in groups.values()] for side in (0, 1)
+    ]  # fmt: skip
+    right.bar([place - 0.2 for place in places], middles, 0.4, yerr=errors, capsize=3, label="speculator")
+    right.bar([place + 0.2 for place in places], [group["prompt_lookup_speedup"] for group in groups.values()], 0.4, label="prompt lookup")
+    right.axhline(1.0, color="black", linewidth=0.8)
+    right.set_xticks(list(places), groups, rotation=30, ha="right")
+    right.set(title="speed against plain decoding", ylabel="times")
+    right.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

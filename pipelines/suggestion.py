@@ -1,0 +1,97 @@
+"""Which tree pays on this machine: measured costs of a step against the acceptance that each tree would have had.
+
+Shapes: n candidates.
+"""
+
+import statistics
+import time
+from functools import partial
+
+import torch
+
+from fms_spec.acceptance import accepted_in_text, pooled_acceptance
+from fms_spec.candidates import Tree
+from fms_spec.proposers import DraftShape, Step
+
+FORWARDS = (1, 2, 3, 4, 5, 7, 9, 13, 17)  # tokens of the measured forwards: the root and up to 16 candidates
+REPEATS = 9
+SHOWN = 8
+TEXTS = 64  # that trees are tried on: their states are kept in memory
+CONTEXT = 256  # cached tokens of the measured forwards
+
+
+def median_seconds(works, device):
+    """{name: median seconds} of functions {name: work}, called in turn, so that all meet the same machine; first calls don't count."""
+    taken = {name: [] for name in works}
+    for _ in range(1 + REPEATS):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def forward_seconds(base_model, sizes=FORWARDS, batch=1):
+    """{tokens: seconds} of a forward with logits over a chain of so many tokens on a cache of `CONTEXT`."""
+    held = min(CONTEXT, base_model.context_length - max(sizes))
+    cache = base_model.new_cache(batch, held + max(sizes))
+    cache.hold([held] * batch)
+
+    @torch.inference_mode()
+    def forward(size):
+        tokens = torch.ones(batch, size, dtype=torch.int64, device=base_model.device)
+        base_model.logits(base_model.extend(tokens, cache, Tree.full([1] * (size - 1), base_model.device)))
+
+    return median_seconds({size: partial(forward, size) for size in sizes}, base_model.device)
+
+
+def shapes(n_predict):
+    """The `DraftShape`s that are compared: every chain, and the best 2 to 16 nodes at every depth."""
+    depths = range(1, n_predict + 1)
+    trees = [DraftShape(lookahead=depth, nodes=size - 1) for depth in depths for size in FORWARDS if size - 1 > depth]
+    return [DraftShape(lookahead=depth) for depth in depths] + trees
+
+
+@torch.inference_mode()
+def suggest(base_model, speculator, texts):
+    """Expected speed-up of every shape over plain decoding: the `SHOWN` best first, as dicts.
+
+    speedup = acceptance length x plain step / (drafting + forward over the tree), batch 1.
+
+    Args:
+        texts: list of (states [s, d], tokens int64 [s], prompt length, new tokens), greedy texts as for `accepted_in_text`.
+    """
+    states, tokens, _, _ = texts[0]
+    step = Step(states[-1:], tokens[-1:], [tokens.tolist()])
+    proposers = {shape: shape.proposer(speculator) for shape in shapes(speculator.n_predict)}
+    costs = forward_seconds(base_model)
+    drafting = median_seconds({shape: partial(proposer.propose, step) for shape, proposer in proposers.items()}, base_model.device)
+    rows = []
+    for shape, proposer in proposers.items():
+        accepted = [count for text in texts for count in accepted_in_text(proposer, *text)]
+        acceptance = pooled_acceptance(accepted, proposer.lookahead)
+        verifying = costs[1 + proposer.nodes]
+        rows.append({
+            "lookahead": proposer.lookahead, "nodes": shape.nodes, "candidates": proposer.nodes, "acceptance_length": acceptance.length,
+            "drafting_ms": 1000 * drafting[shape], "verifying_ms": 1000 * verifying, "plain_ms": 1000 * costs[1],
+            "speedup": acceptance.length * costs[1] / (drafting[shape] + verifying),
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: -row["speedup"])[:SHOWN]
+
+
+def chain_acceptance(speculator, texts):
+    """What the speculator's whole chain earns, the way other engines serve it, over texts as for `suggest`, as JSON values."""
+    proposer = DraftShape().proposer(speculator)
+    found = pooled_acceptance([count for text in texts for count in accepted_in_text(proposer, *text)], proposer.lookahead)
+    return {"chain_acceptance_length": found.length, "chain_acceptance_per_position": found.per_position}
+
+
+def greedy_texts(base_model, samples):
+    """What `suggest` needs of `evaluate.Sample`s: plainly decoded texts with the base model's states, the first `TEXTS`."""
+    texts = []
+    for sample in [sample for sample in samples if sample.kind == "plain" and sample.new_tokens > 1][:TEXTS]:
+        states = base_model.hidden_states(sample.tokens[None], torch.zeros(1, len(sample.tokens), dtype=torch.int64))[0]
+        texts.append((states, sample.tokens.to(base_model.device), sample.prompt_length, sample.new_tokens))
+    return texts

@@ -1,0 +1,51 @@
+"""Results as tables on stdout."""
+
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 110  # columns, where the terminal doesn't say: tables in logs keep their headings whole
+
+
+def print_values(values, title):
+    """Flat values, a line each."""
+    table = Table(title=title, show_header=False)
+    for name, value in values.items():
+        if isinstance(value, float):
+            value = f"{value:.3f}"
+        elif isinstance(value, list):
+            value = " / ".join(f"{item:.3f}" for item in value)
+        elif isinstance(value, dict):
+            value = ", ".join(f"{key} {item:.3f}" if isinstance(item, float) else f"{key} {item}" for key, item in value.items())
+        table.add_row(name, str(value))
+    show(table)
+
+
+def print_evaluation(values, title):
+    """`evaluate.report`'s values: all prompts, each category, and the trees that would have been fastest."""
+    nested = ("prompt_lookup", "categories", "suggestion")
+    lookup = {f"prompt_lookup_{name}": values["prompt_lookup"][name] for name in ("acceptance_length", "tokens_per_s", "speedup")}
+    print_values({name: value for name, value in values.items() if name not in nested} | lookup, title)
+    table = Table("category", "acceptance length", "95%", "tokens/s", "speed-up", "95%", "prompt lookup's")
+    for name, group in values["categories"].items():
+        table.add_row(
+            name, f"{group['acceptance_length']:.2f}", span(group["acceptance_length_interval"]), f"{group['tokens_per_s']:.1f}",
+            f"{group['speedup']:.2f}", span(group["speedup_interval"]), f"{group['prompt_lookup_speedup']:.2f}",
+        )  # fmt: skip
+    show(table)
+    table = Table(
+        "lookahead", "nodes", "acceptance length", "drafting ms", "verifying ms", "speed-up expected", title="trees on this machine"
+    )
+    for row in values["suggestion"]:
+        figures = [f"{row[name]:.2f}" for name in ("acceptance_length", "drafting_ms", "verifying_ms", "speedup")]
+        table.add_row(str(row["lookahead"]), str(row["nodes"] or "chain"), *figures)
+    show(table)
+
+
+def show(table):
+    """Print to stdout."""
+    console = Console()
+    Console(width=None if console.is_terminal else max(console.width, WIDTH)).print(table)
+
+
+def span(interval):
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"

@@ -1,0 +1,125 @@
+"""Continue a prompt: python -m scripts.generate --base_model=DIR --speculator=DIR --prompt='def fibonacci(n):' [--temperature=0.8]"""
+
+from typing import Literal
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from fms_spec.acceptance import pooled_acceptance
+from fms_spec.base_model import BaseModel
+from fms_spec.decoding import Decoding, Options
+from fms_spec.errors import UserError
+from fms_spec.loading import load_for_decoding
+from fms_spec.proposers import PromptLookup
+from fms_spec.sampling import Sampling
+from scripts.cli import arguments, draft_shape, main
+
+
+@arguments
+class Arguments:
+    """Stream the base model's continuation of a prompt, written with a speculator's help, and say how fast it went.
+
+    Args:
+        base_model: directory or hub name.
+        prompt: text to be continued.
+        speculator: directory written by scripts.export, or a published MLP speculator, or prompt_lookup; plain decoding by default.
+        chat: take the prompt as a user's turn and apply the base model's chat template.
+        max_new_tokens: at most so many tokens.
+        min_new_tokens: no end of text, and no stop string, before so many.
+        stop: text that ends the continuation and is left out of it, or a list of such texts.
+        temperature: 0 for the likeliest token, higher for more chance.
+        top_k: sample among the so many likeliest tokens; 0 for all.
+        top_p: sample among the likeliest tokens that together have this probability.
+        seed: of sampling.
+        lookahead: depth of the candidates; what the speculator was trained for by default.
+        top_k_per_head: children of each candidate, level by level, as in 3,2,1; a chain by default.
+        nodes: draft the so many likeliest candidates instead, as a tree.
+        mark: show the tokens that were accepted candidates in green.
+        compare: decode plainly as well and report the speed-up.
+        dtype: bfloat16, float16 or float32.
+        backend: auto, fms or transformers.
+    """
+
+    base_model: str
+    prompt: str
+    speculator: str | None = None
+    chat: bool = False
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    stop: str | list[str] | tuple[str, ...] = ()
+    temperature: float | int = 0.0
+    top_k: int = 0
+    top_p: float | int = 1.0
+    seed: int = 0
+    lookahead: int | None = None
+    top_k_per_head: tuple[int, ...] | int | None = None
+    nodes: int | None = None
+    mark: bool = False
+    compare: bool = False
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    backend: Literal["auto", "fms", "transformers"] = "auto"
+
+
+def run(parsed):
+    sampling = Sampling(temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p)
+    base_model, proposer = load(parsed)
+    tokenizer = AutoTokenizer.from_pretrained(base_model.path)
+    options = Options(
+        max_new_tokens=parsed.max_new_tokens, min_new_tokens=parsed.min_new_tokens, tokenizer=tokenizer, sampling=sampling,
+        stop=(parsed.stop,) if isinstance(parsed.stop, str) else tuple(parsed.stop), seeds=(parsed.seed,),
+    )  # fmt: skip
+    prompt = encode(tokenizer, parsed)
+    console = Console(highlight=False, soft_wrap=True, force_terminal=True if parsed.mark else None)
+    rate = continue_prompt(base_model, prompt, options, proposer, console, parsed.mark)
+    if parsed.compare and proposer:
+        plain = continue_prompt(base_model, prompt, options, None, Console(quiet=True), False)
+        console.print(f"plain decoding: {plain:.1f} tokens/s; speed-up {rate / plain:.2f}")
+
+
+def load(parsed):
+    """(base model, proposer or None)."""
+    settings = {"dtype": parsed.dtype, "backend": parsed.backend}
+    if parsed.speculator not in (None, "prompt_lookup"):
+        base_model, _, proposer = load_for_decoding(parsed.base_model, parsed.speculator, draft_shape(parsed), **settings)
+        return base_model, proposer
+    if parsed.top_k_per_head is not None or parsed.nodes is not None or (parsed.lookahead and not parsed.speculator):
+        raise UserError(
+            "lookahead, top_k_per_head and nodes shape a speculator's candidates; give --speculator (prompt_lookup takes a lookahead)"
+        )
+    base_model = BaseModel(parsed.base_model, **settings)
+    base_model.pack()
+    return base_model, PromptLookup(4 if parsed.lookahead is None else parsed.lookahead) if parsed.speculator else None
+
+
+def encode(tokenizer, parsed):
+    """The prompt's tokens: int64 [n]."""
+    if not parsed.chat:
+        return torch.tensor(tokenizer(parsed.prompt).input_ids, dtype=torch.int64)
+    if not tokenizer.chat_template:
+        raise UserError(f"base model {parsed.base_model}: it has no chat template; leave --chat out")
+    messages = [{"role": "user", "content": parsed.prompt}]
+    return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def continue_prompt(base_model, prompt, options, proposer, console, mark):
+    """Stream the text, print the figures; returns decoded tokens per second, without the prompt's own time."""
+    decoding, accepted, count, reason = Decoding(base_model, [prompt], options, proposer), [], 0, None
+    for (emitted,) in decoding.run():
+        for place, piece in enumerate(emitted.pieces):
+            drafted = emitted.accepted is not None and place < emitted.accepted
+            console.print(piece, end="", markup=False, style="green" if mark and drafted else None)
+        console.file.flush()
+        count, reason = count + len(emitted.tokens), emitted.finish_reason
+        if emitted.accepted is not None:
+            accepted.append(emitted.accepted)
+    timing = decoding.timing()
+    rate = (count - 1) / timing.decoding if timing.decoding else 0.0
+    found = pooled_acceptance(accepted, proposer.lookahead if proposer else 0)
+    length = f", acceptance length {found.length:.2f} over {found.steps} steps" if proposer else ""
+    console.print(f"\n\n{count} tokens ({reason}), {rate:.1f} tokens/s{length}")
+    return rate
+
+
+if __name__ == "__main__":
+    main(Arguments, run)

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from conftest import write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fms_spec.acceptance import accepted_in_text, pooled_acceptance
+from fms_spec.base_model import BaseModel
+from fms_spec.decoding import Options, decode
+from fms_spec.proposers import DraftShape, PromptLookup
+from fms_spec.speculators import MLPSpeculator
+from pipelines.validation import Validation
+
+SHAPES = [DraftShape(), DraftShape(lookahead=1), DraftShape(top_k_per_head=(3, 2)), DraftShape(nodes=7), DraftShape(lookahead=2, nodes=4)]
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A vocabulary of 12, so that untrained heads are right now and then and texts end early."""
+    directory = write_model(tmp_path_factory.mktemp("small") / "model", vocab_size=12)
+    return BaseModel(str(directory), dtype="float32", device="cpu")
+
+
+def heads(model, seed):
+    torch.manual_seed(seed)
+    return MLPSpeculator(model.width, model.vocab_size, n_predict=3, inner_dim=8, tie_weights=False)
+
+
+def test_acceptance_is_counted_as_vllm_counts_it():
+    found = pooled_acceptance([0, 3, 1, 0], drafts=3)
+    assert found.length == 2.0 and found.per_position == [0.5, 0.25, 0.25] and found.steps == 4
+    assert pooled_acceptance([], drafts=2).length == 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), shape=st.sampled_from(SHAPES), length=st.integers(1, 12), new_tokens=st.integers(2, 24))
+def test_the_evaluator_without_decoding_gives_what_decoding_accepts(small_model, seed, shape, length, new_tokens):
+    proposer = shape.proposer(heads(small_model, seed))
+    prompts = torch.randint(1, 12, (4, length), generator=torch.Generator().manual_seed(seed))
+    decoded, _ = decode(small_model, list(prompts), Options(max_new_tokens=new_tokens), proposer)
+    expected = [count for result in decoded for count in result.accepted]
+    validation = Validation(small_model, prompts, new_tokens, 3)
+    assert validation.acceptance(proposer) == pooled_acceptance(expected, proposer.lookahead)
+
+
+def test_texts_that_end_early_are_among_those_compared(small_model):
+    decoded, _ = decode(small_model, [torch.tensor([word]) for word in range(1, 12)], Options(max_new_tokens=24))
+    assert {result.finish_reason for result in decoded} == {"stop", "length"}
+
+
+def test_prompt_lookup_is_judged_without_decoding_too(small_model):
+    proposer = PromptLookup(3)
+    (prompt,) = torch.randint(1, 12, (1, 9), generator=torch.Generator().manual_seed(3))
+    (result,), _ = decode(small_model, [prompt], Options(max_new_tokens=30, ignore_eos=True), proposer)
+    (longer,), _ = decode(small_model, [prompt], Options(max_new_tokens=33, ignore_eos=True))
+    text = torch.cat([prompt, torch.tensor(longer.tokens)])
+    states = small_model.hidden_states(text[None], torch.zeros(1, len(text), dtype=torch.int64))[0]
+    found = accepted_in_text(proposer, states, text, len(prompt), 30)
+    assert found == result.accepted and sum(found) > 0
+
+
+def test_candidates_past_the_end_of_a_known_text_count_as_wrong(small_model):
+    proposer = DraftShape(top_k_per_head=(12, 1)).proposer(heads(small_model, 0))
+    (result,), _ = decode(small_model, [torch.tensor([3, 4])], Options(max_new_tokens=2, ignore_eos=True))
+    text = torch.tensor([3, 4, *result.tokens])
+    states = small_model.hidden_states(text[None], torch.zeros(1, 4, dtype=torch.int64))[0]
+    assert accepted_in_text(proposer, states, text, 2, 2) == [1]  # all 12 words are candidates, and one token more is known
