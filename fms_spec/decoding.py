@@ -12,33 +12,15 @@ from dataclasses import dataclass, field
 import torch
 
 from fms_spec.candidates import Candidates, Tree
-from fms_spec.errors import UserError
 from fms_spec.proposers import Step
-from fms_spec.sampling import Chance, Sampling
+from fms_spec.sampling import Chance
 from fms_spec.text import TextStream
 from fms_spec.timing import Marks
 from fms_spec.verification import match, reject
 
 # Finished sequences leave the batch once they are this share of it: leaving moves the cache of all that stay, so not at every end.
 LEAVING_SHARE = 1 / 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How tokens are chosen and when a text ends.
-
-    max_new_tokens, min_new_tokens: EOS can't be chosen, and stop strings don't count, among the first min_new_tokens. ignore_eos: EOS is a
-    token like any other. stop: strings that end a text and are left out of it. tokenizer: a `transformers` one, for `stop` and for text.
-    seeds: an int for each prompt; 0, 1, 2 ... by default. What is sampled for a prompt depends on its own seed alone.
-    """
-
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    ignore_eos: bool = False
-    stop: tuple = ()
-    tokenizer: object = None
-    sampling: Sampling = Sampling()
-    seeds: tuple | None = None
+PREFILL_CHUNK = 1024  # prompt tokens a forward: their mask grows with the chunk times the prompt, 1 GB at 8,192 squared and 8 heads a group
 
 
 @dataclass
@@ -121,7 +103,7 @@ def stream(base_model, prompts, options, proposer=None):
     """Decode a batch of prompts of unequal length together, giving out what every step adds; finished sequences leave the batch.
 
     Args:
-        prompts: list of 1-D int64 tensors. options: `Options`. proposer: see `proposers`; None for plain decoding.
+        prompts: list of 1-D int64 tensors. options: `options.Options`. proposer: see `proposers`; None for plain decoding.
 
     Returns:
         iterator of lists of `Emitted`, one for each text that is still going on: the first after the prompts were read, then one a step.
@@ -137,7 +119,7 @@ class Decoding:
 
     def __init__(self, base_model, prompts, options, proposer):
         lookahead, nodes = (proposer.lookahead, proposer.nodes) if proposer else (0, 0)
-        check_request(base_model, prompts, options, lookahead)
+        options.check(base_model, prompts, lookahead)
         self.base_model, self.options, self.proposer = base_model, options, proposer
         self.marks, self.steps = Marks(base_model.device), 0
         self.prompts = [prompt.to(base_model.device) for prompt in prompts]
@@ -160,11 +142,12 @@ class Decoding:
         """See `stream`."""
         yield self.prefill()
         while len(self.done) < len(self.live):
+            self.marks.mark("outside")  # whatever the reader of the iterator did meanwhile
             if len(self.done) >= max(1, LEAVING_SHARE * len(self.live)):
                 self.leave()
-            emitted = self.step()
+                self.marks.mark("overhead")
             self.steps += 1
-            yield emitted
+            yield self.step()
 
     def timing(self):
         """`Timing` so far."""
@@ -177,9 +160,14 @@ class Decoding:
         Shorter prompts are padded on the right: what follows a prompt's last token is masked from it, never counted, and overwritten.
         """
         padded = torch.nn.utils.rnn.pad_sequence(self.prompts, batch_first=True)
-        states = self.base_model.extend(padded, self.cache)
-        self.cache.hold([len(prompt) for prompt in self.prompts])
-        self.hidden = states[self.rows(), self.cache.lengths - 1]
+        ends = [len(prompt) for prompt in self.prompts]
+        self.hidden = torch.empty(len(ends), self.base_model.width, dtype=self.base_model.dtype, device=self.base_model.device)
+        for start in range(0, padded.shape[1], PREFILL_CHUNK):
+            self.cache.hold([start] * len(ends))
+            states = self.base_model.extend(padded[:, start : start + PREFILL_CHUNK], self.cache)
+            here = [row for row, end in enumerate(ends) if start < end <= start + PREFILL_CHUNK]
+            self.hidden[here] = states[here, [ends[row] - 1 - start for row in here]]
+        self.cache.hold(ends)
         candidates = Candidates(padded[:, :0], self.root)
         self.newest = self.verify(candidates, self.base_model.logits(self.hidden)[:, None], None).newest
         emitted = self.take([[token] for token in self.newest.tolist()], [None] * len(self.live))
@@ -269,23 +257,3 @@ class Decoding:
     def counts(self):
         """New tokens of each row so far: int64 [b, 1]."""
         return torch.tensor([[self.emitted[index]] for index in self.live], device=self.base_model.device)
-
-
-def check_request(base_model, prompts, options, lookahead):
-    """Raise UserError for what `stream` refuses."""
-    if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise UserError("an empty prompt can't be continued; give at least one token")
-    if options.max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {options.max_new_tokens}: must be at least 1")
-    if not 0 <= options.min_new_tokens <= options.max_new_tokens:
-        raise UserError(f"min_new_tokens {options.min_new_tokens}: must be from 0 to max_new_tokens, {options.max_new_tokens}")
-    if options.stop and (options.tokenizer is None or not all(options.stop)):
-        raise UserError("stop strings need a tokenizer, and none of them may be empty")
-    if options.seeds is not None and len(options.seeds) != len(prompts):
-        raise UserError(f"{len(options.seeds)} seeds for {len(prompts)} prompts; give one each")
-    longest = max(len(prompt) for prompt in prompts)
-    if longest + options.max_new_tokens + lookahead > base_model.context_length:
-        raise UserError(
-            f"a prompt of {longest} tokens, {options.max_new_tokens} new ones and candidates {lookahead} deep are over the context of "
-            f"{base_model.name}, {base_model.context_length}; shorten the prompt, or lower the number of new tokens or the lookahead"
-        )

@@ -8,7 +8,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from fms_spec.base_model import BaseModel
-from fms_spec.decoding import Options, decode
+from fms_spec.decoding import decode
+from fms_spec.options import Options
 from fms_spec.proposers import DraftShape, PromptLookup, TopKProposer
 from pipelines.evaluate import compare, evaluate, figures
 from pipelines.suggestion import forward_seconds

@@ -7,7 +7,8 @@ import torch
 from tqdm import tqdm
 
 from fms_spec.acceptance import pooled_acceptance
-from fms_spec.decoding import Options, Timing, decode
+from fms_spec.decoding import Timing, decode
+from fms_spec.options import Options
 from fms_spec.proposers import PromptLookup
 
 RESAMPLES, INTERVAL = 1000, 0.95  # of the bootstrap over prompts

@@ -3,8 +3,9 @@
 import torch
 from tqdm import tqdm
 
-from fms_spec.decoding import Options, decode
+from fms_spec.decoding import decode
 from fms_spec.errors import UserError
+from fms_spec.options import Options
 from fms_spec.sampling import Sampling
 
 

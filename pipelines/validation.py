@@ -6,7 +6,8 @@ Shapes: p prompts, s tokens of a text, d base width.
 import torch
 
 from fms_spec.acceptance import accepted_in_text, pooled_acceptance
-from fms_spec.decoding import Options, decode
+from fms_spec.decoding import decode
+from fms_spec.options import Options
 
 
 class Validation:

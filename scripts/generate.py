@@ -8,9 +8,10 @@ from transformers import AutoTokenizer
 
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.base_model import BaseModel
-from fms_spec.decoding import Decoding, Options
+from fms_spec.decoding import Decoding
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
+from fms_spec.options import Options
 from fms_spec.proposers import PromptLookup
 from fms_spec.sampling import Sampling
 from scripts.cli import arguments, draft_shape, main

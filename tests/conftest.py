@@ -168,7 +168,9 @@ class Planted:
 
     def branches_of(self, text):
         """Tokens of one text's nodes, level after level."""
-        index = next(index for index, whole in enumerate(self.texts) if whole[: len(text)] == text)
+        index = next((index for index, whole in enumerate(self.texts) if whole[: len(text)] == text), None)
+        if index is None:  # the text went another way
+            return list(range(self.nodes))
         truth = self.texts[index][len(text) : len(text) + self.lookahead]
         chains = [[(truth[0] + 1 + branch) % self.vocab_size, *truth[1:]] for branch in range(self.branches)]
         right = self.right(index, self.steps[index])

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from fms_spec.acceptance import accepted_in_text, pooled_acceptance
 from fms_spec.base_model import BaseModel
-from fms_spec.decoding import Options, decode
+from fms_spec.decoding import decode
+from fms_spec.options import Options
 from fms_spec.proposers import DraftShape, PromptLookup
 from fms_spec.speculators import MLPSpeculator
 from pipelines.validation import Validation

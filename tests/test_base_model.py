@@ -98,7 +98,13 @@ def test_sliding_window_models_are_refused(tmp_path):
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, sliding_window=16
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=16,
     )
     MistralForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="full attention"):

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.candidates import Candidates, Tree
-from fms_spec.decoding import Options, decode
+from fms_spec.decoding import decode
 from fms_spec.errors import UserError
+from fms_spec.options import Options
 from fms_spec.proposers import BestNodesProposer, DraftShape, PromptLookup, Step, TopKProposer
 from fms_spec.sampling import Sampling
 
@@ -175,6 +176,30 @@ def test_a_shape_that_is_left_out_is_a_chain_as_deep_as_the_speculator_was_train
         assert proposer.nodes == Tree.full(widths).nodes - 1
     proposer = DraftShape(nodes=9).proposer(speculator)
     assert isinstance(proposer, BestNodesProposer) and (proposer.nodes, proposer.lookahead) == (9, 3)
+
+
+def test_a_proposer_sees_the_state_that_chose_each_newest_token_and_the_text_up_to_it(base_model):
+    prompts, seen = prompts_of(5, 12, 3), []
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        plain, _ = decode(base_model, prompts, Options(max_new_tokens=30, ignore_eos=True, sampling=sampling))
+        texts = [prompt.tolist() + result.tokens for prompt, result in zip(prompts, plain)]
+
+        class Watching(Planted):
+            def propose(self, step):
+                assert step.tokens.tolist() == [text[-1] for text in step.texts]
+                for text, state in zip(step.texts, step.hidden):
+                    before = torch.tensor([text[:-1]])
+                    torch.testing.assert_close(
+                        state, base_model.hidden_states(before, torch.zeros_like(before))[0, -1], rtol=1e-4, atol=1e-4
+                    )
+                seen.append((len(step.texts), step.sampling.temperature, step.chance is not None and step.chance.tolist()))
+                return super().propose(step)
+
+        proposer = Watching(texts, base_model.vocab_size, 4, lambda index, step: (3, 0, 4, 1)[(index + step) % 4], branches=3)
+        decode(base_model, prompts, Options(max_new_tokens=20, ignore_eos=True, sampling=sampling), proposer)
+    assert {rows for rows, *_ in seen} >= {2, 3} and all(bool(numbers) == (temperature > 0) for _, temperature, numbers in seen)
+    numbers = [number for *_, lines in seen if lines for line in lines for number in line]
+    assert len(numbers) == len(set(numbers)) and len(numbers) % 12 == 0  # every candidate's own, never used twice
 
 
 # How many tokens are right, by prompt and step; and of how many candidates one branch at a random place is the right one.

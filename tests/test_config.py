@@ -48,7 +48,10 @@ def test_defaults_are_five_to_two_interleaved(tmp_path):
     "change, message",
     [
         ("learning_rate: 3", "unknown key learning_rate"),
-        ("optimizer: {learning_rate: 1}", "unknown key optimizer.learning_rate, did you mean lr|unknown key optimizer.learning_rate, known: lr"),
+        (
+            "optimizer: {learning_rate: 1}",
+            "unknown key optimizer.learning_rate, did you mean lr|unknown key optimizer.learning_rate, known: lr",
+        ),
         ("phase1: {batch_sise: 8}", "unknown key phase1.batch_sise, did you mean batch_size"),
         ("phase1: {batch_size: 8, loss: {smoth_l1: 1.0}}", "unknown key phase1.loss.smoth_l1, did you mean smooth_l1"),
         ("optimizer: {lr: fast}", "optimizer.lr: .*number.*'fast'"),

@@ -154,9 +154,7 @@ def test_a_whole_set_of_other_inputs_is_refused_naming_the_setting(tmp_path):
     (tmp_path / "corpus" / "new.txt").unlink()
     write_tokenizer(tmp_path / "other", words=[f"w{49 - number}" for number in range(50)])
     with pytest.raises(UserError, match="another tokenizer"):
-        prepare(
-            source=str(tmp_path / "corpus"), tokenizer=str(tmp_path / "other"), out_dir=str(out), seq_length=16, prompt_length=4
-        )
+        prepare(source=str(tmp_path / "corpus"), tokenizer=str(tmp_path / "other"), out_dir=str(out), seq_length=16, prompt_length=4)
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 

@@ -207,9 +207,7 @@ def test_a_hub_dataset_is_packed_in_stream_order_and_read_no_further_than_needed
             assert split == "validation"
             return iter({"text": f"{WORDS[number]} w0 w0"} for number in range(50))
 
-    monkeypatch.setattr(
-        datasets, "load_dataset_builder", lambda name, config: Builder() if (name, config) == ("a/b", "c") else None
-    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: Builder() if (name, config) == ("a/b", "c") else None)
     monkeypatch.setattr(data.tokenizer, "BATCH_DOCUMENTS", 4)
     out = tmp_path / "out"
     prepare(

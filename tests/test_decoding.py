@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from fms_spec.base_model import BaseModel
-from fms_spec.decoding import Options, decode, stream
+from fms_spec.decoding import decode, stream
 from fms_spec.errors import UserError
+from fms_spec.options import Options
 from fms_spec.proposers import PromptLookup, TopKProposer
 from fms_spec.sampling import Sampling
 
@@ -118,6 +119,22 @@ def test_a_text_ends_with_the_first_eos_wherever_it_stands_in_an_accepted_path(b
         assert results[0].tokens == first[: first.index(eos) + 1] and results[0].finish_reason == "stop"
         expected = (second[: second.index(eos) + 1], "stop") if eos in second[:30] else (second[:30], "length")
         assert (results[1].tokens, results[1].finish_reason) == expected
+
+
+@pytest.mark.parametrize("right", [None, 0, 1, 3])
+def test_min_new_tokens_ends_at_exactly_its_token_also_inside_an_accepted_path(base_model, known, monkeypatch, right):
+    prompts, (first, _) = known
+    for eos in first[1:9]:
+        monkeypatch.setattr(base_model, "eos_token_ids", {eos})
+        place = first.index(eos)
+        for least in (place, place + 1):
+            options, proposer = (
+                Options(max_new_tokens=30, min_new_tokens=least),
+                None if right is None else planted(base_model, known, right),
+            )
+            results, _ = decode(base_model, prompts, options, proposer)
+            assert (results[0].tokens == first[: place + 1]) == (least == place) and results[0].tokens[:place] == first[:place]
+            assert said(results) == said(decode(base_model, prompts, options)[0])
 
 
 @pytest.mark.parametrize("right", [None, 0, 1, 3])
@@ -233,3 +250,10 @@ def test_the_context_is_filled_to_its_last_token_and_candidates_count_too(base_m
     for most, more in ((fits + 1, None), (fits - 2, proposer), (fits, TopKProposer(tiny_speculator(base_model, "mlp_tied"), [1]))):
         with pytest.raises(UserError, match="over the context"):
             decode(base_model, [prompt], Options(max_new_tokens=most), more)
+
+
+def test_a_long_prompt_is_read_in_chunks_to_the_same_end(base_model, monkeypatch):
+    prompts = prompts_of(3, 7, 8, 20)
+    whole, _ = decode(base_model, prompts, Options(max_new_tokens=8))
+    monkeypatch.setattr("fms_spec.decoding.PREFILL_CHUNK", 7)
+    assert decode(base_model, prompts, Options(max_new_tokens=8))[0] == whole

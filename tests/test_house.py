@@ -42,7 +42,9 @@ def test_files_stay_under_300_lines(package):
 def test_the_wheel_holds_fms_spec_and_nothing_else(tmp_path):
     # Built from a copy of what is under version control, so that no build folder is left behind; with the packages that are here.
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "quickstart", "runs", "__pycache__"))
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "quickstart", "runs", "__pycache__")
+    )
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path / "wheels", source]
     subprocess.run(command, check=True, capture_output=True, text=True)
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
@@ -54,7 +56,9 @@ def test_the_wheel_holds_fms_spec_and_nothing_else(tmp_path):
 def readme_commands():
     """Commands of the README's shell blocks, continuation lines joined."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")
+    ]
 
 
 def test_the_readmes_make_targets_exist_and_ci_runs_its_test_command():

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Tree
-from fms_spec.decoding import Options, decode
+from fms_spec.decoding import decode
 from fms_spec.kv_cache import KVCache
+from fms_spec.options import Options
 from fms_spec.proposers import BestNodesProposer, TopKProposer
 from fms_spec.sampling import Sampling
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import fms_spec.decoding
 from fms_spec.candidates import Candidates, Tree
-from fms_spec.decoding import Options, decode, stream
+from fms_spec.decoding import decode, stream
 from fms_spec.errors import UserError
+from fms_spec.options import Options
 from fms_spec.proposers import draw_children
 from fms_spec.sampling import Chance, Sampling, draw
 from fms_spec.verification import match, reject

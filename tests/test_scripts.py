@@ -26,7 +26,9 @@ def place(tmp_path_factory, corpus_dir):
     write_model(directory / "base_model")
     write_model(directory / "other_model", seed=1)
     (directory / "windowed").mkdir()
-    (directory / "windowed/config.json").write_text('{"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}')
+    (directory / "windowed/config.json").write_text(
+        '{"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}'
+    )
     (directory / "windowed/model.safetensors").write_bytes(b"no weights: refused before they are looked at")
     (yaml,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (directory / "first.yaml").write_text(yaml)
@@ -95,7 +97,9 @@ def test_the_readmes_commands_do_what_it_says(place):
 def test_a_mistake_ends_with_one_line_exit_code_1_and_nothing_written(place, words, message):
     test_needs = place / "prepared"
     if "first.yaml --out_dir=base_model" in words and not test_needs.exists():
-        run(place, *readme_commands()[[c.split()[2] for c in readme_commands() if "scripts" in c].index("scripts.prepare_data")].split()[1:])
+        run(
+            place, *readme_commands()[[c.split()[2] for c in readme_commands() if "scripts" in c].index("scripts.prepare_data")].split()[1:]
+        )
     before = sorted(place.iterdir())
     finished = run(place, "-m", *words.split())
     lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]

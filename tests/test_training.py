@@ -28,10 +28,10 @@ def config_file(tmp_path, model_dir, data_dir):
     def write(family="hidden_state", **changes):
         text = f"""
 base_model: {{name: {model_dir}, dtype: float32}}
-speculator: {{family: {family}, n_predict: 3, width: 16, inner_dim: 24, draft_vocab_size: {'null' if family == 'mlp' else 64}}}
+speculator: {{family: {family}, n_predict: 3, width: 16, inner_dim: 24, draft_vocab_size: {"null" if family == "mlp" else 64}}}
 data: {{dir: {data_dir}}}
 schedule: {{steps: 9}}
-phase1: {{batch_size: 3, accumulate: 2, positions: 40, loss: {{cross_entropy: 0.5, distillation: 1.0, smooth_l1: {0.0 if family == 'mlp' else 0.1}}}}}
+phase1: {{batch_size: 3, accumulate: 2, positions: 40, loss: {{cross_entropy: 0.5, distillation: 1.0, smooth_l1: {0.0 if family == "mlp" else 0.1}}}}}
 phase2: {{batch_size: 4, loss: {{cross_entropy: 1.0, only_accepted: true}}}}
 generation: {{batch_size: 5, max_new_tokens: 12, temperature: 0.8, top_k: 10}}
 optimizer: {{lr: 0.01}}
@@ -78,7 +78,10 @@ def test_training_learns_and_its_export_is_what_was_trained(tmp_path, config_fil
     export(tmp_path / "run", tmp_path / "speculator")
     speculator = load_speculator(tmp_path / "speculator", base_model)
     assert speculator.n_predict == 3
-    assert DraftShape().proposer(speculator).propose(Step(torch.randn(2, base_model.width), torch.tensor([3, 4]), [])).tokens.shape == (2, 3)
+    assert DraftShape().proposer(speculator).propose(Step(torch.randn(2, base_model.width), torch.tensor([3, 4]), [])).tokens.shape == (
+        2,
+        3,
+    )
 
 
 def test_phases_alternate_five_to_two_and_every_figure_is_logged(tmp_path, config_file):
@@ -88,7 +91,13 @@ def test_phases_alternate_five_to_two_and_every_figure_is_logged(tmp_path, confi
     last = [r for r in records(tmp_path / "run") if r["step"] == 9]
     names = {name for record in last for name in record}
     assert {"phase1/loss_head_0", "phase1/loss_head_2", "phase1/lr", "phase1/grad_norm", "tokens_per_s", "time_share/base_model"} <= names
-    assert {"time_share/heads", "time_share/data", "time_share/generation", "validation/acceptance_length", "validation/acceptance_at_3"} <= names
+    assert {
+        "time_share/heads",
+        "time_share/data",
+        "time_share/generation",
+        "validation/acceptance_length",
+        "validation/acceptance_at_3",
+    } <= names
     board = EventAccumulator(str(tmp_path / "run/tensorboard"))
     board.Reload()
     written = {event.step: event.value for event in board.Scalars("phase1/loss")}
@@ -105,7 +114,9 @@ def test_a_killed_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(tmp_pat
     train(config, tmp_path / "whole", resume=False)
     command = [sys.executable, "-m", "scripts.train", f"--config={tmp_path / 'run.yaml'}", f"--out_dir={tmp_path / 'killed'}"]
     command.append(f"hidden_state_cache={str(cached).lower()}")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 120
     while not whole_checkpoints(tmp_path / "killed/checkpoints") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
