@@ -166,6 +166,9 @@ def test_impossible_shapes_of_trees_are_refused():
     for shape, message in refused:
         with pytest.raises(UserError, match=message):
             shape.check(2)
+    for lookahead in (0, -1):
+        with pytest.raises(UserError, match=f"lookahead {lookahead}: .*at least 1"):
+            PromptLookup(lookahead)
 
 
 def test_a_shape_that_is_left_out_is_a_chain_as_deep_as_the_speculator_was_trained_for(base_model):

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import fms_spec.decoding
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode, stream
 from fms_spec.errors import UserError
@@ -94,6 +95,21 @@ def test_both_backends_decode_the_same_tokens(base_model, kind):
     assert decode(other, prompts, options, proposer)[0] == decode(base_model, prompts, options, proposer)[0]
 
 
+@pytest.mark.parametrize("backend", ["fms", "transformers"])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 12])
+def test_prompts_that_are_read_in_pieces_are_continued_as_ever(tiny_models, monkeypatch, backend, chunk):
+    for seed in range(6):
+        model, prompts = tiny_models.get(3 * seed, backend, seed), prompts_of(12, 1, 3, 7, 4, words=8, seed=seed)
+        options, proposer = (
+            Options(max_new_tokens=12, sampling=Sampling(temperature=float(seed % 2))),
+            tiny_proposer(model, "best", seed=seed),
+        )
+        whole, _ = decode(model, prompts, options, proposer)
+        with monkeypatch.context() as patch:
+            patch.setattr(fms_spec.decoding, "PREFILL_CHUNK", chunk)
+            assert decode(model, prompts, options, proposer)[0] == whole
+
+
 @pytest.fixture
 def known(base_model):
     """Two prompts and their endless greedy texts."""
@@ -165,13 +181,17 @@ def test_stop_strings_end_the_text_before_them_and_not_before_min_new_tokens(bas
     words = [tokenizer.decode([token]) for token in first]
     place = next(i for i in range(5, 25) if f"{words[i]} {words[i + 1]}" not in " ".join(words[:i]) and "<eos>" not in words[i : i + 2])
     stop = f"{words[place]} {words[place + 1]}"
-    for proposer in (None, planted(base_model, known, 3), planted(base_model, known, 0)):
+    for right in (None, 0, 3):
+        again = lambda: None if right is None else planted(base_model, known, right)
         options = Options(max_new_tokens=30, ignore_eos=True, tokenizer=tokenizer, stop=(stop, "never said"))
-        (result, _), _ = decode(base_model, prompts, options, proposer)
+        (result, _), _ = decode(base_model, prompts, options, again())
         assert result.tokens == first[: place + 2] and result.finish_reason == "stop"
         assert result.text == tokenizer.decode(first[:place], skip_special_tokens=True) + " "
-        (late, _), _ = decode(base_model, prompts, replace(options, min_new_tokens=place + 2), proposer)
+        (late, _), _ = decode(base_model, prompts, replace(options, min_new_tokens=place + 2), again())
         assert len(late.tokens) > place + 2 and stop in late.text
+        # A text that ends where the stop string had only begun is given out whole.
+        (short, _), _ = decode(base_model, prompts, replace(options, max_new_tokens=place + 1), again())
+        assert short.finish_reason == "length" and short.text == tokenizer.decode(first[: place + 1], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("right", [None, 2])
@@ -250,10 +270,3 @@ def test_the_context_is_filled_to_its_last_token_and_candidates_count_too(base_m
     for most, more in ((fits + 1, None), (fits - 2, proposer), (fits, TopKProposer(tiny_speculator(base_model, "mlp_tied"), [1]))):
         with pytest.raises(UserError, match="over the context"):
             decode(base_model, [prompt], Options(max_new_tokens=most), more)
-
-
-def test_a_long_prompt_is_read_in_chunks_to_the_same_end(base_model, monkeypatch):
-    prompts = prompts_of(3, 7, 8, 20)
-    whole, _ = decode(base_model, prompts, Options(max_new_tokens=8))
-    monkeypatch.setattr("fms_spec.decoding.PREFILL_CHUNK", 7)
-    assert decode(base_model, prompts, Options(max_new_tokens=8))[0] == whole
