@@ -22,6 +22,7 @@ from fms_spec.rotary import look_up_once
 
 # What ibm-fms loads from a Hugging Face checkpoint and what was compared with `transformers` here (tests/test_base_model.py).
 FMS_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM", "Qwen3ForCausalLM")
+FMS_ANY_HEAD_WIDTH = ("Qwen3ForCausalLM",)  # the others only with heads that together are as wide as the model
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Bytes of every tensor that enter the fingerprint: a fine-tune changes nearly all of them, and 70B weights take seconds, not minutes.
 FINGERPRINT_BYTES = 4096
@@ -97,9 +98,11 @@ class BaseModel:
         self.path, self.name = path, str(name)
         self.config = read_config(path)
         architecture = (self.config.architectures or ["unknown"])[0]
-        self.backend = backend if backend != "auto" else ("fms" if architecture in FMS_ARCHITECTURES else "transformers")
-        if self.backend == "fms" and architecture not in FMS_ARCHITECTURES:
-            raise UserError(f"base model {name}: {architecture} is not one ibm-fms loads here; use backend=transformers")
+        usual = architecture in FMS_ANY_HEAD_WIDTH or head_width(self.config) == default_head_width(self.config)
+        known = architecture in FMS_ARCHITECTURES and usual
+        self.backend = backend if backend != "auto" else ("fms" if known else "transformers")
+        if self.backend == "fms" and not known:
+            raise UserError(f"base model {name}: ibm-fms doesn't load this {architecture} here; use backend=transformers")
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.fingerprint = fingerprint(path)
@@ -153,9 +156,8 @@ class BaseModel:
     def new_cache(self, batch, capacity):
         """An empty `KVCache` for `batch` sequences of up to `capacity` tokens, candidates among them."""
         config = self.config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return KVCache(config.num_hidden_layers, batch, capacity, groups, width, self.dtype, self.device)
+        return KVCache(config.num_hidden_layers, batch, capacity, groups, head_width(config), self.dtype, self.device)
 
     @torch.no_grad()
     def extend(self, tokens, cache, tree=None):
@@ -213,6 +215,15 @@ def read_config(path):
     if getattr(config, "final_logit_softcapping", None):
         raise UserError(f"base model {path}: soft-capped logits are not supported")
     return config
+
+
+def head_width(config):
+    """Coordinates of one attention head."""
+    return getattr(config, "head_dim", None) or default_head_width(config)
+
+
+def default_head_width(config):
+    return config.hidden_size // config.num_attention_heads
 
 
 def read_eos_token_ids(path, config):

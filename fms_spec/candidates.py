@@ -7,6 +7,7 @@ stands before it, and the children of one node differ, so common prefixes are me
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn import functional as F
@@ -44,20 +45,28 @@ class Tree:
             level = range(first, len(parents))
         return cls(torch.tensor([parents], device=device))
 
+    @cached_property
+    def depth(self):
+        """Levels below the root, an int. Waits for the device, once a tree."""
+        return int(self.depths.max())
+
+    @cached_property
     def children(self):
-        """Children of each node in order: list of n + 1 lists of ints; for a tree that all sequences share."""
+        """Children of each node in order, 0 where there are no more, for a tree that all sequences share: int64 [n + 1, most children]."""
         found = [[] for _ in range(self.nodes)]
         for node, parent in enumerate(self.parents[0].tolist()[1:], start=1):
             found[parent].append(node)
-        return found
+        width = max(len(nodes) for nodes in found)
+        return torch.tensor([nodes + [0] * (width - len(nodes)) for nodes in found], device=self.parents.device)
 
 
 @dataclass
 class Candidates:
-    """tokens: int64 [b, n], -1 where a sequence has no candidate at that node (then none of its descendants either). tree: `Tree`.
+    """tokens: int64 [b, n], -1 where a sequence has no candidate at that node; what stands below it is never accepted. tree: `Tree`.
 
     draft_probs: None where candidates were picked, whatever way; fp32 [b, nodes with children, v] where a node's children were drawn, one
-    after the other and without replacement, from row `node` of it. Only then does a candidate's chance of being accepted depend on it.
+    after the other and without replacement, from row `node` of it; nodes with children then stand before those without. Only then does a
+    candidate's chance of being accepted depend on it.
     """
 
     tokens: torch.Tensor

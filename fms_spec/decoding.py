@@ -128,7 +128,7 @@ class Decoding:
         self.streams = [TextStream(options.tokenizer, options.stop) if options.tokenizer else None for _ in prompts]
         self.live = list(range(len(prompts)))  # prompt of each row of the batch
         self.done = set()  # rows that have ended and not left yet
-        self.eos = [] if options.ignore_eos else sorted(base_model.eos_token_ids)
+        self.eos = [] if options.ignore_eos else sorted(token for token in base_model.eos_token_ids if token < base_model.vocab_size)
         self.root = Tree.full([], base_model.device)
         capacity = max(len(prompt) for prompt in prompts) + options.max_new_tokens + nodes
         self.cache = base_model.new_cache(len(prompts), capacity)

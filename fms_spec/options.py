@@ -38,6 +38,8 @@ class Options:
             raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise UserError(f"min_new_tokens {self.min_new_tokens}: must be from 0 to max_new_tokens, {self.max_new_tokens}")
+        if isinstance(self.stop, str):
+            raise UserError(f"stop {self.stop!r}: give a list of strings, be it one")
         if self.stop and (self.tokenizer is None or not all(self.stop)):
             raise UserError("stop strings need a tokenizer, and none of them may be empty")
         if self.seeds is not None and len(self.seeds) != len(prompts):

@@ -186,8 +186,11 @@ class DraftShape:
         return widths or (None if self.nodes else (1,) * lookahead), self.nodes, lookahead
 
     def proposer(self, speculator):
-        """The proposer of this shape; raises UserError as `check`."""
+        """The proposer of this shape; raises UserError as `check`, and for a level wider than the draft vocabulary."""
         widths, nodes, lookahead = self.check(speculator.n_predict)
+        size = speculator.vocab_size if speculator.draft_ids is None else len(speculator.draft_ids)
+        if widths and max(widths) > size:
+            raise UserError(f"top_k_per_head {','.join(map(str, widths))}: this speculator's heads know {size} tokens")
         return TopKProposer(speculator, widths) if widths else BestNodesProposer(speculator, nodes, lookahead)
 
 

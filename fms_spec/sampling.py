@@ -6,11 +6,14 @@ Chance comes in as numbers that were drawn beforehand: a text's i-th new token i
 there. So one seed gives one text in any batch, with or without a speculator whose candidates are picked.
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 
 from fms_spec.errors import UserError
+
+LOWEST_TEMPERATURE = 1e-5  # logits divided by less overflow fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise UserError(f"temperature {self.temperature}: must be 0 (greedy) or more")
+        if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature < math.inf):
+            raise UserError(f"temperature {self.temperature}: must be 0 (greedy), or a number from {LOWEST_TEMPERATURE}")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k}: must be 0 (off) or more")
         if not 0 < self.top_p <= 1:

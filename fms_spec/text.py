@@ -21,7 +21,7 @@ class TextStream:
         self.text, self.held, self.stopped = "", "", False
 
     def push(self, token, may_stop=True):
-        """Take one token id; returns the text that it sets free. With may_stop False, stop strings that are whole by now count as text."""
+        """Take one token id; returns the text that it sets free. With may_stop False, no part of it counts towards a stop string."""
         self.held += self.stream.step(self.backend, token) or ""
         if not may_stop:
             return self._release(len(self.held))

@@ -40,7 +40,7 @@ def match(candidates, chosen):
 
 
 def reject(candidates, target_probs, tests, bonus):
-    """Multi-round rejection for drawn candidates (arXiv 2305.09781, section 4.3; children drawn without replacement as in 2402.14160).
+    """Multi-round rejection for drawn candidates (arXiv 2305.09781; children drawn without replacement as in 2402.14160).
 
     At a node with target p and draft distribution q, the children x are tried in the order they were drawn: x is accepted with
     probability min(1, p(x) / q(x)); otherwise p becomes max(p - q, 0) and q loses x, both scaled to sum to 1. Where no child is left,
@@ -52,16 +52,15 @@ def reject(candidates, target_probs, tests, bonus):
     """
     tree, batch = candidates.tree, len(target_probs)
     rows = torch.arange(batch, device=target_probs.device)
-    children = child_table(tree, target_probs.device)
     accepted = torch.zeros(batch, tree.nodes, dtype=torch.bool, device=target_probs.device)
     accepted[:, 0] = True
     node = torch.zeros_like(rows)
     going = accepted[:, 0].clone()
     final = target_probs[:, 0]
-    for _ in range(int(tree.depths.max())):
+    for _ in range(tree.depth):
         target, draft = target_probs[rows, node], candidates.draft_probs[rows, node].float()
         moved, parent = torch.zeros_like(going), node
-        for child in children[parent].unbind(1):
+        for child in tree.children[parent].unbind(1):
             token = candidates.tokens[rows, (child - 1).clamp(min=0)]
             tried = going & ~moved & (child > 0) & (token >= 0)
             token = token.clamp(min=0)
@@ -82,10 +81,3 @@ def scaled(weights, otherwise):
     """Rows of `weights` [b, v] scaled to sum to 1; rows without any weight, which only rounding can bring, become `otherwise`."""
     total = weights.sum(-1, keepdim=True)
     return torch.where(total > 0, weights / total, otherwise)
-
-
-def child_table(tree, device):
-    """Children of each node in order, 0 where there are no more: int64 [n + 1, most children]."""
-    children = tree.children()
-    width = max(len(nodes) for nodes in children)
-    return torch.tensor([nodes + [0] * (width - len(nodes)) for nodes in children], device=device)

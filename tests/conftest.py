@@ -77,10 +77,10 @@ def data_dir(tmp_path_factory, corpus_dir, model_dir):
 
 # Small base models of twenty shapes, for tests over hundreds of random ones: vocabularies from 8 on, so that random heads are right at times.
 SHAPES = [
-    dict(
-        vocab_size=8 + i, num_hidden_layers=1 + i % 3, num_attention_heads=heads, num_key_value_heads=groups,
-        hidden_size=heads * (4, 8)[i % 2], intermediate_size=2 * heads * (4, 8)[i % 2], tie_word_embeddings=i % 5 == 4,
-    )
+    {
+        "vocab_size": 8 + i, "num_hidden_layers": 1 + i % 3, "num_attention_heads": heads, "num_key_value_heads": groups,
+        "hidden_size": heads * (4, 8)[i % 2], "intermediate_size": 2 * heads * (4, 8)[i % 2], "tie_word_embeddings": i % 5 == 4,
+    }
     for i, (heads, groups) in enumerate([(2, 1), (4, 2), (4, 4), (6, 3), (4, 1)] * 4)
 ]  # fmt: skip
 

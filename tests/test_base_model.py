@@ -94,6 +94,16 @@ def test_what_cannot_be_a_base_model_is_refused_in_one_line_that_names_it(tmp_pa
         assert "\n" not in str(error.value) and name in str(error.value)
 
 
+def test_a_model_with_unusual_heads_goes_to_the_backend_that_loads_it(tmp_path):
+    directory = write_model(tmp_path / "wide_heads", head_dim=16)
+    model = BaseModel(str(directory), dtype="float32", device="cpu")
+    assert model.backend == "transformers"
+    whole = model.hidden_states(random_rows(1, 9), torch.zeros(1, 9, dtype=torch.int64))
+    torch.testing.assert_close(model.extend(random_rows(1, 9), model.new_cache(1, 9)), whole, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="use backend=transformers"):
+        BaseModel(str(directory), backend="fms")
+
+
 def test_sliding_window_models_are_refused(tmp_path):
     from transformers import MistralConfig, MistralForCausalLM
 

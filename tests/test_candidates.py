@@ -53,12 +53,12 @@ def test_a_node_sees_itself_and_its_ancestors_and_nothing_else(batch):
 def test_a_full_tree_has_every_path_of_its_widths_level_by_level(widths):
     tree = Tree.full(widths)
     places = {0: ()}
-    children = tree.children()
+    children = [[child for child in line if child] for line in tree.children.tolist()]
     for node in range(tree.nodes):  # parents stand before their children
         places |= {child: (*places[node], place) for place, child in enumerate(children[node])}
     levels = [list(product(*map(range, widths[:level]))) for level in range(len(widths) + 1)]
     assert [places[node] for node in range(tree.nodes)] == [path for level in levels for path in level]
-    assert tree.parents.shape[0] == 1
+    assert tree.parents.shape[0] == 1 and tree.depth == len(widths)
 
 
 def every_node(speculator, hidden, token, levels):

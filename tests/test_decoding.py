@@ -119,10 +119,10 @@ def known(base_model):
     return prompts, [result.tokens for result in plain]
 
 
-def planted(base_model, known, right, **changes):
-    prompts, tokens = known
-    texts = [prompt.tolist() + line for prompt, line in zip(prompts, tokens)]
-    return Planted(texts, base_model.vocab_size, changes.pop("lookahead", 3), lambda index, step: right, **changes)
+def planted(base_model, known, right):
+    """Candidates of which the first so many are right; None for plain decoding."""
+    texts = [prompt.tolist() + line for prompt, line in zip(*known)]
+    return None if right is None else Planted(texts, base_model.vocab_size, 3, lambda index, step: right)
 
 
 @pytest.mark.parametrize("right", [None, 0, 3])
@@ -130,7 +130,7 @@ def test_a_text_ends_with_the_first_eos_wherever_it_stands_in_an_accepted_path(b
     prompts, (first, second) = known
     for eos in first[1:9]:
         monkeypatch.setattr(base_model, "eos_token_ids", {eos})
-        proposer = None if right is None else planted(base_model, known, right)
+        proposer = planted(base_model, known, right)
         results, _ = decode(base_model, prompts, Options(max_new_tokens=30), proposer)
         assert results[0].tokens == first[: first.index(eos) + 1] and results[0].finish_reason == "stop"
         expected = (second[: second.index(eos) + 1], "stop") if eos in second[:30] else (second[:30], "length")
@@ -146,7 +146,7 @@ def test_min_new_tokens_ends_at_exactly_its_token_also_inside_an_accepted_path(b
         for least in (place, place + 1):
             options, proposer = (
                 Options(max_new_tokens=30, min_new_tokens=least),
-                None if right is None else planted(base_model, known, right),
+                planted(base_model, known, right),
             )
             results, _ = decode(base_model, prompts, options, proposer)
             assert (results[0].tokens == first[: place + 1]) == (least == place) and results[0].tokens[:place] == first[:place]
@@ -156,7 +156,7 @@ def test_min_new_tokens_ends_at_exactly_its_token_also_inside_an_accepted_path(b
 @pytest.mark.parametrize("right", [None, 0, 1, 3])
 def test_max_new_tokens_ends_a_text_at_exactly_that_length(base_model, known, right):
     for most in (1, 2, 3, 4, 5, 9):
-        proposer = None if right is None else planted(base_model, known, right)
+        proposer = planted(base_model, known, right)
         results, _ = decode(base_model, known[0], Options(max_new_tokens=most, ignore_eos=True), proposer)
         assert said(results) == [(tokens[:most], "", "length") for tokens in known[1]]
 
@@ -182,15 +182,14 @@ def test_stop_strings_end_the_text_before_them_and_not_before_min_new_tokens(bas
     place = next(i for i in range(5, 25) if f"{words[i]} {words[i + 1]}" not in " ".join(words[:i]) and "<eos>" not in words[i : i + 2])
     stop = f"{words[place]} {words[place + 1]}"
     for right in (None, 0, 3):
-        again = lambda: None if right is None else planted(base_model, known, right)
         options = Options(max_new_tokens=30, ignore_eos=True, tokenizer=tokenizer, stop=(stop, "never said"))
-        (result, _), _ = decode(base_model, prompts, options, again())
+        (result, _), _ = decode(base_model, prompts, options, planted(base_model, known, right))
         assert result.tokens == first[: place + 2] and result.finish_reason == "stop"
         assert result.text == tokenizer.decode(first[:place], skip_special_tokens=True) + " "
-        (late, _), _ = decode(base_model, prompts, replace(options, min_new_tokens=place + 2), again())
+        (late, _), _ = decode(base_model, prompts, replace(options, min_new_tokens=place + 2), planted(base_model, known, right))
         assert len(late.tokens) > place + 2 and stop in late.text
         # A text that ends where the stop string had only begun is given out whole.
-        (short, _), _ = decode(base_model, prompts, replace(options, max_new_tokens=place + 1), again())
+        (short, _), _ = decode(base_model, prompts, replace(options, max_new_tokens=place + 1), planted(base_model, known, right))
         assert short.finish_reason == "length" and short.text == tokenizer.decode(first[: place + 1], skip_special_tokens=True)
 
 
@@ -198,13 +197,13 @@ def test_stop_strings_end_the_text_before_them_and_not_before_min_new_tokens(bas
 def test_a_stream_gives_out_what_the_batch_returns_and_marks_what_was_accepted(base_model, known, tokenizer, right):
     prompts, tokens = known
     options = Options(max_new_tokens=11, ignore_eos=True, tokenizer=tokenizer)
-    build = lambda: None if right is None else planted(base_model, known, right)
-    results, timing = decode(base_model, prompts, options, build())
-    steps = list(stream(base_model, prompts, options, build()))
+    results, timing = decode(base_model, prompts, options, planted(base_model, known, right))
+    steps = list(stream(base_model, prompts, options, planted(base_model, known, right)))
     assert len(steps) == timing.steps + 1 == (11 if right is None else 5)
     for index, result in enumerate(results):
         emitted = [one for step in steps for one in step if one.index == index]
         assert [token for one in emitted for token in one.tokens] == result.tokens == tokens[index][:11]
+        assert all("".join(one.pieces) == one.text and len(one.pieces) == len(one.tokens) for one in emitted)
         assert "".join(one.text for one in emitted) == result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
         assert [one.finish_reason for one in emitted] == [None] * (len(emitted) - 1) + ["length"]
         assert [one.accepted for one in emitted] == [None] + [right] * (len(emitted) - 1)
@@ -253,6 +252,7 @@ def test_what_cannot_be_decoded_is_refused_before_any_work(base_model, tokenizer
         ([prompt], {"max_new_tokens": 5, "min_new_tokens": -1}, "min_new_tokens -1"),
         ([prompt], {"max_new_tokens": 5, "stop": ("x",)}, "need a tokenizer"),
         ([prompt], {"max_new_tokens": 5, "stop": ("x", ""), "tokenizer": tokenizer}, "empty"),
+        ([prompt], {"max_new_tokens": 5, "stop": "x", "tokenizer": tokenizer}, "list of strings"),
         ([prompt], {"max_new_tokens": 5, "seeds": (1, 2)}, "2 seeds for 1 prompts"),
         ([prompt], {"max_new_tokens": context - 9}, f"over the context of .*, {context}"),
     ]

@@ -36,8 +36,8 @@ def test_a_quickstart_stopped_in_training_goes_on_and_ends_with_a_lossless_repor
     assert "== data" not in second.stdout and "going on from step" in second.stdout
     report = json.loads((out / "report.json").read_text())
     names = {
-        "acceptance_length", "acceptance_per_position", "plain_tokens_per_s", "speculative_tokens_per_s", "speedup", "lossless",
-        "phase1_steps", "phase2_steps", "seconds_by_part",
+        "acceptance_length", "acceptance_per_position", "chain_acceptance_length", "plain_tokens_per_s", "tokens_per_s", "speedup",
+        "lossless", "prompt_lookup", "phase1_steps", "phase2_steps", "seconds_by_part",
     }  # fmt: skip
     assert names <= set(report) and all(name in second.stdout for name in names)
     assert report["lossless"] is True and report["differing"] == 0

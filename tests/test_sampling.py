@@ -81,7 +81,18 @@ def test_greedy_takes_the_likeliest_and_its_distribution_is_a_point():
     assert Sampling(temperature=0.5, top_k=3).as_dict() == {"temperature": 0.5, "top_k": 3, "top_p": 1.0}
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": -0.5}, {"top_p": 1.01}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": 1e-9},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": -0.5},
+        {"top_p": 1.01},
+    ],
+)
 def test_values_outside_their_range_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
