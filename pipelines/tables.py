@@ -10,13 +10,7 @@ def print_values(values, title):
     """Flat values, a line each."""
     table = Table(title=title, show_header=False)
     for name, value in values.items():
-        if isinstance(value, float):
-            value = f"{value:.3f}"
-        elif isinstance(value, list):
-            value = " / ".join(f"{item:.3f}" for item in value)
-        elif isinstance(value, dict):
-            value = ", ".join(f"{key} {item:.3f}" if isinstance(item, float) else f"{key} {item}" for key, item in value.items())
-        table.add_row(name, str(value))
+        table.add_row(name, short(value))
     show(table)
 
 
@@ -45,6 +39,17 @@ def show(table):
     """Print to stdout."""
     console = Console()
     Console(width=None if console.is_terminal else max(console.width, WIDTH)).print(table)
+
+
+def short(value):
+    """A JSON value in a cell: three decimals, whatever it is nested in."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list):
+        return " / ".join(map(short, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {short(item)}" for key, item in value.items())
+    return str(value)
 
 
 def span(interval):

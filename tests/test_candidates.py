@@ -149,7 +149,7 @@ def test_prompt_lookup_proposes_what_followed_the_latest_earlier_place_with_the_
     assert propose([5, 1, 5], [1, 2, 3], [1, 2, 3, 4, 1]) == [[1, 5, -1], [-1, -1, -1], [2, 3, 4]]
 
 
-def test_impossible_shapes_of_trees_are_refused():
+def test_impossible_shapes_of_trees_are_refused(tiny_models):
     refused = [
         (DraftShape(lookahead=0), "lookahead 0.* 1 to 2"),
         (DraftShape(lookahead=3), "lookahead 3.* 1 to 2"),
@@ -166,6 +166,8 @@ def test_impossible_shapes_of_trees_are_refused():
     for shape, message in refused:
         with pytest.raises(UserError, match=message):
             shape.check(2)
+    with pytest.raises(UserError, match="9,1: .*know 8 tokens"):
+        DraftShape(top_k_per_head=(9, 1)).proposer(tiny_speculator(tiny_models.get(0), "mlp_tied"))
     for lookahead in (0, -1):
         with pytest.raises(UserError, match=f"lookahead {lookahead}: .*at least 1"):
             PromptLookup(lookahead)
