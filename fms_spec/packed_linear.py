@@ -1,7 +1,7 @@
 """Linear layers of a frozen bf16 model on a CPU, laid out once for the few tokens of a decoding step.
 
-oneDNN lays a weight out anew in every call of `F.linear` with more than one token. Laid out once for four, a forward of SmolLM2-135M on
-two cores took 42 ms instead of 48 for four tokens, and 36 instead of 38 for one. These are the operators torch.compile uses when it
+oneDNN lays a weight out anew in every call of `F.linear` with more than one token. Laid out once, a forward of SmolLM2-135M on two cores
+took 53 ms instead of 74 for five tokens, and 46 instead of 57 for one (`python -m scripts.benchmark decode`, name "forward"). These are the operators torch.compile uses when it
 freezes weights; it needs a compiler, they don't.
 """
 

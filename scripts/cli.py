@@ -19,15 +19,15 @@ arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
-def main(argument_class, run, overrides=False):
-    """Parse the command line into `argument_class`, then call `run(parsed)`, or `run(parsed, words)` with trailing key.path=value words.
+def main(argument_class, run, overrides=False, words=None):
+    """Parse the command line (or `words`) into `argument_class`, then call `run(parsed)`, or `run(parsed, words)` with trailing key.path=value words.
 
     Fire alone would run the work first and complain about unknown flags afterwards, so it only builds the argument object. A
     `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise; Ctrl-C with 130.
     """
     keep_freed_memory()
     keep_texts(argument_class)
-    words = sys.argv[1:]
+    words = sys.argv[1:] if words is None else words
     settings = [word for word in words if overrides and not word.startswith("-") and "=" in word]
     flags = [word for word in words if word not in settings]
     try:
@@ -49,8 +49,7 @@ def main_of(commands):
     """`main` of the command that the first word names: {name: (argument class, run)}."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in commands:
-        del sys.argv[1]
-        return main(*commands[name])
+        return main(*commands[name], words=sys.argv[2:])
     if name in ("--help", "-h"):
         return fire.Fire({name: argument_class for name, (argument_class, _) in commands.items()}, command=["--help"])
     fail(f"{name or 'no command'}: give one of {', '.join(commands)} first; --help tells more")

@@ -57,6 +57,7 @@ def test_the_readmes_commands_do_what_it_says(place):
     assert [json.loads(line) for line in printed["scripts.benchmark"].splitlines()] == lines
     assert {line["name"] for line in lines} == {"forward", "plain", "tree", "our_prompt_lookup", "prompt_lookup", "batch"}
     assert all(line["benchmark"] == "decode" and line["environment"]["versions"]["torch"] for line in lines)
+    assert all(line["environment"]["command"].startswith("benchmark.py decode --") for line in lines)
     assert all(line["texts"]["differs"] == 0 for line in lines if "texts" in line)
 
 
