@@ -1,8 +1,8 @@
 """Linear layers of a frozen bf16 model on a CPU, laid out once for the few tokens of a decoding step.
 
 oneDNN lays a weight out anew in every call of `F.linear` with more than one token. Laid out once, a forward of SmolLM2-135M on two cores
-took 53 ms instead of 74 for five tokens, and 46 instead of 57 for one (`python -m scripts.benchmark decode`, name "forward"). These are the operators torch.compile uses when it
-freezes weights; it needs a compiler, they don't.
+took 53 ms instead of 74 for five tokens, and 46 instead of 57 for one (`python -m scripts.benchmark decode`, the line named "forward").
+These are the operators torch.compile uses when it freezes weights; it needs a compiler, they don't.
 """
 
 import torch
