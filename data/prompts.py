@@ -137,4 +137,5 @@ def read_fields(line, place):
 
 
 def is_text(value):
-    return isinstance(value, str) and bool(value.strip())
+    """Whether it is text that a tokenizer takes: JSON can spell half a surrogate pair, which is none."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= character <= "\udfff" for character in value)

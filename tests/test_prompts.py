@@ -111,6 +111,7 @@ def test_special_tokens_are_added_to_a_prompt_and_not_to_a_chat(tmp_path, chat_t
         ('{"prompt": ""}', '"prompt" must be a text that is not empty'),
         ('{"prompt": " \\n"}', '"prompt" must be a text that is not empty'),
         ('{"prompt": 3}', '"prompt" must be a text'),
+        ('{"prompt": "w1 \\ud800"}', '"prompt" must be a text'),
         ('{"turns": []}', '"turns" must be a list of one or more texts'),
         ('{"turns": "w1"}', '"turns" must be a list'),
         ('{"turns": ["w1", ""]}', '"turns" must be a list of one or more texts, none of them empty'),
