@@ -22,10 +22,6 @@ class KVCache:
         self.store = torch.zeros(layers, 2, batch, capacity, groups, width, dtype=dtype, device=device)
         self.hold([0] * batch)
 
-    @property
-    def capacity(self):
-        return self.store.shape[3]
-
     def hold(self, counts):
         """From now on sequence i holds its first counts[i] slots."""
         self.counts = counts

@@ -77,8 +77,8 @@ class TopKProposer:
 class BestNodesProposer:
     """The `nodes` candidates with the highest joint probability under the heads, a tree of another shape at every step.
 
-    Level i keeps at most nodes - i candidates: one that deep has i ancestors, each at least as likely, so no other can be among the best. By
-    the same count the last of them has no child among the best, and the heads don't go on from it. The candidates are picked, not drawn,
+    Level i keeps at most nodes - i candidates: one that deep has i ancestors, each at least as likely, so no other can be among the best.
+    By the same count the last of them has no child among the best, and the heads don't go on from it. The candidates are picked, not drawn,
     also under sampling: which ones there are depends on all of their probabilities.
 
     Args:

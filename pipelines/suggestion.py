@@ -33,15 +33,15 @@ def median_seconds(works, device):
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
-def forward_seconds(base_model, sizes=FORWARDS, batch=1):
-    """{tokens: seconds} of a forward with logits over a chain of so many tokens on a cache of `CONTEXT`."""
+def forward_seconds(base_model, sizes=FORWARDS):
+    """{tokens: seconds} of a forward with logits, batch 1, over a chain of so many tokens on a cache of `CONTEXT`."""
     held = min(CONTEXT, base_model.context_length - max(sizes))
-    cache = base_model.new_cache(batch, held + max(sizes))
-    cache.hold([held] * batch)
+    cache = base_model.new_cache(1, held + max(sizes))
+    cache.hold([held])
 
     @torch.inference_mode()
     def forward(size):
-        tokens = torch.ones(batch, size, dtype=torch.int64, device=base_model.device)
+        tokens = torch.ones(1, size, dtype=torch.int64, device=base_model.device)
         base_model.logits(base_model.extend(tokens, cache, Tree.full([1] * (size - 1), base_model.device)))
 
     return median_seconds({size: partial(forward, size) for size in sizes}, base_model.device)
@@ -61,8 +61,11 @@ def suggest(base_model, speculator, texts):
     speedup = acceptance length x plain step / (drafting + forward over the tree), batch 1.
 
     Args:
-        texts: list of (states [s, d], tokens int64 [s], prompt length, new tokens), greedy texts as for `accepted_in_text`.
+        texts: list of (states [s, d], tokens int64 [s], prompt length, new tokens), greedy texts as for `accepted_in_text`;
+        without any, nothing is suggested.
     """
+    if not texts:
+        return []
     states, tokens, _, _ = texts[0]
     step = Step(states[-1:], tokens[-1:], [tokens.tolist()])
     proposers = {shape: shape.proposer(speculator) for shape in shapes(speculator.n_predict)}

@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from data.prompts import load_prompts
 from fms_spec.base_model import resolve_base_model
@@ -23,7 +26,7 @@ class Decode:
         spec_bench: another .jsonl file, compared with `transformers` prompt lookup category by category.
         limit: use only the first so many of `prompts`, of each category.
         spec_bench_limit: use only the first so many of each category of `spec_bench`.
-        max_new_tokens: decode at most so many tokens after each prompt.
+        max_new_tokens: decode at most so many tokens after each prompt, 2 or more: speed is that of the steps after the first.
         lookahead: depth of the candidates; what the speculator was trained for by default.
         top_k_per_head: children of each candidate, level by level, as in 3,2,1; a chain by default.
         nodes: draft the so many likeliest candidates instead, as a tree.
@@ -36,7 +39,7 @@ class Decode:
     spec_bench: str | None = None
     limit: int | None = None
     spec_bench_limit: int | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: Annotated[int, Field(ge=2)] = 64
     lookahead: int | None = None
     top_k_per_head: tuple[int, ...] | int | None = None
     nodes: int | None = None
@@ -44,6 +47,8 @@ class Decode:
 
 
 def run_decode(parsed):
+    if parsed.out and not Path(parsed.out).parent.is_dir():
+        raise UserError(f"{parsed.out}: no such folder to write to; make it, or give another --out")
     shape = draft_shape(parsed)
     path = resolve_base_model(parsed.base_model)
     prompts = load_prompts(parsed.prompts, path, parsed.limit)
@@ -53,13 +58,7 @@ def run_decode(parsed):
 
 
 def write_lines(benchmark, lines, out):
-    """Print each result as a line of JSON, with the benchmark's name and what it was measured on, and append it to `out`.
-
-    Raises:
-        UserError: a folder for `out` that isn't there.
-    """
-    if out and not Path(out).parent.is_dir():
-        raise UserError(f"{out}: no such folder to write to; make it, or give another --out")
+    """Print each result as a line of JSON, with the benchmark's name and what it was measured on, and append it to `out`."""
     measured_on = environment()
     for line in lines:
         text = json.dumps({"benchmark": benchmark} | line | {"environment": measured_on})

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from data.prompts import load_prompts
 from fms_spec.base_model import resolve_base_model
@@ -28,7 +30,7 @@ class Arguments:
         prompts: a folder from scripts.prepare_data with held-out documents, or a .jsonl file with a "prompt" text, or chat "turns", a line.
         out: also write the report here, as JSON, and a plot beside it, as PNG.
         limit: use only the first so many prompts of each category.
-        max_new_tokens: decode at most so many tokens after each prompt.
+        max_new_tokens: decode at most so many tokens after each prompt, 2 or more: speed is that of the steps after the first.
         lookahead: depth of the candidates; what the speculator was trained for by default.
         top_k_per_head: children of each candidate, level by level, as in 3,2,1; a chain by default.
         nodes: draft the so many likeliest candidates instead, as a tree.
@@ -41,7 +43,7 @@ class Arguments:
     prompts: str
     out: str | None = None
     limit: int | None = None
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Field(ge=2)] = 128
     lookahead: int | None = None
     top_k_per_head: tuple[int, ...] | int | None = None
     nodes: int | None = None

@@ -63,6 +63,8 @@ class Arguments:
 
 
 def run(parsed):
+    if parsed.compare and not parsed.speculator:
+        raise UserError("--compare sets a speculator against plain decoding; give --speculator")
     sampling = Sampling(temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p)
     base_model, proposer = load(parsed)
     tokenizer = AutoTokenizer.from_pretrained(base_model.path)
@@ -73,9 +75,9 @@ def run(parsed):
     prompt = encode(tokenizer, parsed)
     console = Console(highlight=False, soft_wrap=True, force_terminal=True if parsed.mark else None)
     rate = continue_prompt(base_model, prompt, options, proposer, console, parsed.mark)
-    if parsed.compare and proposer:
+    if parsed.compare:
         plain = continue_prompt(base_model, prompt, options, None, Console(quiet=True), False)
-        console.print(f"plain decoding: {plain:.1f} tokens/s; speed-up {rate / plain:.2f}")
+        console.print(f"plain decoding: {plain:.1f} tokens/s" + (f"; speed-up {rate / plain:.2f}" if plain else ""))
 
 
 def load(parsed):

@@ -88,6 +88,9 @@ def test_the_readmes_commands_do_what_it_says(place):
         ("scripts.generate --base_model=base_model --speculator=speculator --prompt=w1 --max_new_tokens=253", "over the context"),
         ("scripts.generate --base_model=base_model --prompt=w1 --temperature=-1", "temperature -1"),
         ("scripts.generate --base_model=base_model --prompt=w1 --chat", "no chat template"),
+        ("scripts.generate --base_model=base_model --prompt=w1 --compare", "give --speculator"),
+        ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --max_new_tokens=1", "--max_new_tokens"),
+        ("scripts.benchmark decode --base_model=base_model --speculator=speculator --prompts=prepared --out=no/x", "no such folder"),
         ("scripts.generate --base_model=windowed --prompt=w1", "sliding windows"),
         ("scripts.benchmark speed --base_model=base_model", "give one of decode"),
         ("scripts.benchmark", "give one of decode"),
@@ -132,6 +135,14 @@ def test_texts_on_the_command_line_stay_as_they_are_typed(place):
     for prompt in ("[1]", "1e3", "None", "w1,w2", "{'a': 1}"):
         finished = run(place, "-m", "scripts.generate", "--base_model=base_model", f"--prompt={prompt}", "--max_new_tokens=2")
         assert finished.returncode == 0, finished.stderr
+
+
+def test_the_readmes_python_runs(place):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    finished = run(
+        place, "-c", "import torch\nprompts = [torch.tensor([3, 4, 5]), torch.tensor([6])]\n" + block + "\nprint(step[0].finish_reason)"
+    )
+    assert finished.returncode == 0 and finished.stdout.strip() in ("length", "stop"), finished.stderr
 
 
 def test_generate_gives_the_same_text_with_and_without_a_speculator_and_ends_at_a_stop_string(place):
