@@ -8,14 +8,13 @@ import json
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fms_spec.attention import CACHED, PACKED, document_spans, fold_mask, span_positions
 from fms_spec.errors import UserError
+from fms_spec.hub import local_directory
 from fms_spec.kv_cache import KVCache, TransformersCacheView, visible
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 from fms_spec.rotary import look_up_once
@@ -34,13 +33,7 @@ def resolve_base_model(name):
     Raises:
         UserError: no such directory or hub model, or one without config or safetensors weights.
     """
-    path = Path(name)
-    if not path.is_dir():
-        try:
-            path = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"]))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = type(error).__name__
-            raise UserError(f"base model {name}: no such directory, and not to be had from the hub ({reason})") from error
+    path = local_directory("base model", name)
     if not (path / "config.json").is_file():
         raise UserError(f"base model {name}: no config.json in it, so it is not a Hugging Face model directory")
     if not list(path.glob("*.safetensors")):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fms_spec.base_model import DTYPES, fingerprint, read_config, resolve_base_model
 from fms_spec.errors import UserError
+from fms_spec.hub import local_directory
 from fms_spec.speculators.base import Speculator
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
 from fms_spec.speculators.mlp import MLPSpeculator
@@ -64,11 +65,22 @@ def load_speculator(directory, base_model):
     Raises:
         UserError: not a speculator directory, damaged weights, or one that was trained for another base model.
     """
-    directory = Path(directory)
+    directory = local_directory("speculator", directory)
     config = read_speculator_config(directory)
     check_base_model(directory, config, base_model.name, base_model.fingerprint, (base_model.width, base_model.vocab_size))
+    speculator = read_speculator(directory, config).to(device=base_model.device, dtype=base_model.dtype)
+    speculator.attach(base_model)
+    return speculator
+
+
+def read_speculator(directory, config):
+    """The weights of a speculator directory as fp32, not attached yet, on the CPU; `config` is its config.json.
+
+    Raises:
+        UserError: weights that are missing, damaged or of other sizes.
+    """
     speculator = from_config(config)
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise UserError(f"speculator {directory}: no *.safetensors weights in it")
     tensors = {}
@@ -78,9 +90,7 @@ def load_speculator(directory, base_model):
         except (SafetensorError, OSError) as error:
             raise UserError(f"speculator weights {file}: can't be read ({error}); export them again") from error
     speculator.load_published_state({key: value.float() if value.is_floating_point() else value for key, value in tensors.items()})
-    speculator.to(device=base_model.device, dtype=base_model.dtype).eval().requires_grad_(False)
-    speculator.attach(base_model)
-    return speculator
+    return speculator.eval().requires_grad_(False)
 
 
 def read_speculator_config(directory):
@@ -102,7 +112,7 @@ def check_speculator(directory, base_model):
     Raises:
         UserError: as `resolve_base_model`, `read_config` and `check_base_model`.
     """
-    config = read_speculator_config(directory)
+    config = read_speculator_config(local_directory("speculator", directory))
     path = resolve_base_model(base_model)
     base_config = read_config(path)
     check_base_model(directory, config, base_model, fingerprint(path), (base_config.hidden_size, base_config.vocab_size))
@@ -113,11 +123,12 @@ def check_speculator(directory, base_model):
 def check_base_model(directory, config, name, print_of_weights, sizes):
     """Refuse a speculator that was trained for another base model than `name`.
 
-    Published directories carry no fingerprint; for them the sizes (width, vocabulary) have to agree.
+    Published directories carry no fingerprint; for them, and where `print_of_weights` is None, only the sizes (width, vocabulary) have to
+    agree.
     """
     theirs = config.get("base_model_fingerprint")
     trained_for = config.get("base_model_name_or_path", "an unnamed base model")
-    if theirs and theirs != print_of_weights:
+    if theirs and print_of_weights and theirs != print_of_weights:
         raise UserError(
             f"speculator {directory} was trained for {trained_for} (fingerprint {theirs}), not for {name} "
             f"({print_of_weights}); use the base model it was trained for, or train one for this"

@@ -20,7 +20,8 @@ class Speculator(nn.Module):
     tensor or tuple of tensors as the running state, so that a family that reads more of the base model, or keeps a cache, fits in.
     """
 
-    family: str
+    family: str  # config.json's model_type
+    architecture: str  # config.json's only entry under architectures
     n_predict: int
     draft_ids: torch.Tensor | None  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
 

@@ -56,7 +56,7 @@ class HiddenStateSpeculator(Speculator):
         emb_dim: d. vocab_size: of the base model. draft_ids: int64 [r], ascending. state_scale: sigma, [d]. width: w. inner_dim: f.
     """
 
-    family = "hidden_state_speculator"
+    family, architecture = "hidden_state_speculator", "HiddenStateSpeculator"
 
     def __init__(self, emb_dim, vocab_size, draft_ids, state_scale, n_predict=3, width=768, inner_dim=1536):
         super().__init__()
@@ -110,7 +110,7 @@ class HiddenStateSpeculator(Speculator):
 
     def saved_config(self):
         return {
-            "model_type": self.family, "architectures": ["HiddenStateSpeculator"], "emb_dim": self.emb_dim, "vocab_size": self.vocab_size,
+            "model_type": self.family, "architectures": [self.architecture], "emb_dim": self.emb_dim, "vocab_size": self.vocab_size,
             "draft_vocab_size": len(self.draft_ids), "n_predict": self.n_predict, "width": self.width, "inner_dim": self.inner_dim,
         }  # fmt: skip
 

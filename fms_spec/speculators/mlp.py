@@ -25,7 +25,7 @@ def rms(x):
 class MLPSpeculator(Speculator):
     """Published MLP speculator. Tied: one E, one W, one (g, b); P_0 (D -> d) stands apart and P_1 serves all later heads."""
 
-    family = "mlp_speculator"
+    family, architecture = "mlp_speculator", "MLPSpeculatorPreTrainedModel"
     draft_ids = None
 
     def __init__(self, emb_dim, vocab_size, n_predict=3, inner_dim=4096, tie_weights=True, scale_input=True):
@@ -58,7 +58,7 @@ class MLPSpeculator(Speculator):
 
     def saved_config(self):
         return {
-            "model_type": self.family, "architectures": ["MLPSpeculatorPreTrainedModel"], "emb_dim": self.emb_dim,
+            "model_type": self.family, "architectures": [self.architecture], "emb_dim": self.emb_dim,
             "inner_dim": self.inner_dim, "vocab_size": self.vocab_size, "n_predict": self.n_predict, "n_candidates": 1,
             "top_k_tokens_per_head": [1] * self.n_predict, "tie_weights": self.tie_weights, "scale_input": self.scale_input,
         }  # fmt: skip
