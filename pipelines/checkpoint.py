@@ -22,24 +22,36 @@ def save_checkpoint(directory, step, speculator, optimizer, description, progres
 
     Args:
         description: the speculator's config.json, for export. progress: JSON-able state of everything that is no tensor.
+
+    Raises:
+        UserError: it can't be written, e.g. on a full disk.
     """
-    final = Path(directory) / f"step-{step:08d}"
+    final = checkpoint_path(directory, step)
     partial = final.with_suffix(".partial")
     for stale in Path(directory).glob("*.partial"):
         shutil.rmtree(stale)
-    partial.mkdir(parents=True)
     weights, moments = get_state_dict(speculator, optimizer)
-    with warnings.catch_warnings():  # torch warns that a single process is a single process
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.save({"speculator": weights, "optimizer": moments, "rng": torch.get_rng_state()}, checkpoint_id=partial, no_dist=True)
-    (partial / "speculator.json").write_text(json.dumps(description, indent=2))
-    (partial / "progress.json").write_text(json.dumps(progress, indent=2))
+    try:
+        partial.mkdir(parents=True)
+        with warnings.catch_warnings():  # torch warns that a single process is a single process
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.save({"speculator": weights, "optimizer": moments, "rng": torch.get_rng_state()}, checkpoint_id=partial, no_dist=True)
+        (partial / "speculator.json").write_text(json.dumps(description, indent=2))
+        (partial / "progress.json").write_text(json.dumps(progress, indent=2))
+    except (CheckpointException, OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # room is what is needed
+        raise UserError(f"checkpoint {final}: can't be written ({reason_of(error)}); make room, then resume the run") from error
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
     for old in whole_checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def checkpoint_path(directory, step):
+    """Where the checkpoint of a step is, or would be."""
+    return Path(directory) / f"step-{step:08d}"
 
 
 def whole_checkpoints(directory):
@@ -75,5 +87,11 @@ def read_tensors(path, state):
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(state, checkpoint_id=path, no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__).strip()[:160]
-        raise UserError(f"checkpoint {path}: can't be read, it may be cut short ({reason}); remove it to use the one before") from error
+        raise UserError(
+            f"checkpoint {path}: can't be read, it may be cut short ({reason_of(error)}); remove it to use the one before"
+        ) from error
+
+
+def reason_of(error):
+    """The last line of what an error of torch says, which is the cause."""
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__).strip()[:160]

@@ -108,7 +108,11 @@ class OptimizerSection(Section):
 
 
 class GenerationSection(Section):
-    batch_size: int = Field(96, ge=1)  # prompts decoded together
+    engine: Literal["embedded", "vllm"] = "embedded"  # what decodes the continuations
+    mode: Literal["inline", "ahead", "alongside"] = "inline"  # by the trainer itself, before the run, or by producers during it
+    shards_ahead: int = Field(2, ge=1)  # alongside: shards that producers may be ahead of the trainer
+    producer_devices: list[str] = Field([""], min_length=1)  # alongside: CUDA_VISIBLE_DEVICES of each producer; "" leaves it alone
+    batch_size: int = Field(96, ge=1)  # prompts decoded together: a shard
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0)
     top_k: int = Field(10, ge=0)

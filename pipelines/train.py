@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from functools import cached_property
 
 import torch
@@ -12,7 +13,7 @@ from fms_spec.errors import UserError, first_difference
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.proposers import DraftShape
 from fms_spec.speculators import describe
-from pipelines.checkpoint import load_checkpoint, save_checkpoint, whole_checkpoints
+from pipelines.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, whole_checkpoints
 from pipelines.metrics import Metrics, Stopwatch
 from pipelines.schedule import learning_rate_factor
 
@@ -22,13 +23,14 @@ class Trainer:
 
     Args:
         config: `RunConfig`. speculator: fp32 weights, on the base model's device. batches: {phase: iterator of `Batch` with
-        state_dict and load_state_dict}. states: {phase: `HiddenStates`}. validation: a function that makes the `Validation`, called when
-        it is first needed, or None. out_dir: of the run, already claimed with `claim_out_dir`.
+        state_dict and load_state_dict}. supply: where phase 2's continuations come from; `seconds`, {part: seconds} that it took inside the
+        batches, and `figures()`, {metric: number}. states: {phase: `HiddenStates`}. validation: a function that makes the `Validation`,
+        called when it is first needed, or None. out_dir: of the run, already claimed with `claim_out_dir`.
     """
 
-    def __init__(self, config, base_model, speculator, batches, states, out_dir, validation=None):
+    def __init__(self, config, base_model, speculator, batches, supply, states, out_dir, validation=None):
         self.config, self.base_model, self.speculator = config, base_model, speculator
-        self.batches, self.states, self.out_dir, self.make_validation = batches, states, out_dir, validation
+        self.batches, self.supply, self.states, self.out_dir, self.make_validation = batches, supply, states, out_dir, validation
         self.schedule = config.schedule.build()
         self.phase_steps = self.schedule.phase_steps()
         settings = config.optimizer
@@ -71,7 +73,13 @@ class Trainer:
         saved = None
         with tqdm(total=total, initial=self.step, desc="train", unit="step", dynamic_ncols=True, mininterval=1) as bar:
             while self.step < total:
-                self.train_step()
+                phase, step_in_phase = self.schedule.phase(self.step)
+                try:
+                    micro_batches = self.next_batches(phase)
+                except UserError:
+                    self.save_finished(metrics)
+                    raise
+                self.train_step(phase, step_in_phase, micro_batches)
                 self.step += 1
                 bar.update()
                 last = self.step == total
@@ -88,20 +96,39 @@ class Trainer:
         metrics.close()
         return saved or whole_checkpoints(self.out_dir / "checkpoints")[-1]
 
-    def train_step(self):
-        """One optimiser step of whichever phase is due.
+    def next_batches(self, phase):
+        """The next step's micro-batches. If one can't be had, the UserError leaves the batches where the step before left them."""
+        batches, position, before = self.batches[phase], self.batches[phase].state_dict(), dict(self.supply.seconds)
+        try:
+            with self.watch.measure("data"):
+                return [next(batches) for _ in range(getattr(self.config, phase).accumulate)]
+        except UserError:
+            batches.load_state_dict(position)
+            raise
+        finally:
+            for part, seconds in self.supply.seconds.items():  # the supply's, not data's
+                self.watch.seconds[part] = self.watch.seconds.get(part, 0.0) + seconds - before[part]
+                self.watch.seconds["data"] -= seconds - before[part]
+
+    def save_finished(self, metrics):
+        """Keep what has been trained when the run can't go on; its reason stays the one that is told, even if this fails too."""
+        try:
+            if self.logged:  # so that what is saved has been seen to be finite
+                metrics.write(self.step, self.read_log())
+            if self.step and not checkpoint_path(self.out_dir / "checkpoints", self.step).exists():
+                self.save()
+        except (UserError, OSError) as error:
+            print(f"warning: what was trained up to step {self.step} is not saved: {error}", file=sys.stderr)
+
+    def train_step(self, phase, step_in_phase, micro_batches):
+        """One optimiser step.
 
         Nothing in it waits for the device, except where `only_accepted` asks for the base model's own tokens of rows not kept on disk.
         """
-        phase, step_in_phase = self.schedule.phase(self.step)
         settings = getattr(self.config, phase)
         factor = learning_rate_factor(step_in_phase, self.phase_steps[phase], **settings.lr.model_dump())
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * factor
-        generating = getattr(self.batches[phase], "generate_seconds", 0.0)
-        with self.watch.measure("data"):
-            micro_batches = [next(self.batches[phase]) for _ in range(settings.accumulate)]
-        self.charge_generation(phase, generating)
         with self.watch.measure("base_model"):
             states = [self.states[phase](batch) for batch in micro_batches]
         with self.watch.measure("heads"):
@@ -131,12 +158,6 @@ class Trainer:
             total = total + losses.detach()
         return total
 
-    def charge_generation(self, phase, before):
-        """Seconds spent generating inside `next` are generation's, not data's."""
-        spent = getattr(self.batches[phase], "generate_seconds", 0.0) - before
-        self.watch.seconds["data"] -= spent
-        self.watch.seconds["generation"] = self.watch.seconds.get("generation", 0.0) + spent
-
     @cached_property
     def validation(self):
         return self.make_validation()
@@ -159,6 +180,7 @@ class Trainer:
         self.logged = {}
         spent = sum(self.watch.seconds.values())
         values |= {f"time_share/{part}": seconds / spent for part, seconds in self.watch.seconds.items()}
+        values |= self.supply.figures()
         return values | {"tokens": self.tokens, "tokens_per_s": self.tokens / spent}
 
 
@@ -177,8 +199,7 @@ def check_out_dir(out_dir, config, resume):
     """
     record = out_dir / "run.json"
     if record.is_file():
-        theirs, ours = json.loads(record.read_text())["config"], config.model_dump(mode="json")
-        difference = first_difference(theirs, ours)
+        difference = first_difference(*map(what_decides, (json.loads(record.read_text())["config"], config.model_dump(mode="json"))))
         if difference:
             key, before, now = difference
             raise UserError(
@@ -188,6 +209,12 @@ def check_out_dir(out_dir, config, resume):
             raise UserError(f"{out_dir} holds a run already; add --resume to go on with it, or give another out_dir")
     elif out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"{out_dir} holds other files; give an empty or new out_dir")
+
+
+def what_decides(config):
+    """A run's config as a dict, without how continuations come: the same ones come in any way, so a run may be resumed in another."""
+    ways = ("mode", "shards_ahead", "producer_devices")
+    return config | {"generation": {key: value for key, value in config["generation"].items() if key not in ways}}
 
 
 def claim_out_dir(out_dir, config, environment):

@@ -1,20 +1,28 @@
 """Train a speculator: python -m scripts.train --config=CONFIG.yaml --out_dir=runs/mine [--resume] [key.path=value ...]"""
 
-from functools import partial
+import os
+import shlex
+import sys
+from contextlib import closing
+from functools import cache, partial
 from pathlib import Path
 
 from data.continuations import Continuations
-from data.reader import RowReader, check_tokenizer, read_manifest, read_prompts, read_token_counts
+from data.reader import RowReader, read_prompts, read_token_counts
+from data.supply import Ahead, Alongside, Inline
 from fms_spec.base_model import BaseModel
 from pipelines.build import build_speculator
 from pipelines.config import load_config
 from pipelines.environment import environment
-from pipelines.generation import EmbeddedEngine
+from pipelines.generation import make_engine
+from pipelines.producers import Producers
 from pipelines.states import HiddenStates
 from pipelines.train import Trainer, check_out_dir, claim_out_dir
 from pipelines.validation import Validation
 from scripts.cli import arguments, main
+from scripts.generate_continuations import command_of, open_store
 
+ROOT = Path(__file__).parents[1]
 SAMPLE_ROWS = 8  # corpus rows on which the spread of hidden states is measured
 FILL_ROWS = 8  # rows of a base-model forward when hidden states are kept
 
@@ -43,16 +51,44 @@ def run(parsed, overrides):
 def train(config, out_dir, resume):
     """Put a run together and train it to its end; returns (its last checkpoint's directory, the trainer)."""
     check_out_dir(out_dir, config, resume)
-    manifest = read_manifest(config.data.dir)
     rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
     prompts = read_prompts(config.data.dir, limit=config.data.prompts)
-    base_model = BaseModel(config.base_model.name, dtype=config.base_model.dtype, backend=config.base_model.backend)
-    check_tokenizer(manifest, base_model.path)
-    engine = EmbeddedEngine(base_model, config.generation, prompts.tokens.shape[1], config.seed)
-    continuations = Continuations(
-        config.data.continuations or out_dir / "continuations", prompts, engine, shard_prompts=config.generation.batch_size,
-        batch_size=config.phase2.batch_size, settings=engine.describe(), seed=config.seed,
-    )  # fmt: skip
+    folder = config.data.continuations or out_dir / "continuations"
+    store = open_store(folder, config.data.dir, prompts, config.base_model, config.generation, config.seed)
+    load = cache(partial(BaseModel, config.base_model.name, dtype=config.base_model.dtype, backend=config.base_model.backend))
+    with closing(open_supply(config, store, out_dir, load)) as supply:
+        continuations = Continuations(store, supply, config.phase2.batch_size)
+        trainer = put_together(config, out_dir, load(), rows, prompts, continuations)
+        step = trainer.resume()
+        if step:
+            print(f"going on from step {step}")
+        supply.begin(continuations.shards_read)
+        if config.hidden_state_cache:
+            fill_cache(config, trainer)
+        return trainer.train(), trainer
+
+
+def open_supply(config, store, out_dir, load):
+    """How the run comes by its continuations. load: gives the `BaseModel`, should the trainer's own process write them.
+
+    Raises:
+        UserError: they were to be written ahead, and some are missing.
+    """
+    settings, words = config.generation, command_of(config, store.out_dir)
+    rows = config.schedule.build().phase_steps().get("phase2", 0) * config.phase2.accumulate * config.phase2.batch_size
+    if settings.mode == "ahead":
+        return Ahead(store, rows, shlex.join(["python", *words]))
+    if settings.mode == "alongside":
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environments = [{"PYTHONPATH": path} | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) for device in settings.producer_devices]
+        command = [sys.executable, *words, f"--ahead={settings.shards_ahead}"]
+        return Alongside(store, rows, Producers(command, environments, out_dir / "producers"))
+    prompt_length = store.prompts.tokens.shape[1]
+    return Inline(store, rows, partial(make_engine, settings, config.base_model, prompt_length, config.seed, load, shared=True))
+
+
+def put_together(config, out_dir, base_model, rows, prompts, continuations):
+    """The `Trainer` of a run, whose out_dir is claimed when all it needs is there."""
     sample = next(RowReader(config.data.dir, batch_size=SAMPLE_ROWS, seed=config.seed))
     speculator = build_speculator(config, base_model, read_token_counts(config.data.dir), sample)
     validation = None
@@ -67,17 +103,17 @@ def train(config, out_dir, resume):
         "phase1": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase1"), rows.table_rows, rows.seq_length, len(rows)),
         "phase2": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase2"), len(prompts), length, len(prompts)),
     }
-    trainer = Trainer(config, base_model, speculator, {"phase1": rows, "phase2": continuations}, states, out_dir, validation)
-    step = trainer.resume()
-    if step:
-        print(f"going on from step {step}")
-    if config.hidden_state_cache:
-        size = sum(source.nbytes for source in states.values())
-        print(f"hidden-state cache: up to {size / 1e9:.2f} GB in {out_dir / 'hidden_states'}")
-        reader = RowReader(config.data.dir, batch_size=FILL_ROWS, seed=config.seed, rows=config.data.rows)
-        with trainer.watch.measure("base_model"):
-            states["phase1"].fill(reader, -(-len(reader) // FILL_ROWS))
-    return trainer.train(), trainer
+    batches = {"phase1": rows, "phase2": continuations}
+    return Trainer(config, base_model, speculator, batches, continuations.supply, states, out_dir, validation)
+
+
+def fill_cache(config, trainer):
+    """Keep phase 1's hidden states on disk before the first step."""
+    size = sum(source.nbytes for source in trainer.states.values())
+    print(f"hidden-state cache: up to {size / 1e9:.2f} GB in {trainer.out_dir / 'hidden_states'}")
+    reader = RowReader(config.data.dir, batch_size=FILL_ROWS, seed=config.seed, rows=config.data.rows)
+    with trainer.watch.measure("base_model"):
+        trainer.states["phase1"].fill(reader, -(-len(reader) // FILL_ROWS))
 
 
 def cache_dir(config, out_dir, phase):

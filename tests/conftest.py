@@ -15,6 +15,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.proposers import BestNodesProposer, PromptLookup, TopKProposer
 from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
+from pipelines.config import load_config
 
 WORDS = 96
 
@@ -73,6 +74,29 @@ def data_dir(tmp_path_factory, corpus_dir, model_dir):
     directory = tmp_path_factory.mktemp("prepared") / "data"
     prepare(source=str(corpus_dir), tokenizer=str(model_dir), out_dir=str(directory), seq_length=64, prompt_length=8, held_out=3)
     return directory
+
+
+def write_config(path, model_dir, data_dir, family="hidden_state", **changes):
+    """A run of seconds, written to `path`; changes: {"section.key": value}, as on the command line. Returns the `RunConfig`."""
+    path.write_text(f"""
+base_model: {{name: {model_dir}, dtype: float32}}
+speculator: {{family: {family}, n_predict: 3, width: 16, inner_dim: 24, draft_vocab_size: {"null" if family == "mlp" else 64}}}
+data: {{dir: {data_dir}}}
+schedule: {{steps: 9}}
+phase1: {{batch_size: 3, accumulate: 2, positions: 40, loss: {{cross_entropy: 0.5, distillation: 1.0, smooth_l1: {0.0 if family == "mlp" else 0.1}}}}}
+phase2: {{batch_size: 4, loss: {{cross_entropy: 1.0, only_accepted: true}}}}
+generation: {{batch_size: 5, max_new_tokens: 12, temperature: 0.8, top_k: 10}}
+optimizer: {{lr: 0.01}}
+validation: {{every: 4, prompts: 2, max_new_tokens: 20}}
+checkpoint: {{every: 2}}
+log_every: 1
+""")
+    return load_config(path, [f"{key}={value}" for key, value in changes.items()])
+
+
+@pytest.fixture
+def config_file(tmp_path, model_dir, data_dir):
+    return lambda family="hidden_state", **changes: write_config(tmp_path / "run.yaml", model_dir, data_dir, family, **changes)
 
 
 # Small base models of twenty shapes, for tests over hundreds of random ones: vocabularies from 8 on, so that random heads are right at times.

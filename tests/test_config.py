@@ -67,6 +67,10 @@ def test_defaults_are_five_to_two_interleaved(tmp_path):
         ("phase1: {batch_size: 8, loss: {heads: [1.0]}}", "phase1.loss.heads has 1 weights for 3 heads"),
         ("phase1: {batch_size: 8, loss: {smooth_l1: 1.0}}", "smooth_l1 needs the hidden_state family"),
         ("phase1: {batch_size: 8, loss: {cross_entropy: 0.0}}", "nothing would be learned"),
+        ("generation: {mode: aside}", "generation.mode: .*alongside"),
+        ("generation: {shards_ahead: 0}", "generation.shards_ahead: .*greater than or equal to 1"),
+        ("generation: {producer_devices: []}", "generation.producer_devices: .*at least 1"),
+        ("generation: {producer_devices: [0]}", "generation.producer_devices.0: .*string"),
         ("speculator: {family: mpl}", "speculator.family: .*mlp"),
     ],
 )

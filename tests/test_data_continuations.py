@@ -2,45 +2,22 @@
 
 import json
 import os
-import time
 
 import pyarrow.parquet as pq
 import pytest
-import torch
+from continuation_helpers import SETTINGS, Engine, open_store, some_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.continuation_writer import write_shards
 from data.continuations import Continuations
-from data.reader import Prompts
+from data.supply import Ahead, Inline
 from fms_spec.errors import UserError
 
-SETTINGS = {"base_model": "abc", "engine": "transformers", "sampling": {"temperature": 1.0, "top_k": 10, "stop": (0,)}}
 
-
-def some_prompts(count=10, length=3):
-    return Prompts(
-        torch.arange(count * length).reshape(count, length),
-        torch.arange(count) + 100,
-        [f"file#{number}" for number in range(count)],
-    )
-
-
-class Generate:
-    """Stands in for the base model: the first prompt token decides length and contents."""
-
-    def __init__(self, lengths=lambda first: first % 5 + 2):
-        self.lengths, self.blocks = lengths, []
-
-    def __call__(self, prompts, block):
-        self.blocks.append(block)
-        lengths = [self.lengths(int(prompt[0])) for prompt in prompts]
-        continuations = [torch.arange(length) + 1000 * int(prompt[0]) for prompt, length in zip(prompts, lengths)]
-        return continuations, ["stop" if length < 6 else "length" for length in lengths]
-
-
-def store(folder, generate=None, **changes):
-    arguments = {"shard_prompts": 4, "batch_size": 3, "settings": SETTINGS, "seed": 0, "prompts": some_prompts(), **changes}
-    return Continuations(folder, generate=generate or Generate(), **arguments)
+def store(folder, engine=None, batch_size=3, **changes):
+    table = open_store(folder, **changes)
+    return Continuations(table, Inline(table, 1, lambda: engine or Engine()), batch_size)
 
 
 def fields_of(batch):
@@ -59,32 +36,22 @@ def test_an_epoch_gives_each_prompt_once_with_its_continuation_and_padding(tmp_p
 
 
 def test_nothing_is_generated_before_it_is_needed_nor_twice(tmp_path):
-    generate = Generate()
-    continuations = store(tmp_path, generate, batch_size=4)
+    engine = Engine()
+    continuations = store(tmp_path, engine, batch_size=4)
     next(continuations)
-    assert generate.blocks == [0]
+    assert engine.begun == [0]
     orders = [[next(continuations).row_ids.tolist() for _ in range(5)] for _ in range(3)]
-    assert generate.blocks == [0, 1, 2]
+    assert engine.begun == [0, 1, 2]
     assert orders[0] != orders[1] != orders[2]
-    again = Generate()
+    again = Engine()
     assert fields_of(next(store(tmp_path, again))) == fields_of(next(store(tmp_path / "other")))
-    assert again.blocks == []
-
-
-def test_shards_may_be_written_ahead(tmp_path):
-    ahead = store(tmp_path)
-    assert [ahead.ensure_shard(index) for index in range(ahead.shard_count)] == [True] * 3
-    assert not ahead.ensure_shard(1)
-    refusing = store(tmp_path, generate=lambda *_: pytest.fail("generated again"))
-    for _ in range(8):
-        next(refusing)
-    assert sorted(os.listdir(tmp_path)) == [f"continuations-{index:05d}.parquet" for index in range(3)]
+    assert again.begun == []
 
 
 def test_a_shard_says_how_it_was_made(tmp_path):
-    continuations = store(tmp_path)
-    continuations.ensure_shard(0)
-    table = pq.read_table(continuations.path(0))
+    shards = open_store(tmp_path)
+    write_shards(shards, Engine(), [0])
+    table = pq.read_table(shards.path(0))
     made_by = json.loads(table.schema.metadata[b"made_by"])
     assert made_by["sampling"]["top_k"] == 10 and made_by["seed"] == 0 and made_by["engine"] == "transformers"
     assert set(table.column("finish_reason").to_pylist()) <= {"stop", "length"}
@@ -94,11 +61,11 @@ def test_a_shard_says_how_it_was_made(tmp_path):
 @settings(max_examples=25, deadline=None)
 @given(batch_size=st.integers(1, 12), before=st.integers(0, 12), seed=st.integers(0, 5))
 def test_a_resumed_store_continues_exactly(tmp_path_factory, batch_size, before, seed):
-    folder, generate = tmp_path_factory.mktemp("resume"), Generate(lambda first: first % 4)  # some are too short to be used
-    continuations = store(folder, generate, batch_size=batch_size, seed=seed)
+    folder, engine = tmp_path_factory.mktemp("resume"), Engine(lambda first: first % 4)  # some are too short to be used
+    continuations = store(folder, engine, batch_size=batch_size, seed=seed)
     for _ in range(before):
         next(continuations)
-    resumed = store(folder, generate, batch_size=batch_size, seed=seed)
+    resumed = store(folder, engine, batch_size=batch_size, seed=seed)
     resumed.load_state_dict(json.loads(json.dumps(continuations.state_dict())))
     for _ in range(4):
         batch = next(resumed)
@@ -107,13 +74,13 @@ def test_a_resumed_store_continues_exactly(tmp_path_factory, batch_size, before,
 
 
 def test_continuations_too_short_to_teach_are_dropped(tmp_path):
-    batch = next(store(tmp_path, Generate(lambda first: first // 3), batch_size=8))  # prompt i is continued by i tokens
+    batch = next(store(tmp_path, Engine(lambda first: first // 3), batch_size=8))  # prompt i is continued by i tokens
     assert sorted(batch.row_ids.tolist()) == list(range(102, 110))
 
 
 def test_a_base_model_that_never_says_anything_is_reported(tmp_path):
     with pytest.raises(UserError, match="stopped at once after every prompt"):
-        next(store(tmp_path, Generate(lambda first: 0)))
+        next(store(tmp_path, Engine(lambda first: 0)))
 
 
 @pytest.mark.parametrize(
@@ -136,24 +103,16 @@ def test_shards_made_with_other_settings_are_refused_naming_the_setting(tmp_path
 
 
 def test_a_shard_that_cannot_be_read_is_named_with_the_mend(tmp_path):
-    path = store(tmp_path).path(0)
-    next(store(tmp_path))
+    continuations = store(tmp_path)
+    path = continuations.store.path(0)
+    next(continuations)
     os.truncate(path, 200)
-    with pytest.raises(UserError, match="continuations-00000.parquet: cannot be read.* delete it"):
-        next(store(tmp_path))
+    continuations.load_state_dict(continuations.state_dict() | {"epoch": 1})
+    for read in (lambda: store(tmp_path), lambda: [next(continuations) for _ in range(5)]):
+        with pytest.raises(UserError, match="continuations-00000.parquet: cannot be read.* delete it"):
+            read()
     path.unlink()
     assert len(next(store(tmp_path)).tokens) == 3
-
-
-def test_a_failed_generation_leaves_no_file(tmp_path):
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        next(store(tmp_path / "out", fail))
-    with pytest.raises(ValueError, match="finish reasons"):
-        next(store(tmp_path / "out", lambda prompts, block: ([torch.arange(3)] * len(prompts), ["eos"] * len(prompts))))
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_position_of_another_shard_size_or_no_prompts_is_refused(tmp_path):
@@ -164,10 +123,23 @@ def test_a_position_of_another_shard_size_or_no_prompts_is_refused(tmp_path):
 
 
 def test_the_seconds_spent_generating_are_counted(tmp_path):
-    def slow(prompts, block):
-        time.sleep(0.05)
-        return Generate()(prompts, block)
-
-    continuations = store(tmp_path, slow)
+    continuations = store(tmp_path, Engine(seconds=0.05))
     next(continuations)
-    assert 0.05 <= continuations.generate_seconds < 5
+    assert 0.05 <= continuations.supply.seconds["generation"] < 5 and continuations.supply.seconds["waiting"] == 0
+
+
+def test_an_engine_is_made_before_the_run_if_a_shard_that_it_reads_is_missing_and_closed_with_it(tmp_path):
+    table, made = open_store(tmp_path), []
+    make_engine = lambda: made.append(Engine()) or made[-1]  # noqa: E731
+    write_shards(table, Engine(), [0])
+    supply = Inline(table, 4, make_engine)
+    supply.need(0, 1)
+    assert not made
+    supply.need(1, 2)  # more than was said
+    supply.close()
+    assert len(made) == 1 and made[0].closed
+    Inline(table, 9, make_engine)
+    assert len(made) == 2
+    with pytest.raises(UserError, match="1 shards .* are missing; run this"):
+        Ahead(table, 9, "this")
+    Ahead(table, 8, "this").need(1, 2)

@@ -14,6 +14,9 @@ from test_house import ROOT, readme_commands
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
 
 
+CONTINUE = "scripts.generate_continuations --engine=embedded --out_dir=new"
+
+
 def run(directory, *words):
     return subprocess.run([sys.executable, *words], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
@@ -38,7 +41,8 @@ def place(tmp_path_factory, corpus_dir):
 def test_the_readmes_commands_do_what_it_says(place):
     commands = [command for command in readme_commands() if command.startswith("python -m scripts.")]
     assert [command.split()[2] for command in commands] == [
-        "scripts.prepare_data", "scripts.train", "scripts.export", "scripts.evaluate", "scripts.generate", "scripts.benchmark"
+        "scripts.prepare_data", "scripts.generate_continuations", "scripts.train", "scripts.export", "scripts.evaluate", "scripts.generate",
+        "scripts.benchmark",
     ]  # fmt: skip
     printed = {}
     for command in commands:
@@ -72,6 +76,11 @@ def test_the_readmes_commands_do_what_it_says(place):
         ("scripts.train --config=first.yaml --out_dir=base_model", "base_model holds other files"),
         ("scripts.prepare_data --source=nowhere --tokenizer=base_model --out_dir=new", "nowhere"),
         ("scripts.prepare_data --source=corpus --tokenizer=base_model --out_dir=new --seed=1e3", "--seed"),
+        ("scripts.train --config=first.yaml --out_dir=new generation.top_k=7", "another top_k (10 there, 7 asked)"),
+        (f"{CONTINUE} --prompts=corpus --base_model=base_model", "run scripts.prepare_data"),
+        (f"{CONTINUE} --prompts=prepared --base_model=base_model --max_tokens=249", "over the context"),
+        (f"{CONTINUE} --prompts=prepared --base_model=base_model --temperature=-1", "--temperature"),
+        (f"{CONTINUE} --prompts=prepared --base_model=base_model --max_tokens=9 --shards=1:9", "--shards=1:9"),
         ("scripts.export --checkpoint=corpus --out_dir=new", "corpus is no checkpoint"),
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared", "corpus: no config.json"),
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared --dtype=fp8", "--dtype"),
@@ -161,5 +170,6 @@ def test_generate_gives_the_same_text_with_and_without_a_speculator_and_ends_at_
 
 
 def test_shards_of_continuations_are_kept_where_the_readme_says(place):
-    assert list((place / "runs/first/continuations").glob("*.parquet"))
+    assert list((place / "continuations").glob("*.parquet")) and (place / "continuations/manifest.json").is_file()
+    assert not (place / "runs/first/continuations").exists()
     assert Path(place / "runs/first/metrics.jsonl").is_file()

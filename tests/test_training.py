@@ -16,34 +16,10 @@ from fms_spec.errors import UserError
 from fms_spec.proposers import DraftShape, Step
 from fms_spec.speculators import load_speculator
 from pipelines.checkpoint import whole_checkpoints
-from pipelines.config import load_config
 from pipelines.export import export
 from scripts.train import train
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def config_file(tmp_path, model_dir, data_dir):
-    def write(family="hidden_state", **changes):
-        text = f"""
-base_model: {{name: {model_dir}, dtype: float32}}
-speculator: {{family: {family}, n_predict: 3, width: 16, inner_dim: 24, draft_vocab_size: {"null" if family == "mlp" else 64}}}
-data: {{dir: {data_dir}}}
-schedule: {{steps: 9}}
-phase1: {{batch_size: 3, accumulate: 2, positions: 40, loss: {{cross_entropy: 0.5, distillation: 1.0, smooth_l1: {0.0 if family == "mlp" else 0.1}}}}}
-phase2: {{batch_size: 4, loss: {{cross_entropy: 1.0, only_accepted: true}}}}
-generation: {{batch_size: 5, max_new_tokens: 12, temperature: 0.8, top_k: 10}}
-optimizer: {{lr: 0.01}}
-validation: {{every: 4, prompts: 2, max_new_tokens: 20}}
-checkpoint: {{every: 2}}
-log_every: 1
-"""
-        path = tmp_path / "run.yaml"
-        path.write_text(text)
-        return load_config(path, [f"{key}={value}" for key, value in changes.items()])
-
-    return write
 
 
 def weights_of(run_dir, tmp_path):

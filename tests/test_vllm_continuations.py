@@ -1,0 +1,81 @@
+"""Continuations written by the real vLLM, in processes of its own."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed (make install installs it)")
+
+import psutil
+import pyarrow.parquet as pq
+import torch
+from conftest import prompts_of, write_model
+from test_house import ROOT
+
+from data.prepare import prepare
+from fms_spec.base_model import BaseModel
+from fms_spec.decoding import decode
+from fms_spec.options import Options
+from pipelines.config import load_config
+from pipelines.vllm_engine import VLLMEngine
+from scripts.train import train
+
+SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)  # heads of 32: vLLM's least on a CPU
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, corpus_dir):
+    place = tmp_path_factory.mktemp("vllm")
+    write_model(place / "base_model", **SIZES)
+    prepare(source=str(corpus_dir), tokenizer=str(place / "base_model"), out_dir=str(place / "data"), seq_length=64, prompt_length=8)
+    return place
+
+
+def rows(directory):
+    table = pq.read_table(sorted(directory.glob("*.parquet")))
+    return [table.column(name).to_pylist() for name in ("prompt_id", "prompt", "continuation", "finish_reason")]
+
+
+def test_vllm_writes_the_greedy_rows_of_the_embedded_engine_and_they_train_phase_2(place):
+    for engine in ("vllm", "embedded"):
+        words = ["scripts.generate_continuations", f"--base_model={place / 'base_model'}", f"--prompts={place / 'data'}", f"--engine={engine}"]
+        words += [f"--out_dir={place / engine}", "--max_tokens=40", "--temperature=0", "--top_k=0", "--shard_prompts=5", "--dtype=float32"]
+        finished = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert "is complete" in finished.stdout and "tokens/s" in finished.stdout
+    assert rows(place / "vllm") == rows(place / "embedded") and set(rows(place / "vllm")[3]) == {"stop", "length"}
+    (place / "run.yaml").write_text(f"""
+base_model: {{name: {place / "base_model"}, dtype: float32}}
+speculator: {{family: hidden_state, n_predict: 2, width: 16, inner_dim: 24, draft_vocab_size: 64}}
+data: {{dir: {place / "data"}, continuations: {place / "vllm"}}}
+schedule: {{steps: 14}}
+phase1: {{batch_size: 4, loss: {{cross_entropy: 1.0}}}}
+phase2: {{batch_size: 5, loss: {{cross_entropy: 1.0}}}}
+generation: {{engine: vllm, mode: ahead, batch_size: 5, max_new_tokens: 40, temperature: 0.0, top_k: 0}}
+validation: {{prompts: 0}}
+""")
+    train(load_config(place / "run.yaml"), place / "run", resume=False)
+    assert (place / "run/checkpoints/step-00000014").is_dir()
+
+
+def test_an_engine_that_is_killed_is_started_again_and_no_row_is_lost(place, capfd):
+    settings = SimpleNamespace(max_new_tokens=120, temperature=0.0, top_k=0, top_p=1.0)
+    prompts = torch.stack(prompts_of(*[8] * 40))
+    engine = VLLMEngine(str(place / "base_model"), settings, 8, seed=0, dtype="float32")
+    try:
+        for index in range(2):
+            engine.submit(index, prompts[20 * index : 20 * index + 20])
+        engine.step()
+        (core,) = [child for child in psutil.Process().children() if "EngineCore" in " ".join(child.cmdline())]
+        core.kill()
+        found = {}
+        while not engine.idle:
+            found |= {index: (tokens, reasons) for index, tokens, reasons in engine.step()}
+    finally:
+        engine.close()
+    expected, _ = decode(BaseModel(str(place / "base_model"), dtype="float32"), list(prompts), Options(max_new_tokens=120))
+    assert [row.tolist() for index in range(2) for row in found[index][0]] == [text.tokens for text in expected]
+    assert [reason for index in range(2) for reason in found[index][1]] == [text.finish_reason for text in expected]
+    assert "vLLM died" in capfd.readouterr().err
