@@ -112,6 +112,7 @@ class GenerationSection(Section):
     mode: Literal["inline", "ahead", "alongside"] = "inline"  # by the trainer itself, before the run, or by producers during it
     shards_ahead: int = Field(2, ge=1)  # alongside: shards that producers may be ahead of the trainer
     producer_devices: list[str] = Field([""], min_length=1)  # alongside: CUDA_VISIBLE_DEVICES of each producer; "" leaves it alone
+    memory_share: float = Field(0.9, gt=0, le=1)  # vllm on a GPU: of its memory; less where training uses the same one
     batch_size: int = Field(96, ge=1)  # prompts decoded together: a shard
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0)

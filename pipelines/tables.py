@@ -54,3 +54,11 @@ def short(value):
 
 def span(interval):
     return f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def print_findings(findings):
+    """What `doctor.examine` found, a line each."""
+    table = Table("what", "state", "why, or how to mend it")
+    for finding in findings:
+        table.add_row(finding.name, finding.state, finding.detail)
+    show(table)

@@ -213,7 +213,7 @@ def check_out_dir(out_dir, config, resume):
 
 def what_decides(config):
     """A run's config as a dict, without how continuations come: the same ones come in any way, so a run may be resumed in another."""
-    ways = ("mode", "shards_ahead", "producer_devices")
+    ways = ("mode", "shards_ahead", "producer_devices", "memory_share")
     return config | {"generation": {key: value for key, value in config["generation"].items() if key not in ways}}
 
 

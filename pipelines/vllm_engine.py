@@ -5,6 +5,7 @@ Shapes: p prompts of a shard.
 
 import os
 import sys
+from threading import Thread
 
 import torch
 
@@ -36,9 +37,10 @@ class VLLMEngine:
         if found is None:
             raise UserError("generation by vLLM: vLLM is not installed; install fms-spec[vllm], or take the embedded engine")
         self.path = resolve_base_model(name)
-        self.config, self.settings, self.seed, self.dtype, self.sleeps = read_config(self.path), settings, seed, dtype, sleeps
+        self.settings, self.seed, self.dtype = settings, seed, dtype
         self.length = prompt_length + settings.max_new_tokens
-        self.stop = sorted(read_eos_token_ids(self.path, self.config))
+        self.stop = sorted(read_eos_token_ids(self.path, read_config(self.path)))
+        self.sleeping = {"enable_sleep_mode": True} if sleeps else {}
         self.llm, self.asleep, self.deaths = None, False, 0
         self.prompts, self.results, self.waiting = {}, {}, set()  # by shard: [p, length], {row: (tokens, reason)}; (shard, row) in flight
 
@@ -83,7 +85,7 @@ class VLLMEngine:
             rows = [self.results[index][row] for row in range(len(self.prompts.pop(index)))]
             del self.results[index]
             finished.append((index, *map(list, zip(*rows))))
-        if self.sleeps and self.idle and finished:
+        if self.sleeping and self.idle and finished:
             self.llm.sleep(level=1)
             self.asleep = True
         return finished
@@ -114,28 +116,11 @@ class VLLMEngine:
 
     def start(self, index):
         """Start vLLM; the number of the first shard keeps processes that share a table from drawing the same numbers."""
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process with threads and a model doesn't survive a fork
-        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # it keeps a core for itself otherwise, half of two
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from vllm import LLM
-
-        device = {"enable_sleep_mode": self.sleeps}
-        if not torch.cuda.is_available():
-            device = {"max_num_seqs": CPU_ROWS, "kv_cache_memory_bytes": self.cache_bytes(), "enforce_eager": True}
-        self.llm = LLM(
-            str(self.path), dtype=self.dtype, max_model_len=self.length, seed=self.seed * 1_000_003 + index,
-            enable_prefix_caching=False, **device,
+        self.llm = start_vllm(
+            self.path, self.dtype, self.length, seed=self.seed * 1_000_003 + index, enable_prefix_caching=False,
+            gpu_memory_utilization=self.settings.memory_share, **self.sleeping,
         )  # fmt: skip
-
-    def cache_bytes(self):
-        """Bytes for the caches of `CPU_ROWS` rows: vLLM would take nearly the whole machine's memory for its own."""
-        import psutil  # vLLM needs it too
-
-        config = self.config
-        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        token = 2 * config.num_hidden_layers * groups * head_width(config) * DTYPES[self.dtype].itemsize
-        row = token * -(-self.length // CACHE_BLOCK) * CACHE_BLOCK
-        return int(min(CPU_ROWS * row, CPU_MEMORY * psutil.virtual_memory().available))
+        Thread(target=wake_when_dead, args=[self.llm.llm_engine.engine_core], daemon=True).start()
 
     def restart(self):
         """Start vLLM again after it died and ask for what it had not finished.
@@ -143,7 +128,7 @@ class VLLMEngine:
         Raises:
             UserError: it died too often.
         """
-        self.deaths += 1
+        self.deaths, self.asleep = self.deaths + 1, False
         self.close()
         if self.deaths == DEATHS:
             raise UserError(f"vLLM died {DEATHS} times in a row without finishing a row; its log above says why")
@@ -157,3 +142,41 @@ class VLLMEngine:
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
+
+
+def start_vllm(path, dtype, length, **settings):
+    """An `LLM` in processes of its own, for texts of up to `length` tokens; settings: more of its arguments.
+
+    Raises:
+        UserError: it does not start.
+    """
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a process with threads and a model doesn't survive a fork
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # it keeps a core for itself otherwise, half of two
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM
+
+    device = {}
+    if not torch.cuda.is_available():
+        device = {"max_num_seqs": CPU_ROWS, "kv_cache_memory_bytes": cache_bytes(read_config(path), dtype, length), "enforce_eager": True}
+    try:
+        return LLM(str(path), dtype=dtype, max_model_len=length, **device, **settings)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"vLLM did not start ({str(error).strip().splitlines()[-1][:200]}); its log above says why") from error
+
+
+def cache_bytes(config, dtype, length):
+    """Bytes for the caches of `CPU_ROWS` rows on a CPU: vLLM would take nearly the whole machine's memory by itself."""
+    import psutil  # vLLM needs it too
+
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token = 2 * config.num_hidden_layers * groups * head_width(config) * DTYPES[dtype].itemsize
+    row = token * -(-length // CACHE_BLOCK) * CACHE_BLOCK
+    return int(min(CPU_ROWS * row, CPU_MEMORY * psutil.virtual_memory().available))
+
+
+def wake_when_dead(client):
+    """Let `step` raise when vLLM's process is gone: killed from outside, it would leave the caller waiting for its next output for ever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    client.output_queue_thread.join()
+    client.outputs_queue.put(EngineDeadError())

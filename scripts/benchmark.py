@@ -1,17 +1,24 @@
-"""Measure speed on this machine, as JSON lines: python -m scripts.benchmark decode --base_model=DIR --speculator=DIR --prompts=PREPARED"""
+"""Measure speed on this machine, as JSON lines: python -m scripts.benchmark decode|continuations|serving --base_model=DIR ..."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from data.prompts import load_prompts
+from data.reader import check_tokenizer, read_manifest, read_prompts
 from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
+from fms_spec.speculators import check_speculator
+from fms_spec.vllm_plugin import installed_vllm
+from pipelines.benchmark_continuations import benchmark_continuations
 from pipelines.benchmark_decode import DTYPE, benchmark_decode
+from pipelines.benchmark_serving import benchmark_serving
+from pipelines.config import GenerationSection
 from pipelines.environment import environment
+from pipelines.generation import check_context
 from scripts.cli import arguments, draft_shape, main_of
 
 
@@ -46,9 +53,90 @@ class Decode:
     out: str | None = None
 
 
+@arguments
+class Continuations:
+    """Writing phase 2's text at batches of 1 to 96: vLLM, the embedded engine and `transformers` generate; every ratio from one run.
+
+    Args:
+        base_model: directory or hub name.
+        prompts: a folder from scripts.prepare_data.
+        max_tokens: end each continuation at so many tokens.
+        temperature: 0 is greedy.
+        top_k: sample from the so many likeliest tokens; 0 is off.
+        dtype: bfloat16, float16 or float32.
+        backend: auto, fms or transformers, for the embedded engine.
+        out: also append the lines to this file.
+    """
+
+    base_model: str
+    prompts: str
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: float = 1.0
+    top_k: int = 10
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    backend: Literal["auto", "fms", "transformers"] = "auto"
+    out: str | None = None
+
+
+@arguments
+class Serving:
+    """A speculator in vLLM, one text at a time: through the plugin, plainly, and vLLM's own ngram method, in turn in one run.
+
+    Args:
+        base_model: directory or hub name.
+        speculator: directory written by scripts.export, or a published MLP speculator.
+        prompts: a folder from scripts.prepare_data with held-out documents, or a .jsonl file.
+        limit: use only the first so many of `prompts`, of each category.
+        max_new_tokens: decode at most so many tokens after each prompt.
+        dtype: bfloat16, float16 or float32.
+        out: also append the lines to this file.
+    """
+
+    base_model: str
+    speculator: str
+    prompts: str
+    limit: int | None = None
+    max_new_tokens: Annotated[int, Field(ge=2)] = 64
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    out: str | None = None
+
+
+def run_continuations(parsed):
+    check_out(parsed.out)
+    need_vllm()
+    path = resolve_base_model(parsed.base_model)
+    check_tokenizer(read_manifest(parsed.prompts), path)
+    prompts = read_prompts(parsed.prompts).tokens
+    check_context(path, prompts.shape[1], parsed.max_tokens)
+    settings = GenerationSection(max_new_tokens=parsed.max_tokens, temperature=parsed.temperature, top_k=parsed.top_k)
+    lines = benchmark_continuations(parsed.base_model, parsed.dtype, parsed.backend, prompts, settings)
+    write_lines("continuations", lines, parsed.out)
+
+
+def run_serving(parsed):
+    check_out(parsed.out)
+    need_vllm()
+    check_speculator(parsed.speculator, parsed.base_model)
+    prompts = load_prompts(parsed.prompts, resolve_base_model(parsed.base_model), parsed.limit)
+    lines = benchmark_serving(parsed.base_model, parsed.speculator, prompts, parsed.max_new_tokens, parsed.dtype)
+    write_lines("serving", lines, parsed.out)
+
+
+def need_vllm():
+    """Raise UserError where there is no vLLM that the plugin was tried with."""
+    _, problem = installed_vllm()
+    if problem:
+        raise UserError(f"this benchmark needs vLLM: {problem}")
+
+
+def check_out(out):
+    """Raise UserError for a file whose folder isn't there."""
+    if out and not Path(out).parent.is_dir():
+        raise UserError(f"{out}: no such folder to write to; make it, or give another --out")
+
+
 def run_decode(parsed):
-    if parsed.out and not Path(parsed.out).parent.is_dir():
-        raise UserError(f"{parsed.out}: no such folder to write to; make it, or give another --out")
+    check_out(parsed.out)
     shape = draft_shape(parsed)
     path = resolve_base_model(parsed.base_model)
     prompts = load_prompts(parsed.prompts, path, parsed.limit)
@@ -69,4 +157,5 @@ def write_lines(benchmark, lines, out):
 
 
 if __name__ == "__main__":
-    main_of({"decode": (Decode, run_decode)})
+    commands = {"decode": (Decode, run_decode), "continuations": (Continuations, run_continuations), "serving": (Serving, run_serving)}
+    main_of(commands)

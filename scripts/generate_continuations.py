@@ -39,6 +39,7 @@ class Arguments:
         shard_prompts: prompts of a shard; generation.batch_size of the run's config.
         limit: continue only the first so many prompts; data.prompts of the run's config.
         shards: FROM:TO, write only the shards from FROM up to TO, without TO, e.g. to spread them over machines.
+        memory_share: of a GPU's memory, for vLLM.
         dtype: bfloat16, float16 or float32.
         backend: auto, fms or transformers, for the embedded engine.
         ahead: begin no shard beyond so many after those a training run has begun; runs set it for their producers.
@@ -58,6 +59,7 @@ class Arguments:
     shard_prompts: Annotated[int, Field(ge=1)] = 96
     limit: Annotated[int, Field(ge=1)] | None = None
     shards: str | None = None
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     backend: Literal["auto", "fms", "transformers"] = "auto"
     ahead: Annotated[int, Field(ge=1)] | None = None
@@ -70,7 +72,7 @@ def run(parsed):
     if parsed.parent:
         end_with_parent(parsed.parent)
     settings = GenerationSection(
-        engine=parsed.engine, batch_size=parsed.shard_prompts, max_new_tokens=parsed.max_tokens,
+        engine=parsed.engine, batch_size=parsed.shard_prompts, max_new_tokens=parsed.max_tokens, memory_share=parsed.memory_share,
         temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p,
     )  # fmt: skip
     base_model = BaseModelSection(name=parsed.base_model, backend=parsed.backend, dtype=parsed.dtype)
@@ -123,8 +125,8 @@ def command_of(config, out_dir):
     flags = {
         "base_model": config.base_model.name, "prompts": config.data.dir, "out_dir": out_dir, "engine": settings.engine,
         "max_tokens": settings.max_new_tokens, "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
-        "seed": config.seed, "shard_prompts": settings.batch_size, "limit": config.data.prompts, "dtype": config.base_model.dtype,
-        "backend": config.base_model.backend,
+        "seed": config.seed, "shard_prompts": settings.batch_size, "limit": config.data.prompts, "memory_share": settings.memory_share,
+        "dtype": config.base_model.dtype, "backend": config.base_model.backend,
     }  # fmt: skip
     return ["-m", "scripts.generate_continuations", *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
 

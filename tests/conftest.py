@@ -218,3 +218,21 @@ def chi_square(counts, expected):
     kept = expected >= 5
     degrees = int(kept.sum()) - 1
     return ((((counts - expected) ** 2 / expected)[kept].sum() - degrees) / max(1, 2 * degrees) ** 0.5).item()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A directory with base_model, data, and speculators hidden_state, mlp_tied and mlp_untied that know the base model's texts."""
+    from vllm_helpers import make_place
+
+    directory = tmp_path_factory.mktemp("served")
+    make_place(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def prompts(served):
+    """64 prompts of unequal lengths for `served`."""
+    from vllm_helpers import served_prompts
+
+    return served_prompts(served)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +17,7 @@ from data.prepare import prepare
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import Options
-from pipelines.config import load_config
+from pipelines.config import GenerationSection, load_config
 from pipelines.vllm_engine import VLLMEngine
 from scripts.train import train
 
@@ -40,7 +39,12 @@ def rows(directory):
 
 def test_vllm_writes_the_greedy_rows_of_the_embedded_engine_and_they_train_phase_2(place):
     for engine in ("vllm", "embedded"):
-        words = ["scripts.generate_continuations", f"--base_model={place / 'base_model'}", f"--prompts={place / 'data'}", f"--engine={engine}"]
+        words = [
+            "scripts.generate_continuations",
+            f"--base_model={place / 'base_model'}",
+            f"--prompts={place / 'data'}",
+            f"--engine={engine}",
+        ]
         words += [f"--out_dir={place / engine}", "--max_tokens=40", "--temperature=0", "--top_k=0", "--shard_prompts=5", "--dtype=float32"]
         finished = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr[-3000:]
@@ -61,7 +65,7 @@ validation: {{prompts: 0}}
 
 
 def test_an_engine_that_is_killed_is_started_again_and_no_row_is_lost(place, capfd):
-    settings = SimpleNamespace(max_new_tokens=120, temperature=0.0, top_k=0, top_p=1.0)
+    settings = GenerationSection(max_new_tokens=120, temperature=0.0, top_k=0)
     prompts = torch.stack(prompts_of(*[8] * 40))
     engine = VLLMEngine(str(place / "base_model"), settings, 8, seed=0, dtype="float32")
     try:

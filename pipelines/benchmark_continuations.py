@@ -1,0 +1,98 @@
+"""How fast phase 2's text is written here: vLLM, the embedded engine and `transformers` generate, in turn in one run."""
+
+import statistics
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fms_spec.base_model import BaseModel
+from pipelines.generation import EmbeddedEngine
+from pipelines.vllm_engine import VLLMEngine
+
+BATCHES = (1, 4, 16, 48, 96)
+ROUNDS = 3  # of each way at each batch; the median counts
+
+
+def benchmark_continuations(name, dtype, backend, prompts, settings):
+    """One JSON value for each batch size, as an iterator.
+
+    Args:
+        prompts: int64 [p, n], used again where a batch holds more. settings: `GenerationSection`; every way samples alike and ends at EOS.
+    """
+    base_model = BaseModel(name, dtype=dtype, backend=backend)
+    vllm = VLLMEngine(name, settings, prompts.shape[1], seed=0, dtype=dtype)
+    ways = {
+        "embedded": engine_way(EmbeddedEngine(base_model, settings, seed=0)),
+        "transformers": generate_way(base_model, settings),
+        "vllm": engine_way(vllm),
+        "vllm_offline": offline_way(vllm),
+    }
+    try:
+        for way in ways.values():  # the first call starts vLLM, chooses kernels and allocates
+            way(prompts[:2], 0)
+        for batch in BATCHES:
+            chosen = prompts[torch.arange(batch) % len(prompts)]
+            rates = {way: [] for way in ways}
+            for place in range(ROUNDS):
+                for way, write in ways.items():
+                    start = time.perf_counter()
+                    tokens = write(chosen, 1 + place)
+                    rates[way].append(tokens / (time.perf_counter() - start))
+            yield result(batch, rates)
+    finally:
+        vllm.close()
+
+
+def result(batch, rates):
+    """rates: {way: tokens per second, round by round}. Ratios are medians over rounds, each of which has all ways side by side."""
+    over = lambda way, other: statistics.median(ours / theirs for ours, theirs in zip(rates[way], rates[other]))  # noqa: E731
+    return {
+        "batch": batch, "tokens_per_s": {way: statistics.median(values) for way, values in rates.items()},
+        "embedded_over_transformers": over("embedded", "transformers"), "vllm_over_transformers": over("vllm", "transformers"),
+        "vllm_wrapper_cost": 1 - over("vllm", "vllm_offline"),
+    }  # fmt: skip
+
+
+def engine_way(engine):
+    """Function (prompts [b, n], shard number) -> tokens written, through an engine as training uses it."""
+
+    def write(prompts, index):
+        engine.submit(index, prompts)
+        tokens = 0
+        while not engine.idle:
+            tokens += sum(len(row) for _, rows, _ in engine.step() for row in rows)
+        return tokens
+
+    return write
+
+
+def offline_way(engine):
+    """The same through vLLM's own `LLM.generate`, on the engine's vLLM."""
+
+    def write(prompts, index):
+        inputs = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
+        params = [engine.sampling_params(index, row) for row in range(len(prompts))]
+        return sum(len(output.outputs[0].token_ids) for output in engine.llm.generate(inputs, params, use_tqdm=False))
+
+    return write
+
+
+def generate_way(base_model, settings):
+    """The same through `transformers` generate; all prompts are equally long, so nothing is padded."""
+    model = AutoModelForCausalLM.from_pretrained(base_model.path, dtype=base_model.dtype).to(base_model.device).eval()
+    eos = sorted(base_model.eos_token_ids)
+    sampling = {"do_sample": False}
+    if settings.temperature:
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+
+    def write(prompts, index):
+        torch.manual_seed(index)
+        output = model.generate(
+            prompts.to(model.device), attention_mask=torch.ones_like(prompts), max_new_tokens=settings.max_new_tokens, eos_token_id=eos,
+            pad_token_id=-1 % base_model.vocab_size, **sampling,
+        )[:, prompts.shape[1] :]  # fmt: skip
+        ended = torch.isin(output, torch.tensor(eos, device=output.device)).cumsum(1)
+        return int((ended - torch.isin(output, torch.tensor(eos, device=output.device)).long() == 0).sum())  # up to the first EOS, with it
+
+    return write
