@@ -4,7 +4,6 @@ Shapes: b requests of a step, k drafted tokens, d base width, v vocabulary.
 """
 
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_gather
@@ -63,8 +62,11 @@ def drafting(original):
         if current_platform.is_cpu():
             mend_sampling()
         settings.method = "medusa"  # the only branch that hands a drafter these states; here, in the worker, nothing else asks
-        with patch.object(gpu_model_runner, "MedusaProposer", AttachedHeadsDrafter):
+        gpu_model_runner.MedusaProposer = AttachedHeadsDrafter
+        try:
             original(self, vllm_config, *arguments, **named)
+        finally:
+            gpu_model_runner.MedusaProposer = MedusaProposer
 
     return __init__
 

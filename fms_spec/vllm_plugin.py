@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-TRIED = SpecifierSet(">=0.32,<0.33", prereleases=True)  # tests/test_vllm_serving.py runs against it
+TRIED = SpecifierSet(">=0.31,<0.33", prereleases=True)  # tests/test_vllm_serving.py runs against it
 METHOD = "mlp_speculator"  # of vLLM's speculative_config, for both families
 
 

@@ -8,6 +8,7 @@ import sys
 from threading import Thread
 
 import torch
+from tqdm import tqdm
 
 from fms_spec.base_model import DTYPES, head_width, read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.errors import UserError
@@ -41,7 +42,7 @@ class VLLMEngine:
         self.length = prompt_length + settings.max_new_tokens
         self.stop = sorted(read_eos_token_ids(self.path, read_config(self.path)))
         self.sleeping = {"enable_sleep_mode": True} if sleeps else {}
-        self.llm, self.asleep, self.deaths = None, False, 0
+        self.llm, self.bar, self.asleep, self.deaths = None, None, False, 0
         self.prompts, self.results, self.waiting = {}, {}, set()  # by shard: [p, length], {row: (tokens, reason)}; (shard, row) in flight
 
     @property
@@ -78,6 +79,7 @@ class VLLMEngine:
                 self.deaths = 0
                 index, row = map(int, output.request_id.split("-")[:2])
                 self.results[index][row] = (torch.tensor(output.outputs[0].token_ids), output.outputs[0].finish_reason)
+                self.bar.update(len(output.outputs[0].token_ids))
                 self.waiting.discard((index, row))
         whole = [index for index, prompts in self.prompts.items() if len(self.results[index]) == len(prompts)]
         finished = []
@@ -120,6 +122,7 @@ class VLLMEngine:
             self.path, self.dtype, self.length, seed=self.seed * 1_000_003 + index, enable_prefix_caching=False,
             gpu_memory_utilization=self.settings.memory_share, **self.sleeping,
         )  # fmt: skip
+        self.bar = self.bar or tqdm(desc="vLLM", unit="token", unit_scale=True, leave=False, dynamic_ncols=True)
         Thread(target=wake_when_dead, args=[self.llm.llm_engine.engine_core], daemon=True).start()
 
     def restart(self):

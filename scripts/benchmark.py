@@ -70,7 +70,7 @@ class Continuations:
 
     base_model: str
     prompts: str
-    max_tokens: Annotated[int, Field(ge=1)] = 64
+    max_tokens: Annotated[int, Field(ge=1)] = 32
     temperature: float = 1.0
     top_k: int = 10
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

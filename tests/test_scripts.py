@@ -42,13 +42,16 @@ def test_the_readmes_commands_do_what_it_says(place):
     commands = [command for command in readme_commands() if command.startswith("python -m scripts.")]
     assert [command.split()[2] for command in commands] == [
         "scripts.prepare_data", "scripts.generate_continuations", "scripts.train", "scripts.export", "scripts.evaluate", "scripts.generate",
-        "scripts.benchmark",
+        "scripts.benchmark", "scripts.doctor",
     ]  # fmt: skip
     printed = {}
     for command in commands:
         finished = run(place, *command.split()[1:])
         assert finished.returncode == 0, finished.stderr
         printed[command.split()[2]] = finished.stdout
+    card = (place / "speculator/README.md").read_text()
+    assert """vllm serve base_model --speculative-config '{"method": "mlp_speculator", "model": "speculator", "num_spec""" in card
+    assert "14 steps over" in card and "acceptance length" in card
     report = json.loads((place / "report.json").read_text())
     assert report["lossless"] is True and 1 <= report["acceptance_length"] <= 4
     assert len(report["acceptance_per_position"]) == 3 and report["plain_tokens_per_s"] > 0
@@ -100,6 +103,9 @@ def test_the_readmes_commands_do_what_it_says(place):
         ("scripts.generate --base_model=base_model --prompt=w1 --compare", "give --speculator"),
         ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --max_new_tokens=1", "--max_new_tokens"),
         ("scripts.benchmark decode --base_model=base_model --speculator=speculator --prompts=prepared --out=no/x", "no such folder"),
+        ("scripts.benchmark serving --base_model=base_model --speculator=speculator --prompts=prepared --out=no/x", "no such folder"),
+        ("scripts.benchmark continuations --base_model=base_model --prompts=corpus", "corpus"),
+        ("scripts.doctor --verbose", "--verbose"),
         ("scripts.generate --base_model=windowed --prompt=w1", "sliding windows"),
         ("scripts.benchmark speed --base_model=base_model", "give one of decode"),
         ("scripts.benchmark", "give one of decode"),
@@ -120,9 +126,12 @@ def test_a_mistake_ends_with_one_line_exit_code_1_and_nothing_written(place, wor
     assert "Traceback" not in finished.stderr and sorted(place.iterdir()) == before
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in ("__init__", "cli")))
+SCRIPTS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "cli", "benchmark", "doctor"})
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "benchmark decode", "benchmark continuations", "benchmark serving"])
 def test_help_describes_every_flag_and_starts_nothing(tmp_path, script):
-    finished = run(tmp_path, "-m", f"scripts.{script}", *{"benchmark": ["decode"]}.get(script, []), "--help")
+    finished = run(tmp_path, "-m", *f"scripts.{script}".split(), "--help")
     text = finished.stdout + finished.stderr
     assert finished.returncode == 0 and "FLAGS" in text and "--" in text
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Continuations written by the real vLLM, in processes of its own."""
 
+import json
 import subprocess
 import sys
 
@@ -83,3 +84,15 @@ def test_an_engine_that_is_killed_is_started_again_and_no_row_is_lost(place, cap
     assert [row.tolist() for index in range(2) for row in found[index][0]] == [text.tokens for text in expected]
     assert [reason for index in range(2) for reason in found[index][1]] == [text.finish_reason for text in expected]
     assert "vLLM died" in capfd.readouterr().err
+
+
+def test_the_benchmark_puts_all_ways_side_by_side_at_each_batch(place, tmp_path):
+    words = ["scripts.benchmark", "continuations", f"--base_model={place / 'base_model'}", f"--prompts={place / 'data'}"]
+    words += ["--max_tokens=4", "--dtype=float32", f"--out={tmp_path / 'speed.jsonl'}"]
+    finished = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [line["batch"] for line in lines] == [1, 4, 16, 48, 96]
+    for line in lines:
+        assert set(line["tokens_per_s"]) == {"embedded", "transformers", "vllm", "vllm_offline"}
+        assert 0 < line["vllm_wrapper_share"] < 1 and line["embedded_over_transformers"] > 0

@@ -1,5 +1,6 @@
 """What a user of `vllm serve` meets: refusals before anything is loaded, versions, and the HTTP server itself."""
 
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it
 
 from conftest import write_model
 from openai import APIConnectionError, OpenAI
+from test_house import ROOT
 from transformers import AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
 from vllm_helpers import SIZES, write_published
@@ -112,3 +114,17 @@ def wait_for(client, server, log):
         except APIConnectionError:
             time.sleep(0.5)
     pytest.fail("the server didn't come up: " + log.read_text()[-3000:])
+
+
+def test_the_benchmark_compares_the_speculator_with_plain_decoding_and_ngram_and_counts_acceptance_both_ways(served, tmp_path):
+    lines = "".join(json.dumps({"prompt": f"w{number} w{number + 1} w{number + 2}"}) + "\n" for number in range(3))
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    words = ["scripts.benchmark", "serving", f"--base_model={served / 'base_model'}", f"--speculator={served / 'mlp_tied'}"]
+    words += [f"--prompts={tmp_path / 'prompts.jsonl'}", "--max_new_tokens=12", "--dtype=float32", f"--out={tmp_path / 'speed.jsonl'}"]
+    finished = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    plain, ngram, speculator = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [line["way"] for line in (plain, ngram, speculator)] == ["plain", "ngram", "speculator"]
+    assert plain["speedup"] == 1 and plain["texts"] == speculator["texts"] == {"equal": 3}
+    assert speculator["acceptance_length"] >= 1 and speculator["our_acceptance_length"] >= 1
+    assert "acceptance_length" not in ngram
