@@ -11,7 +11,6 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fms_spec.errors import UserError
-from fms_spec.proposers import DraftShape
 
 # Strict: Fire ignores annotations, so `--seed=1e3` would arrive as a float where an int was declared.
 arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -78,6 +77,8 @@ def keep_freed_memory():
 
 def draft_shape(parsed):
     """`DraftShape` of the flags lookahead, top_k_per_head and nodes."""
+    from fms_spec.proposers import DraftShape  # with it come transformers and more, which scripts.doctor must start without
+
     widths = parsed.top_k_per_head
     return DraftShape(parsed.lookahead, (widths,) if isinstance(widths, int) else widths, parsed.nodes)
 

@@ -1,5 +1,7 @@
 """Speculators of both families in the real vLLM, through the installed plugin."""
 
+import os
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it)")
@@ -12,7 +14,9 @@ from vllm_helpers import FAMILIES, SIZES, answers, counters, drafter_of, publish
 
 from data.prompts import Prompt
 from fms_spec.base_model import BaseModel
+from fms_spec.decoding import decode
 from fms_spec.loading import load_for_decoding
+from fms_spec.options import Options
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.sampling import Sampling
 from pipelines.evaluate import evaluate, figures
@@ -114,3 +118,15 @@ def test_logprobs_stop_strings_structured_output_and_cached_prefixes_work_as_wit
         assert ours == pytest.approx(theirs, abs=1e-4)
     structured = [text.replace(" ", "") for *_, text in found[2][5:7]]
     assert structured[0] in ("w5w9w7w8", "w3w2") and len(structured[1]) == 24
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+def test_a_target_split_over_two_ranks_drafts_with_a_whole_drafter_on_each(served, prompts, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    texts, _ = decode(BaseModel(str(served / "base_model"), dtype="float32"), prompts[:8], Options(max_new_tokens=30))
+    two = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+    with serving(served / "base_model", served / "hidden_state", **two) as llm:
+        assert [tokens for tokens, _ in answers(llm, prompts[:8], SamplingParams(temperature=0, max_tokens=30))] == [t.tokens for t in texts]
+        counted = counters(llm)
+        assert counted["spec_decode_num_accepted_tokens"] > 0.5 * counted["spec_decode_num_drafts"]
