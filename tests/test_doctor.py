@@ -48,5 +48,5 @@ def test_a_torchvision_that_does_not_fit_ends_with_exit_code_1_and_the_mend(tmp_
         command, env=os.environ | {"PYTHONPATH": path, "COLUMNS": "300"}, capture_output=True, text=True, cwd=tmp_path
     )
     assert finished.returncode == 1 and "Traceback" not in finished.stderr
-    (line,) = [line for line in finished.stdout.splitlines() if "torchvision" in line]
+    (line,) = [line for line in finished.stdout.splitlines() if line.startswith("│ torchvision")]
     assert "broken" in line and "nms does not exist" in line and "pip uninstall torchvision" in line
