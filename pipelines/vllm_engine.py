@@ -66,7 +66,11 @@ class VLLMEngine:
         self.ask([(index, row) for row in range(len(prompts))])
 
     def step(self):
-        """Let vLLM run once; returns the shards that finished: (index, list of p int64 [n], list of p finish reasons)."""
+        """Let vLLM run once; returns the shards that finished: (index, list of p int64 [n], list of p finish reasons).
+
+        Raises:
+            UserError: it died too often, or ended a row for another reason than its end or its length.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -78,8 +82,11 @@ class VLLMEngine:
             if output.finished:
                 self.deaths = 0
                 index, row = map(int, output.request_id.split("-")[:2])
-                self.results[index][row] = (torch.tensor(output.outputs[0].token_ids), output.outputs[0].finish_reason)
-                self.bar.update(len(output.outputs[0].token_ids))
+                (written,) = output.outputs
+                if written.finish_reason not in ("stop", "length"):
+                    raise UserError(f"vLLM gave up row {row} of shard {index} ({written.finish_reason}); its log above says why")
+                self.results[index][row] = (torch.tensor(written.token_ids), written.finish_reason)
+                self.bar.update(len(written.token_ids))
                 self.waiting.discard((index, row))
         whole = [index for index, prompts in self.prompts.items() if len(self.results[index]) == len(prompts)]
         finished = []
@@ -122,7 +129,8 @@ class VLLMEngine:
             self.path, self.dtype, self.length, seed=self.seed * 1_000_003 + index, enable_prefix_caching=False,
             gpu_memory_utilization=self.settings.memory_share, **self.sleeping,
         )  # fmt: skip
-        self.bar = self.bar or tqdm(desc="vLLM", unit="token", unit_scale=True, leave=False, dynamic_ncols=True)
+        if self.bar is None:  # not `or`: a bar without a total has no truth
+            self.bar = tqdm(desc="vLLM", unit="token", unit_scale=True, leave=False, dynamic_ncols=True)
         Thread(target=wake_when_dead, args=[self.llm.llm_engine.engine_core], daemon=True).start()
 
     def restart(self):

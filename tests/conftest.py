@@ -4,6 +4,7 @@ import os
 import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["VLLM_NO_USAGE_STATS"] = "1"  # vLLM would report each start over the network
 
 import pytest
 import torch

@@ -127,6 +127,8 @@ def test_a_target_split_over_two_ranks_drafts_with_a_whole_drafter_on_each(serve
     texts, _ = decode(BaseModel(str(served / "base_model"), dtype="float32"), prompts[:8], Options(max_new_tokens=30))
     two = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
     with serving(served / "base_model", served / "hidden_state", **two) as llm:
-        assert [tokens for tokens, _ in answers(llm, prompts[:8], SamplingParams(temperature=0, max_tokens=30))] == [t.tokens for t in texts]
+        assert [tokens for tokens, _ in answers(llm, prompts[:8], SamplingParams(temperature=0, max_tokens=30))] == [
+            t.tokens for t in texts
+        ]
         counted = counters(llm)
         assert counted["spec_decode_num_accepted_tokens"] > 0.5 * counted["spec_decode_num_drafts"]
