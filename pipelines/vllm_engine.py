@@ -116,7 +116,7 @@ class VLLMEngine:
 
         settings = self.settings
         # A seed for each row kills vLLM 0.32 on a CPU: its sampler asks CPU generators for an offset they don't have.
-        seed = (self.seed * 1_000_003 + index) * 1_000_003 + row if torch.cuda.is_available() else None
+        seed = ((self.seed * 1_000_003 + index) * 1_000_003 + row) % 2**63 if torch.cuda.is_available() else None
         return SamplingParams(
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, max_tokens=settings.max_new_tokens,
             stop_token_ids=self.stop, seed=seed, detokenize=False,
@@ -126,7 +126,7 @@ class VLLMEngine:
     def start(self, index):
         """Start vLLM; the number of the first shard keeps processes that share a table from drawing the same numbers."""
         self.llm = start_vllm(
-            self.path, self.dtype, self.length, seed=self.seed * 1_000_003 + index, enable_prefix_caching=False,
+            self.path, self.dtype, self.length, seed=(self.seed * 1_000_003 + index) % 2**32, enable_prefix_caching=False,
             gpu_memory_utilization=self.settings.memory_share, **self.sleeping,
         )  # fmt: skip
         if self.bar is None:  # not `or`: a bar without a total has no truth
