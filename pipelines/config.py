@@ -120,6 +120,14 @@ class GenerationSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
 
 
+class ParallelSection(Section):
+    """How several processes share the models; a single process ignores it. Batches are always split over all processes."""
+
+    base_model: Literal["replicate", "shard", "hybrid", "tensor"] = "replicate"  # shard, hybrid: FSDP2; tensor: ibm-fms's own strategy
+    speculator: Literal["replicate", "shard", "hybrid"] = "replicate"
+    group_size: int | None = Field(None, ge=1)  # hybrid, tensor: neighbouring processes that share one copy; None: those of a node
+
+
 class ValidationSection(Section):
     every: int = Field(500, ge=1)  # steps
     prompts: int = Field(
@@ -145,6 +153,7 @@ class RunConfig(Section):
     phase2: PhaseSection
     optimizer: OptimizerSection = OptimizerSection()
     generation: GenerationSection = GenerationSection()
+    parallel: ParallelSection = ParallelSection()
     hidden_state_cache: bool = False  # keep hidden states on disk for further passes over the same rows
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
