@@ -35,6 +35,14 @@ class Continuations:
         Raises:
             UserError: a shard cannot be had or read, or was written with other settings; or no prompt has a continuation.
         """
+        return batch_of(self._next_rows())
+
+    def skip(self, count):
+        """Pass over `count` batches; raises as `next` does."""
+        for _ in range(count):
+            self._next_rows()
+
+    def _next_rows(self):
         rows, fruitless = [], 0
         while len(rows) < self.batch_size:
             available = self._current()
@@ -46,7 +54,7 @@ class Continuations:
                 raise UserError(f"{self.store.out_dir}: the base model stopped at once after every prompt; use other prompts")
             if self._row >= len(available):
                 self._advance()
-        return batch_of(rows)
+        return rows
 
     @property
     def shards_read(self):

@@ -89,6 +89,11 @@ class RowReader:
         tokens, segment_ids, row_ids = (torch.from_numpy(np.concatenate(part)) for part in zip(*pieces))
         return Batch(tokens, segment_ids, torch.zeros(self.batch_size, dtype=torch.int64), row_ids)
 
+    def skip(self, count):
+        """Pass over `count` batches without reading them."""
+        place = self._epoch * len(self) + self._position + count * self.batch_size
+        self._epoch, self._position = divmod(place, len(self))
+
     def state_dict(self):
         """Where the next batch begins; small, and fit for JSON."""
         return {"epoch": self._epoch, "position": self._position, "seed": self.seed, "rows": len(self)}

@@ -40,26 +40,62 @@ class Inline(Supply):
     """The trainer's own process writes a missing shard when it is needed.
 
     rows: how many the run will read. make_engine: called if a shard is missing, at once, so that an engine that isn't there is told
-    before the run starts.
+    before the run starts. writers: trainers that will need the same shard at the same time; each writes another one of those that follow.
     """
 
-    def __init__(self, store, rows, make_engine):
+    def __init__(self, store, rows, make_engine, writers=1):
         super().__init__(store)
-        self.make_engine = make_engine
-        self.engine = make_engine() if missing_shards(store, rows) else None
+        self.make_engine, self.writers = make_engine, writers
+        self.missing = missing_shards(store, rows)
+        self.engine = make_engine() if self.missing else None
 
     def need(self, index, place):
         if self.store.has(index):
             return
         started = time.monotonic()
         self.engine = self.engine or self.make_engine()
-        waiting = write_shards(self.store, self.engine, [index]).seconds["waiting"]  # another process was writing it
+        following = [other for other in self.missing if other > index and not self.store.has(other)]
+        tally = write_shards(self.store, self.engine, [index, *following[: self.writers - 1]])
+        waiting = tally.seconds["waiting"]  # other processes were writing
         self.seconds["waiting"] += waiting
         self.seconds["generation"] += time.monotonic() - started - waiting
 
     def close(self):
         if self.engine:
             self.engine.close()
+
+
+class Led(Supply):
+    """As a supply, by the first of some processes that hold one base model between them; the others work for it.
+
+    supply: of the leader. engine: also `supply`'s; has `leads`, and `follow()`, which returns when the leader calls `dismiss()`.
+    """
+
+    def __init__(self, supply, engine):
+        super().__init__(supply.store)
+        self.supply, self.engine, self.seconds = supply, engine, supply.seconds
+
+    def need(self, index, place):
+        if self.engine.leads:
+            self.supply.need(index, place)
+            self.engine.dismiss()
+        else:
+            started = time.monotonic()
+            self.engine.follow()
+            self.seconds["generation"] += time.monotonic() - started
+
+    def close(self):
+        self.supply.close()
+
+
+class Awaited(Supply):
+    """Another process of the run sees to it that the shards are written."""
+
+    def need(self, index, place):
+        started = time.monotonic()
+        while not self.store.has(index):
+            time.sleep(POLL_SECONDS)
+        self.seconds["waiting"] += time.monotonic() - started
 
 
 class Ahead(Supply):

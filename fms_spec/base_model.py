@@ -5,6 +5,7 @@ Shapes: b batch, n tokens, d base width, v vocabulary.
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -99,6 +100,8 @@ class BaseModel:
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.fingerprint = fingerprint(path)
+        self.query_heads = self.config.num_attention_heads
+        self.kv_groups = getattr(self.config, "num_key_value_heads", None) or self.query_heads
         self._load_fms() if self.backend == "fms" else self._load_transformers()
         self.model.eval().requires_grad_(False)
         self.width, self.vocab_size = self.config.hidden_size, self.output_weight.shape[0]
@@ -111,7 +114,13 @@ class BaseModel:
     def _load_fms(self):
         from fms.models import get_model
 
-        self.model = get_model("hf_pretrained", model_path=str(self.path), data_type=self.dtype, device_type=self.device.type)
+        # Among several processes ibm-fms would split the model by itself, were it not told of a strategy.
+        self.model = get_model(
+            "hf_pretrained", model_path=str(self.path), data_type=self.dtype, device_type=self.device.type, distributed_strategy="none"
+        )
+        self._take_fms_parts()
+
+    def _take_fms_parts(self):
         self.trunk = self.model.base_model
         look_up_once(self.trunk, self.config.max_position_embeddings, self.device)
         self.embedding_weight, self.output_weight = self.trunk.embedding.weight, self.model.head.weight
@@ -121,6 +130,10 @@ class BaseModel:
         self.trunk = self.model.get_decoder()
         self.embedding_weight = self.model.get_input_embeddings().weight
         self.output_weight = self.model.get_output_embeddings().weight
+
+    def together(self):
+        """A context in which processes that hold one model between them may call for different numbers of forwards."""
+        return nullcontext()
 
     @torch.no_grad()
     def hidden_states(self, tokens, segment_ids):
@@ -148,9 +161,8 @@ class BaseModel:
 
     def new_cache(self, batch, capacity):
         """An empty `KVCache` for `batch` sequences of up to `capacity` tokens, candidates among them."""
-        config = self.config
-        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return KVCache(config.num_hidden_layers, batch, capacity, groups, head_width(config), self.dtype, self.device)
+        layers, width = self.config.num_hidden_layers, head_width(self.config)
+        return KVCache(layers, batch, capacity, self.kv_groups, width, self.dtype, self.device)
 
     @torch.no_grad()
     def extend(self, tokens, cache, tree=None):
@@ -167,7 +179,7 @@ class BaseModel:
         positions = place.slots if tree is None else cache.lengths[:, None] + tree.depths
         mask = visible(cache, place, tree)
         if mask is not None:
-            mask = fold_mask(mask, self.config.num_attention_heads // cache.store.shape[4], self.dtype)
+            mask = fold_mask(mask, self.query_heads // self.kv_groups, self.dtype)
         if self.backend == "fms":
             layers = [cache.layer(index) for index in range(len(cache.store))]
             return self.trunk(

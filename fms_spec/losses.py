@@ -75,8 +75,8 @@ def head_losses(speculator, windows, base_model, weights, counts):
     """The weighted loss of each head: fp32 [h]; their sum is what is trained on.
 
     Args:
-        windows: `alignment.Windows`. weights: `LossWeights`. counts: positions of each head over the whole step, so that micro-batches
-        add up to exactly the mean over the step.
+        windows: `alignment.Windows`. weights: `LossWeights`. counts: positions of each head over the whole step, fp32 [h] on the device,
+        so that micro-batches, of all processes, add up to exactly the mean over the step.
     """
     losses = []
     teacher_weight = speculator.teacher_weight(base_model) if weights.distillation else None
@@ -88,5 +88,5 @@ def head_losses(speculator, windows, base_model, weights, counts):
         )  # fmt: skip
         if weights.smooth_l1:
             loss = loss + weights.smooth_l1 * speculator.state_distance(features, target_states).sum()
-        losses.append(loss * (weights.heads[head] / max(1, counts[head])))
+        losses.append(loss * (weights.heads[head] / counts[head].clamp(min=1)))
     return torch.stack(losses)

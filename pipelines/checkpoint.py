@@ -1,7 +1,7 @@
 """Checkpoints that hold everything needed to go on: weights, optimiser, data positions, counters, RNG.
 
-Tensors go through torch.distributed.checkpoint; the rest is JSON. A checkpoint is written beside its final name and renamed, so that a
-directory called step-N is always whole.
+Tensors go through torch.distributed.checkpoint, each process writing its part, and are read back in any other parts; the rest is JSON. A
+checkpoint is written beside its final name and renamed, so that a directory called step-N is always whole.
 """
 
 import json
@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -17,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from fms_spec.errors import UserError
 
 
-def save_checkpoint(directory, step, speculator, optimizer, description, progress, keep):
-    """Write `directory/step-N` and remove all but the newest `keep`; returns its path.
+def save_checkpoint(directory, step, speculator, optimizer, description, progress, keep, processes):
+    """Write `directory/step-N` and remove all but the newest `keep`; returns its path. Called by all `Processes` of the run.
 
     Args:
         description: the speculator's config.json, for export. progress: JSON-able state of everything that is no tensor.
@@ -28,25 +29,35 @@ def save_checkpoint(directory, step, speculator, optimizer, description, progres
     """
     final = checkpoint_path(directory, step)
     partial = final.with_suffix(".partial")
-    for stale in Path(directory).glob("*.partial"):
-        shutil.rmtree(stale)
     weights, moments = get_state_dict(speculator, optimizer)
     try:
-        partial.mkdir(parents=True)
+        if processes.main:
+            for stale in Path(directory).glob("*.partial"):
+                shutil.rmtree(stale)
+            partial.mkdir(parents=True)
+        processes.wait_for_all()
+        tensors = {"speculator": weights, "optimizer": moments, "rng": torch.get_rng_state()}
         with warnings.catch_warnings():  # torch warns that a single process is a single process
             warnings.simplefilter("ignore", UserWarning)
-            dcp.save({"speculator": weights, "optimizer": moments, "rng": torch.get_rng_state()}, checkpoint_id=partial, no_dist=True)
-        (partial / "speculator.json").write_text(json.dumps(description, indent=2))
-        (partial / "progress.json").write_text(json.dumps(progress, indent=2))
+            dcp.save(tensors, checkpoint_id=partial, no_dist=processes.count == 1)
+        if processes.main:
+            (partial / "speculator.json").write_text(json.dumps(description, indent=2))
+            (partial / "progress.json").write_text(json.dumps(progress, indent=2))
+            put_in_place(partial, final, keep)
     except (CheckpointException, OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # room is what is needed
         raise UserError(f"checkpoint {final}: can't be written ({reason_of(error)}); make room, then resume the run") from error
+    processes.wait_for_all()
+    return final
+
+
+def put_in_place(partial, final, keep):
+    """Rename a checkpoint that is whole, and remove all but the newest `keep`."""
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    for old in whole_checkpoints(directory)[:-keep]:
+    for old in whole_checkpoints(final.parent)[:-keep]:
         shutil.rmtree(old)
-    return final
 
 
 def checkpoint_path(directory, step):
@@ -85,7 +96,7 @@ def read_tensors(path, state):
     try:
         with warnings.catch_warnings():  # torch warns that a single process is a single process
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load(state, checkpoint_id=path, no_dist=True)
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (CheckpointException, OSError, RuntimeError) as error:
         raise UserError(
             f"checkpoint {path}: can't be read, it may be cut short ({reason_of(error)}); remove it to use the one before"

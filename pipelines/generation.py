@@ -89,12 +89,17 @@ class EmbeddedEngine:
     def step(self):
         """Decode what was submitted; returns [(index, list of p continuations, 1-D int64; list of p finish reasons)]."""
         (index, prompts), self._submitted = self._submitted, None
-        seeds = tuple((self.seed * 1_000_003 + index) * 1_000_003 + place for place in range(len(prompts)))
+        continuations, finish_reasons = zip(*self.decode(index, prompts, range(len(prompts))))
+        return [(index, list(continuations), list(finish_reasons))]
+
+    def decode(self, index, prompts, rows):
+        """[(continuation, finish reason)] of some rows, a list of ints, of shard `index`."""
+        seeds = tuple((self.seed * 1_000_003 + index) * 1_000_003 + row for row in rows)
         options = Options(max_new_tokens=self.settings.max_new_tokens, sampling=self.sampling, seeds=seeds)
-        total = len(prompts) * self.settings.max_new_tokens
+        total = len(rows) * self.settings.max_new_tokens
         with tqdm(total=total, desc=f"continuations {index}", unit="token", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
-            results, _ = decode(self.base_model, list(prompts), options, progress=bar.update)
-        return [(index, [torch.tensor(result.tokens) for result in results], [result.finish_reason for result in results])]
+            results, _ = decode(self.base_model, [prompts[row] for row in rows], options, progress=bar.update)
+        return [(torch.tensor(result.tokens), result.finish_reason) for result in results]
 
     def close(self):
         """Nothing to end: the base model is its owner's."""

@@ -11,11 +11,14 @@ from torch.utils.tensorboard import SummaryWriter
 class Metrics:
     """Writes each record to metrics.jsonl and TensorBoard.
 
-    After a resume, lines of steps that will be run again are dropped, so that every step stands there once.
+    After a resume, lines of steps that will be run again are dropped, so that every step stands there once. Of several processes only
+    the main one `keeps` them.
     """
 
-    def __init__(self, out_dir, resumed_step):
-        self.path = Path(out_dir) / "metrics.jsonl"
+    def __init__(self, out_dir, resumed_step, keeps=True):
+        self.path, self.keeps = Path(out_dir) / "metrics.jsonl", keeps
+        if not keeps:
+            return
         kept = []
         if self.path.exists():
             lines = self.path.read_text().splitlines()
@@ -25,13 +28,16 @@ class Metrics:
 
     def write(self, step, values):
         """`values`: flat {name: number}; `step` is the number of optimiser steps done."""
+        if not self.keeps:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
     def close(self):
-        self.tensorboard.close()
+        if self.keeps:
+            self.tensorboard.close()
 
 
 class Stopwatch:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fms_spec.errors import UserError
+from pipelines.processes import LAUNCHER_VARIABLES
 
 DEATHS = 3  # of one producer, without a shard from it in between
 GRACE_SECONDS = 10  # from asking a producer to end to killing it
@@ -87,11 +88,13 @@ class Producers:
             log = open(self._file(number, "log"), "ab")
         except OSError as error:
             raise UserError(f"{self.log_dir}: no log can be written there ({error.strerror}); make room or mend the folder") from None
+        # A producer is no process of the training run, whatever that was launched by.
+        alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         with log:
             self._log_starts[number] = log.tell()
             self.processes[number] = subprocess.Popen(
                 [*self.command, f"--parent={os.getpid()}", f"--status={status}"],
-                env=os.environ | self.environments[number], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=alone | self.environments[number], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
     def _file(self, number, kind):

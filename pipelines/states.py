@@ -14,8 +14,8 @@ from fms_spec.errors import UserError
 class HiddenStates:
     """Calls the frozen base model, and with a directory keeps what it gave in memory-mapped files for the next pass.
 
-    A row is flagged only after its states are written, so a run that dies half-way finds the whole ones again. The files are sparse:
-    they take space for the rows that were written, at most `nbytes`.
+    A row is flagged only after its states are written, so a run that dies half-way finds the whole ones again, and processes of one node
+    may share the files. The files are sparse: they take space for the rows that were written, at most `nbytes`.
 
     Args:
         best_tokens: function of states [..., d] giving the base model's own best next token, int64 [...]; None where nobody asks,
@@ -50,10 +50,11 @@ class HiddenStates:
         if n > self.states.shape[1] or int(batch.row_ids.max()) >= len(self.states):
             raise UserError(f"hidden-state cache {self.directory} was made for other data; remove it or turn hidden_state_cache off")
         missing = (~self.written[batch.row_ids]).nonzero()[:, 0]
-        if len(missing):
-            states, greedy = self.compute(batch.tokens[missing], batch.segment_ids[missing])
-            self.states[batch.row_ids[missing], :n], self.greedy[batch.row_ids[missing], :n] = states.cpu(), greedy
-            self.written[batch.row_ids[missing]] = True
+        with self.base_model.together():
+            if len(missing):
+                states, greedy = self.compute(batch.tokens[missing], batch.segment_ids[missing])
+                self.states[batch.row_ids[missing], :n], self.greedy[batch.row_ids[missing], :n] = states.cpu(), greedy
+                self.written[batch.row_ids[missing]] = True
         return self.states[batch.row_ids, :n].to(self.base_model.device), self.greedy[batch.row_ids, :n]
 
     def fill(self, batches, count):

@@ -1,20 +1,22 @@
 """The training loop: both phases on the frozen base model, in the order the schedule says."""
 
-import json
 import math
 import sys
 from functools import cached_property
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from fms_spec.acceptance import pooled_acceptance
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
-from fms_spec.errors import UserError, first_difference
+from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.proposers import DraftShape
 from fms_spec.speculators import describe
 from pipelines.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, whole_checkpoints
 from pipelines.metrics import Metrics, Stopwatch
+from pipelines.processes import Processes
 from pipelines.schedule import learning_rate_factor
 
 
@@ -25,11 +27,13 @@ class Trainer:
         config: `RunConfig`. speculator: fp32 weights, on the base model's device. batches: {phase: iterator of `Batch` with
         state_dict and load_state_dict}. supply: where phase 2's continuations come from; `seconds`, {part: seconds} that it took inside the
         batches, and `figures()`, {metric: number}. states: {phase: `HiddenStates`}. validation: a function that makes the `Validation`,
-        called when it is first needed, or None. out_dir: of the run, already claimed with `claim_out_dir`.
+        called when it is first needed, or None. out_dir: of the run, already claimed with `claim_out_dir`. processes: `Processes`; each
+        trains on batches of its own, and gradients are added up where the speculator is shared (`parallel.share_speculator`).
     """
 
-    def __init__(self, config, base_model, speculator, batches, supply, states, out_dir, validation=None):
+    def __init__(self, config, base_model, speculator, batches, supply, states, out_dir, validation=None, processes=None):
         self.config, self.base_model, self.speculator = config, base_model, speculator
+        self.processes = processes or Processes()
         self.batches, self.supply, self.states, self.out_dir, self.make_validation = batches, supply, states, out_dir, validation
         self.schedule = config.schedule.build()
         self.phase_steps = self.schedule.phase_steps()
@@ -63,13 +67,13 @@ class Trainer:
         with self.watch.measure("checkpoint"):
             return save_checkpoint(
                 self.out_dir / "checkpoints", self.step, self.speculator, self.optimizer,
-                describe(self.speculator, self.base_model), progress, self.config.checkpoint.keep,
+                describe(self.speculator, self.base_model), progress, self.config.checkpoint.keep, self.processes,
             )  # fmt: skip
 
     def train(self):
         """Run the schedule to its end; returns the last checkpoint's directory."""
         config, total = self.config, self.schedule.steps
-        metrics = Metrics(self.out_dir, self.step)
+        metrics = Metrics(self.out_dir, self.step, keeps=self.processes.main)
         saved = None
         with tqdm(total=total, initial=self.step, desc="train", unit="step", dynamic_ncols=True, mininterval=1) as bar:
             while self.step < total:
@@ -111,7 +115,12 @@ class Trainer:
                 self.watch.seconds["data"] -= seconds - before[part]
 
     def save_finished(self, metrics):
-        """Keep what has been trained when the run can't go on; its reason stays the one that is told, even if this fails too."""
+        """Keep what has been trained when the run can't go on; its reason stays the one that is told, even if this fails too.
+
+        Of several processes one alone can't: a checkpoint is written by all.
+        """
+        if self.processes.count > 1:
+            return
         try:
             if self.logged:  # so that what is saved has been seen to be finite
                 metrics.write(self.step, self.read_log())
@@ -132,31 +141,46 @@ class Trainer:
         with self.watch.measure("base_model"):
             states = [self.states[phase](batch) for batch in micro_batches]
         with self.watch.measure("heads"):
-            losses = self.backward(phase, micro_batches, states)
+            losses, counts = self.backward(phase, micro_batches, states)
             norm = torch.nn.utils.clip_grad_norm_(self.speculator.parameters(), self.config.optimizer.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.logged.setdefault(phase, []).append(torch.cat([losses, norm[None], torch.tensor([factor], device=norm.device)]))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        line = torch.cat([losses, counts[:1], norm[None], torch.tensor([factor], device=norm.device)])
+        self.logged.setdefault(phase, []).append(line)
 
     def backward(self, phase, micro_batches, states):
-        """Add up the step's gradients; returns the loss of each head, fp32 [h], on the device."""
+        """Add up the step's gradients, over all processes.
+
+        Returns:
+            (this process's part of each head's loss, positions of each head over all processes), both fp32 [h] on the device.
+        """
+        chosen = self.choose(phase, micro_batches, states)
+        device = self.base_model.device
+        counts = torch.tensor([positions.counts for positions in chosen], dtype=torch.float32).sum(0)
+        counts = self.processes.add_up(counts.to(device, non_blocking=True))
+        total = 0.0
+        for number, (batch, (hidden, _), positions) in enumerate(zip(micro_batches, states, chosen)):
+            windows = make_windows(hidden, batch.tokens, positions, self.speculator.n_predict)
+            if self.processes.count > 1:
+                self.speculator.set_requires_gradient_sync(number == len(chosen) - 1)
+            with torch.autocast(hidden.device.type, dtype=hidden.dtype, enabled=hidden.dtype != torch.float32):
+                losses = self.speculator(head_losses, windows, self.base_model, self.weights[phase], counts)
+            losses.sum().backward()
+            total = total + losses.detach()
+        return total, counts
+
+    def choose(self, phase, micro_batches, states):
+        """The `Positions` of each micro-batch, drawn by its number within the step over all processes."""
         settings, heads = getattr(self.config, phase), self.speculator.n_predict
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         chosen = []
-        for batch, (_, greedy) in zip(micro_batches, states):
+        for number, (batch, (_, greedy)) in enumerate(zip(micro_batches, states)):
+            place = number * self.processes.count + self.processes.rank
+            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) * 1_000_003 + place)
             greedy = greedy if settings.loss.only_accepted else None
             usable = usable_positions(batch.segment_ids, batch.first_states, heads, greedy)
             chosen.append(choose_positions(usable, settings.positions, generator))
-        counts = torch.tensor([positions.counts for positions in chosen]).sum(0).tolist()
-        self.tokens += counts[0]
-        total = 0.0
-        for batch, (hidden, _), positions in zip(micro_batches, states, chosen):
-            windows = make_windows(hidden, batch.tokens, positions, heads)
-            with torch.autocast(hidden.device.type, dtype=hidden.dtype, enabled=hidden.dtype != torch.float32):
-                losses = head_losses(self.speculator, windows, self.base_model, self.weights[phase], counts)
-            losses.sum().backward()
-            total = total + losses.detach()
-        return total
+        return chosen
 
     @cached_property
     def validation(self):
@@ -164,7 +188,10 @@ class Trainer:
 
     def validate(self):
         """Acceptance of a chain as deep as there are heads, as decoding would count it."""
-        found = self.validation.acceptance(DraftShape().proposer(self.speculator))
+        proposer = DraftShape().proposer(self.speculator)
+        with torch.no_grad():
+            own = self.speculator(lambda _: self.validation.accepted(proposer))
+        found = pooled_acceptance(sum(self.processes.gather(own), []), proposer.lookahead)
         shares = {f"validation/acceptance_at_{place}": share for place, share in enumerate(found.per_position, start=1)}
         return {"validation/acceptance_length": found.length} | shares
 
@@ -172,7 +199,10 @@ class Trainer:
         """Means since the last log line, as plain numbers: the only place where the host waits for the device."""
         values = {}
         for phase, lines in self.logged.items():
-            *losses, norm, factor = torch.stack(lines).mean(0).tolist()
+            mean = torch.stack(lines).mean(0)
+            self.processes.add_up(mean[: self.speculator.n_predict])
+            *losses, count, norm, factor = mean.tolist()
+            self.tokens += round(count * len(lines))
             if not math.isfinite(sum(losses) + norm):
                 raise UserError(f"{phase}: the loss is not finite at step {self.step}; lower optimizer.lr in a new run")
             values |= {f"{phase}/loss": sum(losses), f"{phase}/grad_norm": norm, f"{phase}/lr": factor * self.config.optimizer.lr}
@@ -189,37 +219,3 @@ def loss_weights(config, phase):
     loss = getattr(config, phase).loss
     heads = tuple(loss.heads or [1.0] * config.speculator.n_predict)
     return LossWeights(loss.cross_entropy, loss.distillation, loss.smooth_l1, heads)
-
-
-def check_out_dir(out_dir, config, resume):
-    """Refuse an out_dir that can't be this run's, before any work.
-
-    Raises:
-        UserError: it holds another run, a run that wasn't asked to be resumed, or other files.
-    """
-    record = out_dir / "run.json"
-    if record.is_file():
-        difference = first_difference(*map(what_decides, (json.loads(record.read_text())["config"], config.model_dump(mode="json"))))
-        if difference:
-            key, before, now = difference
-            raise UserError(
-                f"{out_dir} holds a run with another {key} ({before!r}, now {now!r}); give another out_dir, or the same config to resume"
-            )
-        if not resume:
-            raise UserError(f"{out_dir} holds a run already; add --resume to go on with it, or give another out_dir")
-    elif out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} holds other files; give an empty or new out_dir")
-
-
-def what_decides(config):
-    """A run's config as a dict, without how continuations come: the same ones come in any way, so a run may be resumed in another."""
-    ways = ("mode", "shards_ahead", "producer_devices", "memory_share")
-    return config | {"generation": {key: value for key, value in config["generation"].items() if key not in ways}}
-
-
-def claim_out_dir(out_dir, config, environment):
-    """Write run.json (resolved config, versions, git revision, command), unless the run has one from its first start."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    record = out_dir / "run.json"
-    if not record.is_file():
-        record.write_text(json.dumps({"config": config.model_dump(mode="json")} | environment, indent=2) + "\n")

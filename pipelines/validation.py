@@ -5,7 +5,7 @@ Shapes: p prompts, s tokens of a text, d base width.
 
 import torch
 
-from fms_spec.acceptance import accepted_in_text, pooled_acceptance
+from fms_spec.acceptance import accepted_in_text
 from fms_spec.decoding import decode
 from fms_spec.options import Options
 
@@ -14,24 +14,28 @@ class Validation:
     """The base model's greedy continuations of some prompts and its states along them, made once: the base model is frozen.
 
     Args:
-        prompts: int64 [p, length]. max_new_tokens: each continuation is judged over so many tokens. lookahead: deepest candidates.
+        prompts: int64 [p, length], this process's share of them, which may be none. max_new_tokens: each continuation is judged over so many tokens. lookahead: deepest candidates.
     """
 
     def __init__(self, base_model, prompts, max_new_tokens, lookahead):
         self.prompt_length = prompts.shape[1]
         # Decoding judges its last step past the end of the text, so the text goes on by as many tokens as are drafted.
-        results, _ = decode(base_model, list(prompts), Options(max_new_tokens=max_new_tokens + lookahead, ignore_eos=True))
-        self.tokens = torch.cat([prompts, torch.tensor([result.tokens for result in results])], dim=1).to(base_model.device)
-        self.states = base_model.hidden_states(self.tokens, torch.zeros(self.tokens.shape, dtype=torch.int64))
-        self.new_tokens = [length_to_eos(result.tokens[:max_new_tokens], base_model.eos_token_ids) for result in results]
+        options = Options(max_new_tokens=max_new_tokens + lookahead, ignore_eos=True)
+        self.tokens = self.states = self.new_tokens = ()
+        with base_model.together():
+            if len(prompts):
+                results, _ = decode(base_model, list(prompts), options)
+                self.tokens = torch.cat([prompts, torch.tensor([result.tokens for result in results])], dim=1).to(base_model.device)
+                self.states = base_model.hidden_states(self.tokens, torch.zeros(self.tokens.shape, dtype=torch.int64))
+                self.new_tokens = [length_to_eos(result.tokens[:max_new_tokens], base_model.eos_token_ids) for result in results]
 
-    def acceptance(self, proposer):
-        """`Acceptance` of a proposer, equal to that of decoding greedily up to rounding of the states."""
+    def accepted(self, proposer):
+        """Accepted tokens of every step of a proposer, equal to those of decoding greedily up to rounding of the states: list of ints."""
         accepted = []
         for states, tokens, count in zip(self.states, self.tokens, self.new_tokens):
             with torch.autocast(states.device.type, dtype=states.dtype, enabled=states.dtype != torch.float32):
                 accepted += accepted_in_text(proposer, states, tokens, self.prompt_length, count)
-        return pooled_acceptance(accepted, proposer.lookahead)
+        return accepted
 
 
 def length_to_eos(tokens, eos_token_ids):

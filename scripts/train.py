@@ -1,4 +1,7 @@
-"""Train a speculator: python -m scripts.train --config=CONFIG.yaml --out_dir=runs/mine [--resume] [key.path=value ...]"""
+"""Train a speculator: python -m scripts.train --config=CONFIG.yaml --out_dir=runs/mine [--resume] [key.path=value ...]
+
+On several GPUs or nodes: torchrun --nproc_per_node=8 -m scripts.train ...
+"""
 
 import os
 import shlex
@@ -8,16 +11,22 @@ from functools import cache, partial
 from pathlib import Path
 
 from data.continuations import Continuations
+from data.dealing import Share
 from data.reader import RowReader, read_prompts, read_token_counts
-from data.supply import Ahead, Alongside, Inline
-from fms_spec.base_model import BaseModel
+from data.supply import Ahead, Alongside, Awaited, Inline, Led
+from fms_spec.errors import UserError
 from pipelines.build import build_speculator
 from pipelines.config import load_config
 from pipelines.environment import environment
 from pipelines.generation import make_engine
+from pipelines.group_engine import GroupEngine
+from pipelines.parallel import load_base_model, own_prompts, share_speculator
+from pipelines.processes import Processes, joined
 from pipelines.producers import Producers
+from pipelines.run_record import check_out_dir, claim_out_dir
+from pipelines.shared_base_model import SharedBaseModel
 from pipelines.states import HiddenStates
-from pipelines.train import Trainer, check_out_dir, claim_out_dir
+from pipelines.train import Trainer
 from pipelines.validation import Validation
 from scripts.cli import arguments, main
 from scripts.generate_continuations import command_of, open_store
@@ -45,57 +54,82 @@ class Arguments:
 
 
 def run(parsed, overrides):
-    train(load_config(parsed.config, overrides), Path(parsed.out_dir), parsed.resume)
+    with joined() as processes:
+        train(load_config(parsed.config, overrides), Path(parsed.out_dir), parsed.resume, processes)
 
 
-def train(config, out_dir, resume):
-    """Put a run together and train it to its end; returns (its last checkpoint's directory, the trainer)."""
-    check_out_dir(out_dir, config, resume)
+def train(config, out_dir, resume, processes=None):
+    """Put a run together and train it to its end; returns (its last checkpoint's directory, the trainer).
+
+    processes: the `Processes` that train together, all of which call this; by default this one alone.
+    """
+    processes = processes or Processes()
+    if config.hidden_state_cache and processes.count > processes.local_count:
+        raise UserError("hidden_state_cache: true is for one node, whose processes map the same files; turn it off on several")
+    if processes.main:
+        check_out_dir(out_dir, config, resume, processes.count)
+    processes.wait_for_all()  # before anyone writes there
     rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
     prompts = read_prompts(config.data.dir, limit=config.data.prompts)
     folder = config.data.continuations or out_dir / "continuations"
     store = open_store(folder, config.data.dir, prompts, config.base_model, config.generation, config.seed)
-    load = cache(partial(BaseModel, config.base_model.name, dtype=config.base_model.dtype, backend=config.base_model.backend))
-    with closing(open_supply(config, store, out_dir, load)) as supply:
+    load = cache(partial(load_base_model, config, processes))
+    with closing(open_supply(config, store, out_dir, load, processes)) as supply:
         continuations = Continuations(store, supply, config.phase2.batch_size)
-        trainer = put_together(config, out_dir, load(), rows, prompts, continuations)
+        trainer = put_together(config, out_dir, load(), rows, prompts, continuations, processes)
         step = trainer.resume()
-        if step:
+        if step and processes.main:
             print(f"going on from step {step}")
         supply.begin(continuations.shards_read)
         if config.hidden_state_cache:
-            fill_cache(config, trainer)
+            fill_cache(config, trainer, processes)
         return trainer.train(), trainer
 
 
-def open_supply(config, store, out_dir, load):
-    """How the run comes by its continuations. load: gives the `BaseModel`, should the trainer's own process write them.
+def open_supply(config, store, out_dir, load, processes):
+    """How the run comes by its continuations. load: gives the `BaseModel`, should the trainers themselves write them.
 
     Raises:
-        UserError: they were to be written ahead, and some are missing.
+        UserError: they were to be written ahead, and some are missing; or vLLM was to write them in one of several trainers.
     """
     settings, words = config.generation, command_of(config, store.out_dir)
-    rows = config.schedule.build().phase_steps().get("phase2", 0) * config.phase2.accumulate * config.phase2.batch_size
+    rows = config.schedule.build().phase_steps().get("phase2", 0) * config.phase2.accumulate * config.phase2.batch_size * processes.count
     if settings.mode == "ahead":
         return Ahead(store, rows, shlex.join(["python", *words]))
     if settings.mode == "alongside":
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environments = [{"PYTHONPATH": path} | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) for device in settings.producer_devices]
-        command = [sys.executable, *words, f"--ahead={settings.shards_ahead}"]
-        return Alongside(store, rows, Producers(command, environments, out_dir / "producers"))
+        return alongside(config, store, rows, words, out_dir) if processes.main else Awaited(store)
+    if processes.count > 1 and settings.engine == "vllm":
+        raise UserError("generation.mode=inline: vLLM can't run inside one of several trainers; set alongside or ahead, or engine=embedded")
     prompt_length = store.prompts.tokens.shape[1]
-    return Inline(store, rows, partial(make_engine, settings, config.base_model, prompt_length, config.seed, load, shared=True))
+    if isinstance(load(), SharedBaseModel):
+        engine = GroupEngine(load(), settings, config.seed)
+        return Led(Inline(store, rows, lambda: engine, load().copies), engine)
+    make = partial(make_engine, settings, config.base_model, prompt_length, config.seed, load, shared=True)
+    return Inline(store, rows, make, processes.count)
 
 
-def put_together(config, out_dir, base_model, rows, prompts, continuations):
+def alongside(config, store, rows, words, out_dir):
+    """Producers of the run's continuations, one for each of `producer_devices`."""
+    settings = config.generation
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environments = [{"PYTHONPATH": path} | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) for device in settings.producer_devices]
+    command = [sys.executable, *words, f"--ahead={settings.shards_ahead}"]
+    return Alongside(store, rows, Producers(command, environments, out_dir / "producers"))
+
+
+def put_together(config, out_dir, base_model, rows, prompts, continuations, processes):
     """The `Trainer` of a run, whose out_dir is claimed when all it needs is there."""
     sample = next(RowReader(config.data.dir, batch_size=SAMPLE_ROWS, seed=config.seed))
     speculator = build_speculator(config, base_model, read_token_counts(config.data.dir), sample)
+    share_speculator(speculator, config, processes)
     validation = None
     if config.validation.prompts:
         held_out = read_prompts(config.data.dir, "held_out").tokens[-config.validation.prompts :]
-        validation = partial(Validation, base_model, held_out, config.validation.max_new_tokens, config.speculator.n_predict)
-    claim_out_dir(out_dir, config, environment())
+        own = own_prompts(held_out, base_model, processes)
+        validation = partial(Validation, base_model, own, config.validation.max_new_tokens, config.speculator.n_predict)
+    if processes.main:
+        claim_out_dir(out_dir, config, processes.count, environment())
+    processes.wait_for_all()
     asked = config.phase1.loss.only_accepted or config.phase2.loss.only_accepted
     best_tokens = partial(speculator.best_base_tokens, base_model) if asked else None
     length = prompts.tokens.shape[1] + config.generation.max_new_tokens
@@ -103,17 +137,20 @@ def put_together(config, out_dir, base_model, rows, prompts, continuations):
         "phase1": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase1"), rows.table_rows, rows.seq_length, len(rows)),
         "phase2": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase2"), len(prompts), length, len(prompts)),
     }
-    batches = {"phase1": rows, "phase2": continuations}
-    return Trainer(config, base_model, speculator, batches, continuations.supply, states, out_dir, validation)
+    batches = {name: Share(source, processes.rank, processes.count) for name, source in (("phase1", rows), ("phase2", continuations))}
+    return Trainer(config, base_model, speculator, batches, continuations.supply, states, out_dir, validation, processes)
 
 
-def fill_cache(config, trainer):
+def fill_cache(config, trainer, processes):
     """Keep phase 1's hidden states on disk before the first step."""
     size = sum(source.nbytes for source in trainer.states.values())
-    print(f"hidden-state cache: up to {size / 1e9:.2f} GB in {trainer.out_dir / 'hidden_states'}")
+    if processes.main:
+        print(f"hidden-state cache: up to {size / 1e9:.2f} GB in {trainer.out_dir / 'hidden_states'}")
     reader = RowReader(config.data.dir, batch_size=FILL_ROWS, seed=config.seed, rows=config.data.rows)
+    rounds = -(-len(reader) // (FILL_ROWS * processes.count))
     with trainer.watch.measure("base_model"):
-        trainer.states["phase1"].fill(reader, -(-len(reader) // FILL_ROWS))
+        trainer.states["phase1"].fill(Share(reader, processes.rank, processes.count), rounds)
+    processes.wait_for_all()
 
 
 def cache_dir(config, out_dir, phase):

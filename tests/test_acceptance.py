@@ -41,7 +41,7 @@ def test_the_evaluator_without_decoding_gives_what_decoding_accepts(small_model,
     decoded, _ = decode(small_model, list(prompts), Options(max_new_tokens=new_tokens), proposer)
     expected = [count for result in decoded for count in result.accepted]
     validation = Validation(small_model, prompts, new_tokens, 3)
-    assert validation.acceptance(proposer) == pooled_acceptance(expected, proposer.lookahead)
+    assert sorted(validation.accepted(proposer)) == sorted(expected)
 
 
 def test_texts_that_end_early_are_among_those_compared(small_model):

@@ -58,7 +58,7 @@ def test_each_heads_loss_is_the_slow_double_precision_one_from_the_formulas(tied
     speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10, tie_weights=tied, scale_input=scaled)
     states, tokens, segments, first = row([[0] * 9 + [1] * 7, [0] * 5 + [1] * 8 + [-1] * 3])
     windows, base = lined_up(states, tokens, segments, first), BareBase()
-    found = head_losses(speculator, windows, base, LossWeights(0.7, 0.3, 0.0, (1.0, 0.5, 2.0)), windows.counts)
+    found = head_losses(speculator, windows, base, LossWeights(0.7, 0.3, 0.0, (1.0, 0.5, 2.0)), torch.tensor(windows.counts))
 
     expected, seen = [0.0] * HEADS, [0] * HEADS
     for r in range(2):
@@ -90,14 +90,14 @@ def test_gradients_are_those_of_plain_autograd_and_do_not_depend_on_the_chunk(mo
         return {name: parameter.grad.clone() for name, parameter in speculator.named_parameters()}
 
     plain = 0.0
-    for i, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens, windows.counts)):
+    for i, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens, torch.tensor(windows.counts))):
         log_q = F.linear(features, weight).log_softmax(-1)
         p = F.linear(windows.target_states(i), base.output_weight).softmax(-1)
         plain = plain + 0.5 * F.nll_loss(log_q, windows.targets(i)) + F.kl_div(log_q, p, reduction="batchmean")
     expected = gradients(plain)
     for chunk in (512, 7, 1):
         monkeypatch.setattr(losses_module, "CHUNK", chunk)
-        found = gradients(head_losses(speculator, windows, base, weights, windows.counts).sum())
+        found = gradients(head_losses(speculator, windows, base, weights, torch.tensor(windows.counts)).sum())
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
@@ -109,7 +109,7 @@ def test_no_logits_outlive_their_chunk(monkeypatch):
     windows = lined_up(states, tokens, segments, first)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
-        head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), windows.counts)
+        head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), torch.tensor(windows.counts))
     assert saved and not [shape for shape in saved if shape[-1:] == (VOCABULARY,) and shape[0] > 16]
 
 
@@ -121,7 +121,7 @@ def test_nothing_beyond_a_documents_end_changes_its_losses():
         usable = usable_positions(segments, first, HEADS)
         usable[:, :, 10:] = False
         windows = make_windows(states, tokens, choose_positions(usable), HEADS)
-        return head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), [8, 7, 6])
+        return head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), torch.tensor([8, 7, 6]))
 
     before = losses_of_first_document()
     states[0, 10:], tokens[0, 10:] = 7.0, 0

@@ -57,7 +57,7 @@ def test_continuations_written_ahead_by_the_command_give_the_bits_of_a_run_that_
 ):
     ahead = SMALL | {"generation.mode": "ahead", "data.continuations": tmp_path / "ahead"}
     with monkeypatch.context() as patched:
-        patched.setattr(scripts.train, "BaseModel", lambda *_, **__: pytest.fail("the base model was loaded"))
+        patched.setattr(scripts.train, "load_base_model", lambda *_, **__: pytest.fail("the base model was loaded"))
         with pytest.raises(UserError, match="ahead: 5 shards .* are missing; run python -m scripts.generate_continuations ") as error:
             train(config_file(**ahead), tmp_path / "run", resume=False)
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["run.yaml"]

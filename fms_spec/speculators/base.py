@@ -25,6 +25,10 @@ class Speculator(nn.Module):
     n_predict: int
     draft_ids: torch.Tensor | None  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
 
+    def forward(self, work, *inputs):
+        """work(self, *inputs). What reads the weights in training goes through here: it is where those kept in parts are gathered."""
+        return work(self, *inputs)
+
     def attach(self, base_model):
         """Take what is frozen and shared (embedding, lm_head) from the base model. Nothing of it is trained or saved."""
 

@@ -1,0 +1,114 @@
+"""The processes of one run: who they are, what they tell one another, and that they end together.
+
+Started by torchrun (or anything that sets the same variables); without one, a run is a single process and nothing here does anything.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partialmethod
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from fms_spec.errors import UserError
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+WATCH_SECONDS = 1  # between looks for an error of another process
+PATIENCE = timedelta(hours=2)  # of a collective: one process may be writing continuations while the others wait
+
+
+class Processes:
+    """rank: of this process, from 0. count: of all. local_rank, local_count: the same on its node. main: whether it is the first of all."""
+
+    def __init__(self, store=None):
+        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if store else (0, 1)
+        self.local_rank = int(os.environ["LOCAL_RANK"]) if store else 0
+        self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", self.count)) if store else 1
+        self.main, self._store = self.rank == 0, store
+
+    @property
+    def device(self):
+        """The torch device of this process."""
+        return f"cuda:{self.local_rank}" if torch.cuda.is_available() else "cpu"
+
+    def add_up(self, tensor):
+        """The sum of every process's tensor, in place, on its device; returns it."""
+        if self._store:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value):
+        """List of every process's picklable value."""
+        if not self._store:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait_for_all(self):
+        """Return when every process is here."""
+        if self._store:
+            dist.barrier()
+
+    def report(self, message):
+        """Tell the others that this process ends with an error; True if none has told of one before."""
+        mine = f"{self.rank} {message}"
+        return self._store.compare_set("error", "", mine).decode() == mine
+
+    def watch(self):
+        """End this process, without a word unless it is the first of another node, when another one has told of an error."""
+
+        def look():
+            while not self._store.check(["error"]):
+                time.sleep(WATCH_SECONDS)
+            rank, message = self._store.get("error").decode().split(" ", 1)
+            if int(rank) == self.rank:
+                return  # it ends by itself
+            if self.local_rank == 0 and int(rank) // self.local_count != self.rank // self.local_count:
+                print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+        threading.Thread(target=look, daemon=True).start()
+
+
+@contextmanager
+def joined():
+    """The `Processes` of this run, for as long as it runs; an error of one ends all within seconds, and is told once.
+
+    Raises:
+        UserError: that of the process that failed first; SystemExit in the others.
+    """
+    if "RANK" not in os.environ:
+        yield Processes()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The launcher's own store outlives any one of the processes, so that the last words of the first are still to be read.
+    store, rank, count = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=count, timeout=PATIENCE)
+    processes = Processes(dist.PrefixStore("run", store))
+    if rank:  # one progress bar is enough
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    processes.watch()
+    try:
+        yield processes
+        processes.wait_for_all()
+    except UserError as error:
+        if not processes.report(str(error)):
+            sys.exit(1)
+        raise UserError(f"process {rank}: {error}" if rank else str(error)) from error
+    except Exception as error:
+        # A broken connection is only the echo of an error elsewhere, which may not have been told yet.
+        time.sleep(2 * WATCH_SECONDS if isinstance(error, RuntimeError) else 0)
+        if processes.report(f"{type(error).__name__}: {error}"):
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()

@@ -1,0 +1,161 @@
+"""A frozen base model of which each process holds a part: a forward is made by all processes of a group together.
+
+Shapes: b batch, n tokens, d base width.
+
+Every process of a group has to call for the same number of forwards. A training step does; where the numbers may differ, because
+continuations end or states are read from disk, `together` keeps those that have less to do at it until the last one is done.
+"""
+
+import contextlib
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from fms.models import get_model
+from fms.models.hf.utils import infer_model_configuration
+from fms.utils import serialization
+from torch.distributed.fsdp import fully_shard
+
+from fms_spec.base_model import BaseModel
+from fms_spec.errors import UserError
+
+
+class SharedBaseModel(BaseModel):
+    """What both ways of sharing have in common.
+
+    Args:
+        mesh: see `parallel.mesh_of`. settings: as for `BaseModel`.
+
+    Attributes:
+        group: the process group that holds one copy. place, size: of this process in it, and its processes.
+
+    Raises:
+        UserError: as `BaseModel`; a model that only `transformers` runs.
+    """
+
+    def __init__(self, name, mesh, **settings):
+        self.mesh, self.group = mesh, mesh.get_group("shard")
+        self.place, self.size = mesh.get_local_rank("shard"), mesh["shard"].size()
+        self.copy, self.copies = mesh.get_local_rank("replicate"), mesh["replicate"].size()
+        self._apart = False  # whether processes of the group may call for different numbers of forwards
+        super().__init__(name, **settings)
+
+    def _load_transformers(self):
+        raise UserError(f"base model {self.name}: only what ibm-fms runs can be shared; set parallel.base_model=replicate")
+
+    @contextmanager
+    def together(self):
+        self._apart = True
+        yield
+        while self._help():
+            pass
+        self._apart = False
+
+    def own(self, rows):
+        """Of rows that the group is to decode, those of this process."""
+        raise NotImplementedError
+
+    def _help(self):
+        """Take part in one forward of the others; False, and no forward, once none of them needs one any more."""
+        raise NotImplementedError
+
+
+class ShardedBaseModel(SharedBaseModel):
+    """FSDP2: each layer's weights are split over the group, and gathered layer by layer as a forward reaches them.
+
+    Embedding and lm_head stay whole: the heads read them at every step.
+    """
+
+    def own(self, rows):
+        return rows[self.place :: self.size]
+
+    def _load_fms(self):
+        path = str(self.path)
+        self.model = get_model("hf_pretrained", model_path=path, data_type=self.dtype, device_type="meta", distributed_strategy="none")
+        weights = serialization.load_state_dict(path, source="hf", initial_device=self.device)  # read lazily
+        architecture = infer_model_configuration(path, download_weights=False)["architecture"]
+        load = partial(
+            serialization.load_state_dict_into_model,
+            self.model,
+            weights,
+            architecture,
+            "hf",
+            self.dtype,
+            initial_device=self.device,
+            rank=1,
+        )
+        for index, layer in enumerate(self.model.base_model.layers):  # one at a time: no process ever holds more than one whole layer
+            load(key_prefix_filter=(f"model.layers.{index}.",))
+            fully_shard(layer.requires_grad_(False), mesh=self.mesh)
+        load()
+        self.model.post_init()
+        self.model.requires_grad_(False)
+        trunk = self.model.base_model
+        whole = {parameter for name, parameter in trunk.named_parameters() if not name.startswith("layers.")}
+        fully_shard(trunk, mesh=self.mesh, ignored_params=whole)  # the root, so that the next layer is gathered during this one
+        self._take_fms_parts()
+
+    def hidden_states(self, tokens, segment_ids):
+        self._begin()
+        return super().hidden_states(tokens, segment_ids)
+
+    def extend(self, tokens, cache, tree=None):
+        self._begin()
+        return super().extend(tokens, cache, tree)
+
+    def _begin(self):
+        if self._apart:
+            self._agree(True)
+
+    def _agree(self, needed):
+        """Whether any process of the group needs a forward now."""
+        asked = torch.tensor([needed], dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+        return bool(asked)
+
+    def _help(self):
+        needed = self._agree(False)
+        if needed:
+            super().hidden_states(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64))
+        return needed
+
+
+class TensorParallelBaseModel(SharedBaseModel):
+    """ibm-fms's tensor parallelism: each layer's matrices are split over the group, embedding and lm_head stay whole.
+
+    The group computes the states of one process's rows after those of another. It decodes as one: all its processes the same texts.
+    """
+
+    def own(self, rows):
+        return rows
+
+    def _load_fms(self):
+        heads, groups = (
+            self.config.num_attention_heads,
+            getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads,
+        )
+        if heads % self.size or (groups % self.size and self.size % groups):
+            raise UserError(
+                f"base model {self.name}: {heads} heads in {groups} groups can't be split over {self.size} processes; "
+                "give a parallel.group_size that divides them"
+            )
+        with contextlib.redirect_stdout(None):  # it prints that it does what it was asked for, in every process
+            self.model = get_model(
+                "hf_pretrained", model_path=str(self.path), data_type=self.dtype, device_type=self.device.type,
+                distributed_strategy="tp", group=self.group,
+            )  # fmt: skip
+        self.query_heads, self.kv_groups = heads // self.size, max(1, groups // self.size)
+        self._take_fms_parts()
+
+    def hidden_states(self, tokens, segment_ids):
+        return self._round((tokens, segment_ids))[self.place]
+
+    def _round(self, job):
+        """The states of every process's rows, None for those that have none; job: (tokens, segment_ids) or None."""
+        jobs = [None] * self.size
+        dist.all_gather_object(jobs, job, group=self.group)
+        return [None if job is None else super(TensorParallelBaseModel, self).hidden_states(*job) for job in jobs]
+
+    def _help(self):
+        return any(states is not None for states in self._round(None))
