@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from fms_spec.batch import upload
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -84,4 +86,4 @@ def make_windows(states, tokens, positions, heads):
     ahead = F.pad(tokens, (0, heads + 1))
     following = torch.stack([ahead[:, 1 + i : 1 + i + tokens.shape[1]] for i in range(heads + 1)], dim=-1).flatten(0, 1)
     index = positions.index
-    return Windows(states.flatten(0, 1), index.to(states.device), following[index].to(states.device), positions.counts)
+    return Windows(states.flatten(0, 1), upload(index, states.device), upload(following[index], states.device), positions.counts)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fms_spec.attention import CACHED, PACKED, document_spans, fold_mask, span_positions
+from fms_spec.batch import upload
 from fms_spec.errors import UserError
 from fms_spec.hub import local_directory
 from fms_spec.kv_cache import KVCache, TransformersCacheView, visible
@@ -152,8 +153,8 @@ class BaseModel:
         longest = max((end - start for _, start, end in spans), default=0)
         if longest > self.context_length:
             raise UserError(f"a document piece of {longest} tokens is over the context of {self.name}, {self.context_length}")
-        positions = span_positions(segment_ids).to(self.device)
-        tokens = tokens.to(self.device)
+        positions = upload(span_positions(segment_ids), self.device)
+        tokens = upload(tokens, self.device) if tokens.device.type == "cpu" else tokens
         if self.backend == "fms":
             return self.trunk(tokens, position_ids=positions, use_cache=False, attn_name=PACKED, spans=spans)[0]
         self.trunk.config._attn_implementation = PACKED

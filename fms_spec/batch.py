@@ -20,3 +20,10 @@ class Batch:
     segment_ids: torch.Tensor
     first_states: torch.Tensor
     row_ids: torch.Tensor
+
+
+def upload(tensor, device):
+    """A CPU tensor on `device`, without waiting for it: from ordinary memory a GPU's queue would be emptied before the copy begins."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

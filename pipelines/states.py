@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fms_spec.batch import upload
 from fms_spec.errors import UserError
 
 
@@ -55,7 +56,7 @@ class HiddenStates:
                 states, greedy = self.compute(batch.tokens[missing], batch.segment_ids[missing])
                 self.states[batch.row_ids[missing], :n], self.greedy[batch.row_ids[missing], :n] = states.cpu(), greedy
                 self.written[batch.row_ids[missing]] = True
-        return self.states[batch.row_ids, :n].to(self.base_model.device), self.greedy[batch.row_ids, :n]
+        return upload(self.states[batch.row_ids, :n], self.base_model.device), self.greedy[batch.row_ids, :n]
 
     def fill(self, batches, count):
         """Run the base model over `count` batches beforehand, so that training's own pace shows from its first step on."""

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
+from fms_spec.batch import upload
 from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.proposers import DraftShape
@@ -70,8 +71,11 @@ class Trainer:
                 describe(self.speculator, self.base_model), progress, self.config.checkpoint.keep, self.processes,
             )  # fmt: skip
 
-    def train(self):
-        """Run the schedule to its end; returns the last checkpoint's directory."""
+    def train(self, profiler=None):
+        """Run the schedule to its end; returns the last checkpoint's directory.
+
+        profiler: a `torch.profiler.profile` that has been started; told of every step.
+        """
         config, total = self.config, self.schedule.steps
         metrics = Metrics(self.out_dir, self.step, keeps=self.processes.main)
         saved = None
@@ -86,6 +90,8 @@ class Trainer:
                 self.train_step(phase, step_in_phase, micro_batches)
                 self.step += 1
                 bar.update()
+                if profiler:
+                    profiler.step()
                 last = self.step == total
                 saving = self.step % config.checkpoint.every == 0 or last
                 if self.step % config.log_every == 0 or saving:  # so that what is saved has been seen to be finite
@@ -146,7 +152,7 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        line = torch.cat([losses, counts[:1], norm[None], torch.tensor([factor], device=norm.device)])
+        line = torch.cat([losses, counts[:1], norm[None], upload(torch.tensor([factor]), norm.device)])
         self.logged.setdefault(phase, []).append(line)
 
     def backward(self, phase, micro_batches, states):
@@ -156,9 +162,8 @@ class Trainer:
             (this process's part of each head's loss, positions of each head over all processes), both fp32 [h] on the device.
         """
         chosen = self.choose(phase, micro_batches, states)
-        device = self.base_model.device
         counts = torch.tensor([positions.counts for positions in chosen], dtype=torch.float32).sum(0)
-        counts = self.processes.add_up(counts.to(device, non_blocking=True))
+        counts = self.processes.add_up(upload(counts, self.base_model.device))
         total = 0.0
         for number, (batch, (hidden, _), positions) in enumerate(zip(micro_batches, states, chosen)):
             windows = make_windows(hidden, batch.tokens, positions, self.speculator.n_predict)

@@ -23,6 +23,7 @@ from pipelines.group_engine import GroupEngine
 from pipelines.parallel import load_base_model, own_prompts, share_speculator
 from pipelines.processes import Processes, joined
 from pipelines.producers import Producers
+from pipelines.profiling import profiled_steps, profiling
 from pipelines.run_record import check_out_dir, claim_out_dir
 from pipelines.shared_base_model import SharedBaseModel
 from pipelines.states import HiddenStates
@@ -46,24 +47,27 @@ class Arguments:
         config: YAML file; pipelines/configs holds examples with a reason for each value.
         out_dir: where checkpoints, metrics and continuations go; one run each.
         resume: go on with the run in out_dir from its newest checkpoint.
+        profile: FIRST:END, write a trace of these steps, counted from 0 and without END, to out_dir/profile.
     """
 
     config: str
     out_dir: str
     resume: bool = False
+    profile: str | None = None
 
 
 def run(parsed, overrides):
     with joined() as processes:
-        train(load_config(parsed.config, overrides), Path(parsed.out_dir), parsed.resume, processes)
+        train(load_config(parsed.config, overrides), Path(parsed.out_dir), parsed.resume, processes, parsed.profile)
 
 
-def train(config, out_dir, resume, processes=None):
+def train(config, out_dir, resume, processes=None, profile=None):
     """Put a run together and train it to its end; returns (its last checkpoint's directory, the trainer).
 
-    processes: the `Processes` that train together, all of which call this; by default this one alone.
+    processes: the `Processes` that train together, all of which call this; by default this one alone. profile: "FIRST:END", steps.
     """
     processes = processes or Processes()
+    profiled = profiled_steps(profile, config.schedule.steps) if profile else None
     if config.hidden_state_cache and processes.count > processes.local_count:
         raise UserError("hidden_state_cache: true is for one node, whose processes map the same files; turn it off on several")
     if processes.main:
@@ -83,6 +87,9 @@ def train(config, out_dir, resume, processes=None):
         supply.begin(continuations.shards_read)
         if config.hidden_state_cache:
             fill_cache(config, trainer, processes)
+        if profiled and step < profiled[1]:
+            with profiling(out_dir, *profiled, step, processes.rank) as profiler:
+                return trainer.train(profiler), trainer
         return trainer.train(), trainer
 
 

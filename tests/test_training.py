@@ -180,3 +180,17 @@ def test_masters_stay_fp32_while_the_base_model_computes_in_bf16(tmp_path, confi
     export(tmp_path / "run", tmp_path / "speculator")
     loaded = load_speculator(tmp_path / "speculator", BaseModel(str(model_dir), dtype="bfloat16", device="cpu"))
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_a_trace_of_chosen_steps_is_written_and_changes_nothing(tmp_path, config_file):
+    train(config_file(), tmp_path / "plain", resume=False)
+    train(config_file(), tmp_path / "traced", resume=False, profile="3:5")
+    assert losses(tmp_path / "traced") == losses(tmp_path / "plain")
+    (trace,) = (tmp_path / "traced/profile").iterdir()
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert trace.name == "steps-3-5-process-0.json" and any("fused_adamw" in event.get("name", "").lower() for event in events)
+    assert {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")} == {"ProfilerStep#3", "ProfilerStep#4"}
+    for wrong in ("5:3", "3", "0:100", "a:b"):
+        with pytest.raises(UserError, match=f"--profile={wrong}"):
+            train(config_file(), tmp_path / "new", resume=False, profile=wrong)
+    assert not (tmp_path / "new").exists()

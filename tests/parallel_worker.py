@@ -1,0 +1,63 @@
+"""What each process of tests/test_parallel.py runs: python -m torch.distributed.run ... parallel_worker.py JOBS.json
+
+Several runs one after the other in one start, which takes longer than they do. JOBS.json: list of {config, out_dir, overrides, resume,
+fails: how the last process ends in its third step}.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from fms_spec.errors import UserError
+from pipelines.config import load_config
+from pipelines.processes import joined
+from pipelines.train import Trainer
+from scripts.cli import fail
+from scripts.train import train
+
+
+def bytes_held(module):
+    """Bytes of a module's parameters on this process, fp32 master and frozen ones alike."""
+    return sum(getattr(parameter, "_local_tensor", parameter).nbytes for parameter in module.parameters())
+
+
+def fail_in_the_third_step(how):
+    """Have this process fail as a user's mistake, a bug or a killed process would have it."""
+    step = Trainer.train_step
+
+    def failing(self, *job):
+        if self.step == 2:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise UserError("a shard is damaged") if how == "mistake" else ValueError("a bug")
+        return step(self, *job)
+
+    Trainer.train_step = failing
+
+
+def main(jobs):
+    with joined() as processes:
+        for job in jobs:
+            if "fails" in job:
+                Path(job["out_dir"]).with_suffix(f".{processes.rank}").write_text(str(os.getpid()))
+            if "fails" in job and processes.rank == processes.count - 1:
+                fail_in_the_third_step(job["fails"])
+            config = load_config(job["config"], job["overrides"])
+            _, trainer = train(config, Path(job["out_dir"]), job.get("resume", False), processes)
+            held = {"base_model": bytes_held(trainer.base_model.model), "speculator": bytes_held(trainer.speculator)}
+            held["moments"] = sum(
+                getattr(value, "_local_tensor", value).nbytes
+                for state in trainer.optimizer.state.values()
+                for value in state.values()
+                if value.dim()
+            )
+            (Path(job["out_dir"]) / f"held-{processes.rank}.json").write_text(json.dumps(held))
+
+
+if __name__ == "__main__":
+    try:
+        main(json.loads(Path(sys.argv[1]).read_text()))
+    except UserError as error:
+        fail(str(error))

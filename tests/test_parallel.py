@@ -1,0 +1,185 @@
+"""Several processes on this machine, over gloo: the same training, and one end for all."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_config
+
+from data.dealing import Share
+from data.prepare import prepare
+from data.reader import RowReader
+from fms_spec.errors import UserError
+from pipelines.checkpoint import whole_checkpoints
+from pipelines.config import ParallelSection
+from pipelines.export import export
+from pipelines.parallel import group_size
+from pipelines.processes import Processes
+from scripts.train import train
+
+ROOT = Path(__file__).parents[1]
+# One step: four micro-batches of one row in phase 1, of two continuations in phase 2; shards of five prompts, which nothing divides.
+STEP = {"phase1.batch_size": 1, "phase2.batch_size": 2, "generation.batch_size": 5, "schedule.steps": 9, "log_every": 1}
+WAYS = {
+    2: {"replicate": {}, "shard": {"parallel.base_model": "shard", "parallel.speculator": "shard"}},
+    4: {
+        "replicate": {},
+        "shard": {"parallel.base_model": "shard", "parallel.speculator": "shard"},
+        "hybrid": {"parallel.base_model": "hybrid", "parallel.speculator": "hybrid", "parallel.group_size": 2},
+        "tensor": {"parallel.base_model": "tensor", "parallel.group_size": 2},
+        "cached": {"parallel.base_model": "shard", "hidden_state_cache": "true"},
+    },
+}
+
+
+def settings(count, **changes):
+    return {**STEP, "phase1.accumulate": 4 // count, "phase2.accumulate": 4 // count, **changes}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model_dir):
+    """A folder with prepared data of forty documents and run.yaml."""
+    directory = tmp_path_factory.mktemp("parallel")
+    (directory / "corpus").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        words = torch.randint(0, 94, (60 + 10 * (i % 7),), generator=generator).tolist()
+        (directory / "corpus" / f"{i:02}.txt").write_text(" ".join(f"w{word}" for word in words))
+    data = directory / "data"
+    prepare(source=str(directory / "corpus"), tokenizer=str(model_dir), out_dir=str(data), seq_length=64, prompt_length=8, held_out=3)
+    write_config(directory / "run.yaml", model_dir, data)
+    return directory
+
+
+def job(place, name, resume=False, **changes):
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    return {"config": str(place / "run.yaml"), "out_dir": str(place / name), "overrides": overrides, "resume": resume}
+
+
+def run_jobs(place, count, jobs):
+    """(exit code, what was printed) of processes of this machine, started as a user would."""
+    file = place / f"jobs-{count}-{Path(jobs[0]['out_dir']).name}.json"
+    file.write_text(json.dumps(jobs))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    words = [str(ROOT / "tests/parallel_worker.py"), str(file)]
+    finished = subprocess.run([*command, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return finished.returncode, finished.stdout + finished.stderr
+
+
+def figures(place, name):
+    """Everything a run logged that doesn't depend on the clock."""
+    records = [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
+    wanted = ("loss", "grad_norm", "acceptance", "/lr")
+    return [(r["step"], key, r[key]) for r in records for key in sorted(r) if key == "tokens" or any(word in key for word in wanted)]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """One process, four micro-batches a step."""
+    from pipelines.config import load_config
+
+    train(load_config(place / "run.yaml", job(place, "alone", **settings(1))["overrides"]), place / "alone", resume=False)
+    return figures(place, "alone")
+
+
+@pytest.fixture(scope="module")
+def shared(place):
+    """Runs of two and of four processes in every way of sharing."""
+    for count, ways in WAYS.items():
+        code, output = run_jobs(place, count, [job(place, f"{way}{count}", **settings(count, **changes)) for way, changes in ways.items()])
+        assert code == 0, output[-3000:]
+    return place
+
+
+@pytest.mark.parametrize("count, way", [(count, way) for count, ways in WAYS.items() for way in ways])
+def test_any_number_of_processes_in_every_way_of_sharing_trains_as_one_does_over_both_phases(alone, shared, count, way):
+    found = figures(shared, f"{way}{count}")
+    assert [line[:2] for line in found] == [line[:2] for line in alone] and any(key == "phase2/loss" for _, key, _ in found)
+    for (step, key, value), (_, _, expected) in zip(found, alone):
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), f"{key} at step {step}"
+
+
+def test_what_is_sharded_is_held_in_parts(shared):
+    held = {
+        way: [json.loads((shared / way / f"held-{rank}.json").read_text()) for rank in range(4)]
+        for way in ("replicate4", "shard4", "hybrid4", "tensor4")
+    }
+    whole = held["replicate4"][0]
+    layers = whole["base_model"] - 2 * 96 * 32 * 4 - 32 * 4  # without embedding, lm_head and last norm, which stay whole
+    for way, parts in {"shard4": 4, "hybrid4": 2, "tensor4": 2}.items():
+        for one in held[way]:
+            rest = one["base_model"] - (whole["base_model"] - layers)
+            assert rest == pytest.approx(layers / parts, rel=0.02)
+    for way, parts in {"shard4": 4, "hybrid4": 2}.items():
+        for name in ("speculator", "moments"):
+            assert sum(one[name] for one in held[way]) == pytest.approx(4 * whole[name] / parts, rel=0.01)
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_another_sharding(place, alone, shared, tmp_path):
+    early = {"checkpoint.every": 4, "checkpoint.keep": 9}
+    code, output = run_jobs(place, 4, [job(place, "moved", **settings(4, **early, **WAYS[4]["shard"]))])
+    assert code == 0, output[-3000:]
+    checkpoints = whole_checkpoints(place / "moved/checkpoints")
+    assert [path.name for path in checkpoints] == ["step-00000004", "step-00000008", "step-00000009"]
+    for later in checkpoints[1:]:
+        for file in later.iterdir():
+            file.unlink()
+        later.rmdir()
+    code, output = run_jobs(place, 2, [job(place, "moved", resume=True, **settings(2, **early))])
+    assert code == 0, output[-3000:]
+    assert "going on from step 4" in output
+    for (step, key, value), (_, _, expected) in zip(figures(place, "moved"), alone, strict=True):
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), f"{key} at step {step}"
+    export(place / "moved", tmp_path / "speculator")  # in one process
+
+
+def test_a_run_is_not_gone_on_with_where_its_steps_would_be_other_ones(place, shared):
+    code, output = run_jobs(place, 2, [job(place, "replicate4", resume=True, **settings(4))])
+    assert code == 1
+    errors = [line for line in output.splitlines() if "error: " in line]
+    assert len(errors) == 1 and "accumulate x processes (4, now 2)" in errors[0]
+
+
+@pytest.mark.parametrize("how, message", [("mistake", "a shard is damaged"), ("bug", "ValueError: a bug"), ("killed", None)])
+def test_the_end_of_one_process_ends_all_within_seconds_and_its_error_is_told_once(place, how, message):
+    code, output = run_jobs(place, 2, [job(place, how, **settings(2, **WAYS[2]["shard"])) | {"fails": how}])
+    assert code == 1
+    if message:
+        assert sum(message in line for line in output.splitlines()) == 1, output
+    assert not [rank for rank in range(2) if Path(f"/proc/{(place / how).with_suffix(f'.{rank}').read_text()}").exists()]
+    seconds = time.time() - (place / how / "metrics.jsonl").stat().st_mtime  # since the second step was logged
+    assert seconds < 30
+
+
+def test_shares_of_a_stream_are_the_stream(place):
+    rows = lambda: RowReader(place / "data", batch_size=3, seed=1)  # noqa: E731
+    whole = rows()
+    expected = [next(whole).row_ids.tolist() for _ in range(60)]  # over the end of an epoch
+    shares = [Share(rows(), number, 4) for number in range(4)]
+    assert [next(shares[place % 4]).row_ids.tolist() for place in range(60)] == expected
+    assert len({json.dumps(share.state_dict()) for share in shares}) == 1
+    fewer = [Share(rows(), number, 2) for number in range(2)]
+    for share in fewer:
+        share.load_state_dict(shares[0].state_dict())
+    assert [next(fewer[place % 2]).row_ids.tolist() for place in range(4)] == [next(whole).row_ids.tolist() for _ in range(4)]
+
+
+def test_groups_that_do_not_divide_the_processes_are_refused():
+    processes = Processes()
+    processes.count, processes.local_count = 6, 6
+    assert [group_size(kind, ParallelSection(group_size=3), processes) for kind in ("replicate", "shard", "hybrid", "tensor")] == [
+        1,
+        6,
+        3,
+        3,
+    ]
+    assert group_size("hybrid", ParallelSection(), processes) == 6
+    with pytest.raises(UserError, match="group_size 4 does not divide the 6"):
+        group_size("hybrid", ParallelSection(group_size=4), processes)
