@@ -3,8 +3,9 @@
 Shapes: m positions, k feature width, r draft vocabulary, d base width.
 
 Per head, with student distribution q = softmax(features @ weight.T) and the base model's p, restricted to the draft vocabulary:
-    cross-entropy  -log q[token]        on the token of the text; tokens outside the draft vocabulary give none
-    distillation   KL(p || q)           towards the base model's distribution for the same place
+    cross-entropy  -log q[token]            on the token of the text; tokens outside the draft vocabulary give none
+    distillation   KL(p || q)               towards the base model's distribution for the same place
+    acceptance     -log sum_v min(p, q)     of the rate at which drafts drawn from q are accepted by p (LK loss, arXiv 2602.23881)
     smooth L1      on predicted hidden states, for families that predict them
 The phase's loss is the sum over heads of weight_i times the mean over that head's valid positions.
 """
@@ -12,6 +13,7 @@ The phase's loss is the sum over heads of weight_i times the mean over that head
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 
 # Positions whose logits exist at once: 512 x 128k in fp32 is 0.26 GB, and matrix products of 512 rows already run at full rate.
 CHUNK = 512
@@ -19,56 +21,119 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of a phase: of the three losses, and of each head (a tuple of n_predict)."""
+    """Weights of a phase: of the four losses, and of each head (a tuple of n_predict)."""
 
     cross_entropy: float
     distillation: float
     smooth_l1: float
     heads: tuple
+    acceptance: float = 0.0
+
+    @property
+    def teacher(self):
+        """Whether the base model's distribution is asked for."""
+        return bool(self.distillation or self.acceptance)
+
+
+def compute_dtype(states):
+    """The dtype in which heads and losses are computed on base-model states of this device and dtype: the one place that chooses.
+
+    bf16 runs at half the rate of fp32 on CPUs without AMX, where nothing is gained by the rounding either; elsewhere it is left as it is.
+    """
+    slow = states.device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.float32 if slow else states.dtype
+
+
+def chunk_loss(log_q, log_p, spare, targets, weights):
+    """Cross-entropy, distillation and acceptance of a chunk, summed: fp32 scalar. `log_q` becomes their gradient by the logits.
+
+    With weights a, b, c and acceptance rate A = sum_v min(p, q), that gradient is
+        (a + b) q - a onehot - b p + (c / A) (q sum_{v: q < p} q_v - q [q < p])
+    so one softmax serves all three, and everything is done in place: on a CPU each pass over [512, 49152] costs a tenth of a product.
+
+    Args:
+        log_q, log_p, spare: fp32 [m, r], all overwritten; log_p and spare are None where no loss asks for p.
+        targets: int64 [m], -1 where there is none.
+    """
+    places = targets[:, None].clamp(min=0)
+    known = weights.cross_entropy * (targets[:, None] >= 0)
+    total = -(known * log_q.gather(1, places)).sum()
+    scale = known
+    if log_p is None:
+        q = log_q.exp_()
+    else:
+        p = torch.exp(log_p, out=spare)
+        if weights.distillation:
+            total = total + weights.distillation * log_p.sub_(log_q).mul_(p).sum(-1).sum()
+            scale = scale + weights.distillation
+        q = log_q.exp_()
+    if weights.acceptance:
+        overlap = torch.minimum(p, q, out=log_p)
+        rate = overlap.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        total = total - weights.acceptance * rate.log().sum()
+        under = overlap.masked_fill_(q >= p, 0.0)
+        scale = scale + weights.acceptance * under.sum(-1, keepdim=True) / rate
+    grad = q.mul_(scale)
+    if weights.acceptance:
+        grad.addcmul_(under, -weights.acceptance / rate)
+    if weights.distillation:
+        grad.sub_(p, alpha=weights.distillation)
+    grad.scatter_add_(1, places, -known)
+    return total
 
 
 class SoftTargetLoss(torch.autograd.Function):
-    """Sum over positions of cross-entropy and distillation, its gradients worked out while a chunk's logits are at hand.
-
-    The gradient with respect to the logits is (a + b) q - a onehot - b p for weights a and b, so one softmax serves both losses and
-    nothing of size [m, r] is kept for the backward pass.
-    """
+    """Sum over positions of `chunk_loss`, its gradients worked out while a chunk's logits are at hand: none of size [m, r] is kept."""
 
     @staticmethod
-    def forward(ctx, features, weight, targets, cross_entropy, teacher, teacher_weight, distillation):
-        """features [m, k], weight [r, k], targets int64 [m] (-1: none), teacher [m, d], teacher_weight [r, d] -> fp32 scalar."""
-        train_weight = ctx.needs_input_grad[1]
+    def forward(ctx, features, weight, targets, teacher, teacher_weight, weights, dtype):
+        """features [m, k], weight [r, k], targets int64 [m] (-1: none), teacher [m, d], teacher_weight [r, d] -> fp32 scalar.
+
+        Args:
+            teacher, teacher_weight: what the base model's logits are made of; both None where no loss asks for them.
+            weights: `LossWeights`. dtype: of the matrix products.
+        """
+        features_given, weight_given, train_weight = features.dtype, weight.dtype, ctx.needs_input_grad[1]
+        features, weight = features.to(dtype), weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=features.device)
         grad_features = torch.empty_like(features)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train_weight else None
-        compute_weight = weight.to(features.dtype)
+        size = (min(CHUNK, len(features)), len(weight))
+        buffers = [features.new_empty(size, dtype=torch.float32) for _ in range(1 if teacher is None else 3)]
         for start in range(0, len(features), CHUNK):
             rows = slice(start, start + CHUNK)
-            log_q = (features[rows] @ compute_weight.T).float().log_softmax(-1)
-            q, grad = log_q.exp(), torch.zeros_like(log_q)
-            if cross_entropy:
-                places = targets[rows, None].clamp(min=0)
-                known = cross_entropy * (targets[rows, None] >= 0)
-                total -= (known * log_q.gather(1, places)).sum()
-                grad.addcmul_(known, q).scatter_add_(1, places, -known)
-            if distillation:
-                log_p = (teacher[rows] @ teacher_weight.T).float().log_softmax(-1)
-                p = log_p.exp()
-                total += distillation * (p * (log_p - log_q)).sum()
-                grad.add_(q.sub_(p), alpha=distillation)
-            grad = grad.to(features.dtype)
-            grad_features[rows] = grad @ compute_weight
+            x = features[rows]
+            logits, teacher_logits, spare = [buffer[: len(x)] for buffer in buffers] + [None] * (3 - len(buffers))
+            log_softmax_of(x, weight, logits)
+            if teacher is not None:
+                log_softmax_of(teacher[rows].to(dtype), teacher_weight, teacher_logits)
+            total += chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
+            grad = logits.to(dtype)
+            torch.mm(grad, weight, out=grad_features[rows])
             if train_weight:
-                grad_weight += grad.T @ features[rows]
-        ctx.save_for_backward(grad_features, grad_weight)
-        ctx.weight_dtype = weight.dtype
+                add_product(grad_weight, grad.T, x)
+        ctx.save_for_backward(grad_features.to(features_given), grad_weight)
+        ctx.weight_dtype = weight_given
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total):
+        """In place: autograd refuses a second call, and nobody asks for one."""
         grad_features, grad_weight = ctx.saved_tensors
-        grad_weight = None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_features * grad_total, grad_weight, None, None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grad_total).to(ctx.weight_dtype)
+        return grad_features.mul_(grad_total), grad_weight, None, None, None, None, None
+
+
+def log_softmax_of(features, weight, out):
+    """log_softmax(features @ weight.T), fp32, into `out` [m, r]."""
+    torch.mm(features, weight.T, out=out) if features.dtype == out.dtype else out.copy_(features @ weight.T)
+    torch.log_softmax(out, -1, out=out)
+
+
+def add_product(total, a, b):
+    """total += a @ b; total is fp32."""
+    total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 
 def head_losses(speculator, windows, base_model, weights, counts):
@@ -78,15 +143,17 @@ def head_losses(speculator, windows, base_model, weights, counts):
         windows: `alignment.Windows`. weights: `LossWeights`. counts: positions of each head over the whole step, fp32 [h] on the device,
         so that micro-batches, of all processes, add up to exactly the mean over the step.
     """
+    device, dtype = windows.states.device, compute_dtype(windows.states)
+    teacher_weight = speculator.teacher_weight(base_model).to(dtype) if weights.teacher else None
     losses = []
-    teacher_weight = speculator.teacher_weight(base_model) if weights.distillation else None
-    for head, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens, windows.counts)):
-        target_states = windows.target_states(head)
-        loss = SoftTargetLoss.apply(
-            features, weight, speculator.draft_targets(windows.targets(head)), weights.cross_entropy,
-            target_states, teacher_weight, weights.distillation,
-        )  # fmt: skip
-        if weights.smooth_l1:
-            loss = loss + weights.smooth_l1 * speculator.state_distance(features, target_states).sum()
-        losses.append(loss * (weights.heads[head] / counts[head].clamp(min=1)))
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        for head, (features, weight) in enumerate(speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts)):
+            target_states = windows.target_states(head)
+            teacher = target_states if weights.teacher else None
+            loss = SoftTargetLoss.apply(
+                features, weight, speculator.draft_targets(windows.targets(head)), teacher, teacher_weight, weights, dtype
+            )
+            if weights.smooth_l1:
+                loss = loss + weights.smooth_l1 * speculator.state_distance(features, target_states).sum()
+            losses.append(loss * (weights.heads[head] / counts[head].clamp(min=1)))
     return torch.stack(losses)

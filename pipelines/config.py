@@ -80,6 +80,7 @@ class LearningRateSection(Section):
 class LossSection(Section):
     cross_entropy: float = Field(1.0, ge=0)  # on the text's own tokens
     distillation: float = Field(0.0, ge=0)  # forward KL from the base model's distribution
+    acceptance: float = Field(0.0, ge=0)  # -log of the rate at which the base model accepts what is drawn from the head (LK loss)
     smooth_l1: float = Field(0.0, ge=0)  # on the base model's next hidden states; hidden_state family only
     heads: list[float] | None = None  # one weight a head; None weighs all alike
     only_accepted: bool = False  # train later heads only where the tokens before theirs are the base model's own greedy ones
@@ -167,7 +168,7 @@ class RunConfig(Section):
                 raise ValueError(f"{phase}.loss.heads has {len(loss.heads)} weights for {self.speculator.n_predict} heads")
             if self.speculator.family == "mlp" and loss.smooth_l1:
                 raise ValueError(f"{phase}.loss.smooth_l1 needs the hidden_state family: the mlp family predicts no hidden states")
-            if not (loss.cross_entropy or loss.distillation or loss.smooth_l1):
+            if not (loss.cross_entropy or loss.distillation or loss.acceptance or loss.smooth_l1):
                 raise ValueError(f"{phase}.loss has no weight over 0: nothing would be learned")
         return self
 

@@ -169,8 +169,7 @@ class Trainer:
             windows = make_windows(hidden, batch.tokens, positions, self.speculator.n_predict)
             if self.processes.count > 1:
                 self.speculator.set_requires_gradient_sync(number == len(chosen) - 1)
-            with torch.autocast(hidden.device.type, dtype=hidden.dtype, enabled=hidden.dtype != torch.float32):
-                losses = self.speculator(head_losses, windows, self.base_model, self.weights[phase], counts)
+            losses = self.speculator(head_losses, windows, self.base_model, self.weights[phase], counts)
             losses.sum().backward()
             total = total + losses.detach()
         return total, counts
@@ -223,4 +222,4 @@ def loss_weights(config, phase):
     """`LossWeights` of a phase, head weights filled in."""
     loss = getattr(config, phase).loss
     heads = tuple(loss.heads or [1.0] * config.speculator.n_predict)
-    return LossWeights(loss.cross_entropy, loss.distillation, loss.smooth_l1, heads)
+    return LossWeights(loss.cross_entropy, loss.distillation, loss.smooth_l1, heads, loss.acceptance)

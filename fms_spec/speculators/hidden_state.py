@@ -92,10 +92,11 @@ class HiddenStateSpeculator(Speculator):
         return hidden, predicted, inner
 
     def output(self, state, head):
-        return (state[1] * self.state_scale).to(self.frozen[1].dtype), self.frozen[1]
+        return state[1] * self.state_scale, self.frozen[1]
 
     def logits(self, state, head):
         features, weight = self.output(state, head)
+        features = features.to(weight.dtype)
         return F.linear(features, weight) if self.packed_output is None else self.packed_output(features)
 
     def pack(self):

@@ -1,0 +1,104 @@
+"""The losses against double-precision autograd on all logits, in every path, and in both dtypes."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fms_spec import losses as losses_module
+from fms_spec.losses import LossWeights, SoftTargetLoss, compute_dtype
+
+POSITIONS, WIDTH, BASE_WIDTH, VOCABULARY = 37, 10, 6, 45
+PATHS = {
+    "cross_entropy": (1.0, 0.0, 0.0), "distillation": (0.0, 1.0, 0.0), "acceptance": (0.0, 0.0, 1.0), "text_and_teacher": (0.7, 0.3, 0.0),
+    "teacher_twice": (0.0, 0.6, 0.4), "all": (0.5, 0.3, 0.9),
+}  # fmt: skip
+
+
+def case(scale=1.0):
+    """Features, weight, targets (some of none), teacher states and their weight."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    targets = torch.randint(-1, VOCABULARY, (POSITIONS,), generator=generator)
+    targets[::5] = -1
+    return (
+        scale * draw(POSITIONS, WIDTH),
+        draw(VOCABULARY, WIDTH),
+        targets,
+        scale * draw(POSITIONS, BASE_WIDTH),
+        draw(VOCABULARY, BASE_WIDTH),
+    )
+
+
+def plain_loss(features, weight, targets, teacher, teacher_weight, path):
+    """All logits at once, in double precision."""
+    cross_entropy, distillation, acceptance = path
+    log_q = F.linear(features, weight).log_softmax(-1)
+    log_p = F.linear(teacher.double(), teacher_weight.double()).log_softmax(-1)
+    rate = torch.minimum(log_p.exp(), log_q.exp()).sum(-1)
+    return (
+        cross_entropy * F.nll_loss(log_q, targets, ignore_index=-1, reduction="sum")
+        + distillation * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+        - acceptance * rate.log().sum()
+    )
+
+
+def both(path, dtype, train_weight=True, scale=1.0):
+    """(loss, gradients) of ours in `dtype` and of the plain one, on the same numbers, weighed by 0.3."""
+    features, weight, targets, teacher, teacher_weight = case(scale)
+    if dtype == torch.bfloat16:
+        features, weight, teacher, teacher_weight = (value.bfloat16() for value in (features, weight, teacher, teacher_weight))
+    weights = LossWeights(path[0], path[1], 0.0, (1.0,), path[2])
+    results = []
+    for kind in (dtype, torch.float64):
+        x, w = features.to(kind, copy=True).requires_grad_(), weight.to(kind, copy=True).requires_grad_(train_weight)
+        if kind == torch.float64:
+            loss = plain_loss(x, w, targets, teacher, teacher_weight, path)
+        else:
+            given = (teacher, teacher_weight) if weights.teacher else (None, None)
+            loss = SoftTargetLoss.apply(x, w, targets, *given, weights, dtype)
+        (0.3 * loss).backward()
+        results.append([loss.detach().double(), x.grad.double()] + ([w.grad.double()] if train_weight else []))
+    return results
+
+
+@pytest.mark.parametrize("chunk", [512, 8])
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_losses_and_gradients_are_those_of_double_precision_autograd(monkeypatch, path, chunk):
+    monkeypatch.setattr(losses_module, "CHUNK", chunk)
+    for found, expected in zip(*both(path, torch.float32)):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_a_frozen_readout_gets_no_gradient_and_the_features_the_same(path):
+    for found, expected in zip(*both(path, torch.float32, train_weight=False)):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_in_bf16_only_the_matrix_products_are_rounded(path):
+    found, expected = both(path, torch.bfloat16)
+    torch.testing.assert_close(found[0], expected[0], rtol=5e-3, atol=0)  # logits rounded to 8 bits
+    for ours, theirs in zip(found[1:], expected[1:]):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_distributions_with_nothing_in_common_still_give_finite_losses_and_gradients(path):
+    (loss, *gradients), _ = both(path, torch.float32, scale=60.0)
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_acceptance_loss_is_zero_where_the_head_says_what_the_base_model_says():
+    features, _, targets, teacher, weight = case()
+    weights = LossWeights(0.0, 0.0, 0.0, (1.0,), 1.0)
+    assert SoftTargetLoss.apply(teacher, weight, targets, teacher, weight, weights, torch.float32).item() == pytest.approx(0.0, abs=1e-5)
+    assert SoftTargetLoss.apply(-teacher, weight, targets, teacher, weight, weights, torch.float32) > POSITIONS
+
+
+def test_matrix_products_are_computed_in_fp32_where_bf16_is_slow(monkeypatch):
+    states = torch.zeros(1, dtype=torch.bfloat16)
+    for amx, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+        assert compute_dtype(states) == expected and compute_dtype(states.float()) == torch.float32
+    assert compute_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
