@@ -3,6 +3,7 @@
 Started by torchrun (or anything that sets the same variables); without one, a run is a single process and nothing here does anything.
 """
 
+import itertools
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from fms_spec.errors import UserError
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 WATCH_SECONDS = 1  # between looks for an error of another process
+SILENCE_SECONDS = 60  # of a process, after which it counts as gone; a collective would wait for it for hours
 PATIENCE = timedelta(hours=2)  # of a collective: one process may be writing continuations while the others wait
 
 
@@ -56,16 +58,25 @@ class Processes:
         if self._store:
             dist.barrier()
 
-    def report(self, message):
-        """Tell the others that this process ends with an error; True if none has told of one before."""
-        mine = f"{self.rank} {message}"
+    def report(self, message, rank=None):
+        """Tell the others that process `rank`, this one by default, ends with an error; True if none has been told of before."""
+        mine = f"{self.rank if rank is None else rank} {message}"
         return self._store.compare_set("error", "", mine).decode() == mine
 
     def watch(self):
-        """End this process, without a word unless it is the first of another node, when another one has told of an error."""
+        """End this process when another one has told of an error, or has been silent; said once on each node."""
 
         def look():
-            while not self._store.check(["error"]):
+            neighbour, heard, since = (self.rank + 1) % self.count, None, time.monotonic()
+            for beat in itertools.count():
+                if self._store.check(["error"]):
+                    break
+                self._store.set(f"beat {self.rank}", str(beat))
+                last = self._store.get(f"beat {neighbour}") if self._store.check([f"beat {neighbour}"]) else None
+                if last != heard:
+                    heard, since = last, time.monotonic()
+                if time.monotonic() - since > SILENCE_SECONDS:  # as one that was killed on another node is
+                    self.report(f"nothing was heard of process {neighbour} for {SILENCE_SECONDS} s; its node's log may say why", neighbour)
                 time.sleep(WATCH_SECONDS)
             rank, message = self._store.get("error").decode().split(" ", 1)
             if int(rank) == self.rank:

@@ -43,7 +43,7 @@ def what_decides(config, processes):
 
 
 def claim_out_dir(out_dir, config, processes, environment):
-    """Write run.json (resolved config, number of processes, versions, git revision, command), unless the run has one from its first start."""
+    """Write run.json (resolved config, processes, versions, git revision, command), unless the run has one from its first start."""
     out_dir.mkdir(parents=True, exist_ok=True)
     record = out_dir / "run.json"
     if not record.is_file():

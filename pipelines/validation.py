@@ -14,7 +14,8 @@ class Validation:
     """The base model's greedy continuations of some prompts and its states along them, made once: the base model is frozen.
 
     Args:
-        prompts: int64 [p, length], this process's share of them, which may be none. max_new_tokens: each continuation is judged over so many tokens. lookahead: deepest candidates.
+        prompts: int64 [p, length], this process's share of them, which may be none. max_new_tokens: each continuation is judged over so
+        many tokens. lookahead: deepest candidates.
     """
 
     def __init__(self, base_model, prompts, max_new_tokens, lookahead):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -61,16 +62,20 @@ def job(place, name, resume=False, **changes):
     return {"config": str(place / "run.yaml"), "out_dir": str(place / name), "overrides": overrides, "resume": resume}
 
 
-def run_jobs(place, count, jobs):
-    """(exit code, what was printed) of processes of this machine, started as a user would."""
-    file = place / f"jobs-{count}-{Path(jobs[0]['out_dir']).name}.json"
+def launch(place, words, jobs):
+    """torchrun with `words`, as a user would start it."""
+    file = place / f"jobs-{Path(jobs[0]['out_dir']).name}.json"
     file.write_text(json.dumps(jobs))
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    words = [str(ROOT / "tests/parallel_worker.py"), str(file)]
-    finished = subprocess.run([*command, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    return finished.returncode, finished.stdout + finished.stderr
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *words, str(ROOT / "tests/parallel_worker.py"), str(file)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_jobs(place, count, jobs):
+    """(exit code, what was printed) of processes of one node."""
+    process = launch(place, ["--standalone", f"--nproc_per_node={count}"], jobs)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
 
 
 def figures(place, name):
@@ -156,6 +161,21 @@ def test_the_end_of_one_process_ends_all_within_seconds_and_its_error_is_told_on
     assert not [rank for rank in range(2) if Path(f"/proc/{(place / how).with_suffix(f'.{rank}').read_text()}").exists()]
     seconds = time.time() - (place / how / "metrics.jsonl").stat().st_mtime  # since the second step was logged
     assert seconds < 30
+
+
+def test_two_nodes_with_a_copy_each_train_as_one_process_does_and_an_error_is_told_on_both(place, alone):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    ways = {"parallel.base_model": "hybrid", "parallel.speculator": "hybrid"}
+    jobs = [job(place, "nodes", **settings(4, **ways)), job(place, "nodes_broken", **settings(4, **ways)) | {"fails": "mistake"}]
+    words = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
+    nodes = [launch(place, words, jobs) for _ in range(2)]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    for (step, key, value), (_, _, expected) in zip(figures(place, "nodes"), alone, strict=True):
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), f"{key} at step {step}"
+    assert [node.returncode for node in nodes] == [1, 1]
+    assert [output.count("error: process 3: a shard is damaged") for output in outputs] == [1, 1], outputs
 
 
 def test_shares_of_a_stream_are_the_stream(place):
