@@ -58,9 +58,9 @@ class Processes:
         if self._store:
             dist.barrier()
 
-    def report(self, message, rank=None):
-        """Tell the others that process `rank`, this one by default, ends with an error; True if none has been told of before."""
-        mine = f"{self.rank if rank is None else rank} {message}"
+    def report(self, message):
+        """Tell the others that this process ends with an error; True if none has told of one before."""
+        mine = f"{self.rank} {message}"
         return self._store.compare_set("error", "", mine).decode() == mine
 
     def watch(self):
@@ -76,7 +76,10 @@ class Processes:
                 if last != heard:
                     heard, since = last, time.monotonic()
                 if time.monotonic() - since > SILENCE_SECONDS:  # as one that was killed on another node is
-                    self.report(f"nothing was heard of process {neighbour} for {SILENCE_SECONDS} s; its node's log may say why", neighbour)
+                    message = f"nothing was heard of process {neighbour} for {SILENCE_SECONDS} s; its node's log may say why"
+                    if self.report(message):
+                        print(f"error: process {self.rank}: {message}", file=sys.stderr, flush=True)
+                        os._exit(1)
                 time.sleep(WATCH_SECONDS)
             rank, message = self._store.get("error").decode().split(" ", 1)
             if int(rank) == self.rank:

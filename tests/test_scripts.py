@@ -68,6 +68,14 @@ def test_the_readmes_commands_do_what_it_says(place):
     assert all(line["texts"]["differs"] == 0 for line in lines if "texts" in line)
 
 
+def test_the_readmes_torchrun_line_trains_with_two_processes(place):
+    (command,) = (command for command in readme_commands() if command.startswith("torchrun "))
+    finished = run(place, "-m", "torch.distributed.run", *command.split()[1:])
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((place / "runs/two/run.json").read_text())["processes"] == 2
+    assert "phase2/loss" in (place / "runs/two/metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
