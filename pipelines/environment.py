@@ -1,5 +1,6 @@
 """What a run was made with: written beside its outputs."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -13,13 +14,20 @@ PACKAGES = ("fms-spec", "torch", "ibm-fms", "transformers", "datasets", "pyarrow
 
 def environment():
     """{command, git_revision, versions, device}; revision and versions are None where there are none."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_revision": git_revision(),
         "versions": {name: installed(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "device": device,
+        "device": device(),
     }
+
+
+def device():
+    """The GPU's name, or the CPU's with its cores and the threads torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = torch.cpu.get_capabilities().get("cpu_name", "unknown")
+    return f"{name} CPU ({platform.machine()}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def installed(package):

@@ -1,5 +1,7 @@
 """Pictures of what was measured, as PNG files."""
 
+import textwrap
+
 import matplotlib
 
 matplotlib.use("Agg")  # files, never a window
@@ -27,5 +29,23 @@ def plot_evaluation(values, path):
     right.set_xticks(list(places), groups, rotation=30, ha="right")
     right.set(title="speed against plain decoding", ylabel="times")
     right.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_ratios(ratios, title, path):
+    """[(label, value)] as bars from 1, on a logarithmic axis: what is twice as fast reaches as far as what takes twice as long."""
+    figure, axes = pyplot.subplots(figsize=(12, 1.5 + 0.3 * len(ratios)), layout="constrained")
+    places = range(len(ratios))
+    axes.barh(places, [value - 1 for _, value in ratios], left=1)
+    axes.set_yticks(places, [label for label, _ in ratios], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    for place, (_, value) in enumerate(ratios):
+        axes.annotate(f" {value:.2f}", (max(value, 1.0), place), va="center", fontsize=8)
+    axes.set_title("\n".join(textwrap.fill(line, 150) for line in title.splitlines()), fontsize=8)
+    axes.set_xlabel("times")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

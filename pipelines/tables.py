@@ -56,6 +56,14 @@ def span(interval):
     return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
+def print_results(machines, rows):
+    """`report.machines` and `report.rows` of benchmark results."""
+    table = Table("benchmark", "what", "with", "figures", title="\n".join(machines), show_lines=True)
+    for row in rows:
+        table.add_row(*row)
+    show(table)
+
+
 def print_findings(findings):
     """What `doctor.examine` found, a line each."""
     table = Table("what", "state", "why, or how to mend it")

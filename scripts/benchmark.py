@@ -1,4 +1,4 @@
-"""Measure speed on this machine, as JSON lines: python -m scripts.benchmark decode|continuations|serving --base_model=DIR ..."""
+"""Measure speed on this machine, as JSON lines: python -m scripts.benchmark decode|continuations|serving|train_step|report --help"""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data.prompts import load_prompts
-from data.reader import check_tokenizer, read_manifest, read_prompts
-from fms_spec.base_model import resolve_base_model
+from data.reader import RowReader, check_tokenizer, read_manifest, read_prompts
+from fms_spec.base_model import BaseModel, resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.speculators import check_speculator
@@ -16,10 +16,14 @@ from fms_spec.vllm_plugin import installed_vllm
 from pipelines.benchmark_continuations import benchmark_continuations
 from pipelines.benchmark_decode import DTYPE, benchmark_decode
 from pipelines.benchmark_serving import benchmark_serving
+from pipelines.benchmark_train_step import PARTS, benchmark_train_step
 from pipelines.config import GenerationSection
 from pipelines.environment import environment
 from pipelines.generation import check_context
-from scripts.cli import arguments, draft_shape, main_of
+from pipelines.plots import plot_ratios
+from pipelines.report import machines, markdown, ratios, read_results, rows
+from pipelines.tables import print_results
+from scripts.cli import arguments, draft_shape, keep_freed_memory, main_of
 
 
 @arguments
@@ -101,6 +105,73 @@ class Serving:
     out: str | None = None
 
 
+@arguments
+class TrainStep:
+    """A phase-1 step's parts: heads and losses against the plain version, the base model's forward, the rest; every ratio from one run.
+
+    Heads are measured with random weights, of the base model's shape and of one with a wide vocabulary.
+
+    Args:
+        base_model: directory or hub name.
+        data: a folder from scripts.prepare_data, read as training does.
+        tokens: of a step.
+        rounds: how often each way is measured, in turn; medians count.
+        wide_vocab: tokens of the wide vocabulary.
+        parts: measure only some, as in heads,loss: of heads, wide_heads, published_heads, loss, wide_loss, base_forward, rest, compile
+            and small.
+        dtype: of the base model in `rest` and `compile`: bfloat16, float16 or float32. The others are measured in fp32 and bf16.
+        out: also append the lines to this file.
+    """
+
+    base_model: str
+    data: str
+    tokens: Annotated[int, Field(ge=1)] = 4096
+    rounds: Annotated[int, Field(ge=1)] = 3
+    wide_vocab: Annotated[int, Field(ge=4)] = 128256
+    parts: tuple[str, ...] | str = PARTS
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    out: str | None = None
+
+
+@arguments
+class Report:
+    """Results of any benchmarks as one table and one picture of their ratios.
+
+    Args:
+        results: file of JSON lines, or several: a.jsonl,b.jsonl.
+        out: folder to write report.md and report.png to.
+    """
+
+    results: tuple[str, ...] | str
+    out: str
+
+
+def run_train_step(parsed):
+    check_out(parsed.out)
+    parts = (parsed.parts,) if isinstance(parsed.parts, str) else parsed.parts
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--parts: {part} is none of {', '.join(PARTS)}")
+    path, manifest = resolve_base_model(parsed.base_model), read_manifest(parsed.data)
+    check_tokenizer(manifest, path)
+    data = RowReader(parsed.data, batch_size=max(1, parsed.tokens // manifest["inputs"]["seq_length"]), seed=0)
+    base_model = BaseModel(parsed.base_model, dtype=parsed.dtype)
+    lines = benchmark_train_step(base_model, data, parsed.tokens, parsed.rounds, parsed.wide_vocab, parts, keep_freed_memory)
+    write_lines("train_step", lines, parsed.out)
+
+
+def run_report(parsed):
+    lines = read_results([parsed.results] if isinstance(parsed.results, str) else parsed.results)
+    out = Path(parsed.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be a folder ({error.strerror}); give another") from error
+    print_results(machines(lines), rows(lines))
+    (out / "report.md").write_text(markdown(lines))
+    plot_ratios(ratios(lines), "\n".join(machines(lines)), out / "report.png")
+
+
 def run_continuations(parsed):
     check_out(parsed.out)
     need_vllm()
@@ -157,5 +228,8 @@ def write_lines(benchmark, lines, out):
 
 
 if __name__ == "__main__":
-    commands = {"decode": (Decode, run_decode), "continuations": (Continuations, run_continuations), "serving": (Serving, run_serving)}
+    commands = {
+        "decode": (Decode, run_decode), "continuations": (Continuations, run_continuations), "serving": (Serving, run_serving),
+        "train_step": (TrainStep, run_train_step), "report": (Report, run_report),
+    }  # fmt: skip
     main_of(commands)

@@ -98,7 +98,7 @@ def test_the_acceptance_loss_is_zero_where_the_head_says_what_the_base_model_say
 
 def test_matrix_products_are_computed_in_fp32_where_bf16_is_slow(monkeypatch):
     states = torch.zeros(1, dtype=torch.bfloat16)
-    for amx, expected in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    for found, expected in (({}, torch.float32), ({"amx_bf16": False}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
         assert compute_dtype(states) == expected and compute_dtype(states.float()) == torch.float32
     assert compute_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16

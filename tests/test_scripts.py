@@ -113,6 +113,12 @@ def test_the_readmes_torchrun_line_trains_with_two_processes(place):
         ("scripts.benchmark decode --base_model=base_model --speculator=speculator --prompts=prepared --out=no/x", "no such folder"),
         ("scripts.benchmark serving --base_model=base_model --speculator=speculator --prompts=prepared --out=no/x", "no such folder"),
         ("scripts.benchmark continuations --base_model=base_model --prompts=corpus", "corpus"),
+        ("scripts.benchmark train_step --base_model=base_model --data=corpus", "run scripts.prepare_data"),
+        ("scripts.benchmark train_step --base_model=base_model --data=prepared --parts=head", "--parts: head is none of heads"),
+        ("scripts.benchmark train_step --base_model=base_model --data=prepared --out=no/x", "no such folder"),
+        ("scripts.benchmark report --results=nowhere.jsonl --out=new", "nowhere.jsonl: can't be read"),
+        ("scripts.benchmark report --results=first.yaml --out=new", "first.yaml, line 1"),
+        ("scripts.benchmark report --results=first.yaml", "--out is required"),
         ("scripts.doctor --verbose", "--verbose"),
         ("scripts.generate --base_model=windowed --prompt=w1", "sliding windows"),
         ("scripts.benchmark speed --base_model=base_model", "give one of decode"),
@@ -137,7 +143,9 @@ def test_a_mistake_ends_with_one_line_exit_code_1_and_nothing_written(place, wor
 SCRIPTS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "cli", "benchmark", "doctor"})
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "benchmark decode", "benchmark continuations", "benchmark serving"])
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, "benchmark decode", "benchmark continuations", "benchmark serving", "benchmark train_step", "benchmark report"]
+)
 def test_help_describes_every_flag_and_starts_nothing(tmp_path, script):
     finished = run(tmp_path, "-m", *f"scripts.{script}".split(), "--help")
     text = finished.stdout + finished.stderr

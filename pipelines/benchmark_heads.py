@@ -1,0 +1,251 @@
+"""How fast and how large the heads' part of a training step is: ours, and the plain version that keeps all heads' logits.
+
+Shapes: m positions, d base width, k feature width, v vocabulary, h heads. Weights, states and tokens are random: arithmetic doesn't
+depend on them.
+"""
+
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fms_spec.alignment import Windows
+from fms_spec.base_model import DTYPES
+from fms_spec.losses import CHUNK, LossWeights, SoftTargetLoss, compute_dtype, head_losses
+from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
+from fms_spec.timing import Marks
+
+FEW = 64  # tokens on which FLOPs are counted and kernels warmed up
+KERNELS = ("ours", "linear_cross_entropy", "plain")
+FAMILIES = ("mlp", "hidden_state")  # the reference's, with the whole vocabulary; ours, with a pruned one
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a head step's cost. name: in the results. width, inner_dim: of the hidden_state trunk; the mlp family's inner width."""
+
+    name: str
+    d: int
+    vocab_size: int
+    draft_vocab_size: int
+    width: int
+    inner_dim: int
+    mlp_inner_dim: int
+    heads: int
+    tokens: int
+
+
+class RandomBase:
+    """As much of a base model as heads need, of a shape and with random weights; embedding and lm_head are tied."""
+
+    def __init__(self, shape, dtype, device):
+        self.embedding_weight = self.output_weight = 0.04 * torch.randn(shape.vocab_size, shape.d, dtype=dtype, device=device)
+
+
+def build_heads(shape, family, base):
+    """An untrained, attached speculator with fp32 weights on the base's device."""
+    torch.manual_seed(0)
+    device = base.output_weight.device
+    if family == "mlp":
+        speculator = MLPSpeculator(shape.d, shape.vocab_size, shape.heads, shape.mlp_inner_dim)
+    else:
+        draft_ids = torch.arange(shape.draft_vocab_size)
+        speculator = HiddenStateSpeculator(
+            shape.d, shape.vocab_size, draft_ids, torch.ones(shape.d), shape.heads, shape.width, shape.inner_dim
+        )
+    speculator.to(device)
+    speculator.attach(base)
+    return speculator
+
+
+def loss_weights(family, heads):
+    """The reference's loss for its family, and the quickstart's for ours."""
+    return LossWeights(1.0, 0.0, 0.0, (1.0,) * heads) if family == "mlp" else LossWeights(0.0, 1.0, 0.1, (1.0,) * heads)
+
+
+def random_windows(shape, tokens, dtype, device):
+    """`Windows` of one document, in which every head has so many positions."""
+    states = torch.randn(tokens + shape.heads + 1, shape.d, dtype=dtype, device=device)
+    following = torch.randint(0, shape.vocab_size, (tokens, shape.heads + 1), device=device)
+    return Windows(states, torch.arange(tokens, device=device), following, [tokens] * shape.heads)
+
+
+def plain_losses(speculator, windows, base_model, weights, counts):
+    """`head_losses` as the reference does it: all heads' logits [h, m, v] kept and stacked, products in the states' dtype, fp32 losses."""
+    device, dtype = windows.states.device, windows.states.dtype
+    losses = []
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        outputs = list(speculator.heads(windows.hidden, windows.tokens, windows.counts))
+        logits = torch.stack([F.linear(features, weight) for features, weight in outputs])
+        for head, (features, _) in enumerate(outputs):
+            states, loss = windows.target_states(head), 0.0
+            if weights.cross_entropy:
+                targets = speculator.draft_targets(windows.targets(head))
+                loss = weights.cross_entropy * F.cross_entropy(logits[head].float(), targets, ignore_index=-1, reduction="sum")
+            if weights.distillation:
+                log_q = logits[head].float().log_softmax(-1)
+                log_p = F.linear(states, speculator.teacher_weight(base_model)).float().log_softmax(-1)
+                loss = loss + weights.distillation * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+            if weights.smooth_l1:
+                loss = loss + weights.smooth_l1 * speculator.state_distance(features, states).sum()
+            losses.append(weights.heads[head] * loss / counts[head])
+    return torch.stack(losses)
+
+
+def counts_of(windows):
+    """Positions of each head, as `head_losses` takes them: fp32 [h]."""
+    return torch.tensor(windows.counts, dtype=torch.float32, device=windows.states.device)
+
+
+def new_optimizer(speculator):
+    return torch.optim.AdamW(speculator.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def update(speculator, optimizer):
+    """What follows a backward pass in training."""
+    torch.nn.utils.clip_grad_norm_(speculator.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def seconds_of(work, device):
+    marks = Marks(device)
+    work()
+    marks.mark("work")
+    return marks.seconds()["work"]
+
+
+def in_turn(ways, device, rounds):
+    """{name: median seconds} of functions, called in turn, every other round backwards."""
+    taken = {name: [] for name in ways}
+    for place in range(rounds):
+        for name, work in list(ways.items())[:: 1 if place % 2 == 0 else -1]:
+            taken[name].append(seconds_of(work, device))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def product_rate(k, columns, dtype, device, repeats=7):
+    """FLOP/s of the fastest of a loss's three matrix products, [CHUNK, k] by [k, columns], their results written to ready memory."""
+    x, weight, grad = (torch.randn(*size, device=device).to(dtype) for size in ((CHUNK, k), (columns, k), (CHUNK, columns)))
+    products = {"logits": (x, weight.T), "features": (grad, weight), "weight": (grad.T, x)}
+    ready = {name: a @ b for name, (a, b) in products.items()}
+    seconds = in_turn({name: lambda name=name: torch.mm(*products[name], out=ready[name]) for name in products}, device, repeats)
+    return 2 * CHUNK * k * columns / min(seconds.values())
+
+
+def head_step(shape, family, dtype_name, device, rounds):
+    """A whole head step, forward, loss, backward, clipping and AdamW, against the plain version's, in turn, as a JSON value."""
+    dtype = DTYPES[dtype_name]
+    base = RandomBase(shape, dtype, device)
+    speculator, weights = build_heads(shape, family, base), loss_weights(family, shape.heads)
+    optimizer = new_optimizer(speculator)
+    k, columns = (shape.mlp_inner_dim, shape.vocab_size) if family == "mlp" else (shape.d, shape.draft_vocab_size)
+
+    def step(losses_of, windows):
+        losses_of(speculator, windows, base, weights, counts_of(windows)).sum().backward()
+        update(speculator, optimizer)
+
+    few = random_windows(shape, FEW, dtype, device)
+    with FlopCounterMode(display=False) as counter:
+        plain_losses(speculator, few, base, weights, counts_of(few)).sum().backward()
+    flops = counter.get_total_flops() * shape.tokens / FEW
+    step(head_losses, few)
+    windows = random_windows(shape, shape.tokens, dtype, device)
+    seconds = in_turn({"ours": lambda: step(head_losses, windows), "plain": lambda: step(plain_losses, windows)}, device, rounds)
+    computed = compute_dtype(windows.states)
+    rate = product_rate(k, columns, computed, device)
+    return {
+        "name": "head_step", "shape": shape.name, "family": family,
+        "dtype": dtype_name, "computed_in": str(computed).removeprefix("torch."),
+        "tokens": shape.tokens, "heads": shape.heads, "products": [k, columns], "seconds": seconds,
+        "tokens_per_s": {name: shape.tokens / spent for name, spent in seconds.items()}, "over_plain": seconds["plain"] / seconds["ours"],
+        "flops": flops, "product_gflop_per_s": rate / 1e9, "share_of_limit": flops / rate / seconds["ours"],
+    }  # fmt: skip
+
+
+def kernel_loss(kernel, features, weight, targets):
+    """Cross-entropy of all heads by one of `KERNELS`: features [h] of [m, k], one weight [v, k], targets int64 [m] -> fp32 scalar."""
+    dtype = features[0].dtype
+    if kernel == "ours":
+        weights, computed = LossWeights(1.0, 0.0, 0.0, ()), compute_dtype(features[0])
+        return sum(SoftTargetLoss.apply(x, weight, targets, None, None, weights, computed) for x in features)
+    if kernel == "plain":
+        logits = torch.stack([x @ weight.to(dtype).T for x in features])
+        return sum(F.cross_entropy(found.float(), targets, reduction="sum") for found in logits)
+    options = torch.nn.LinearCrossEntropyOptions()
+    return sum(F.linear_cross_entropy(x, weight.to(dtype), targets, reduction="sum", options=options) for x in features)
+
+
+def kernel_case(shape, dtype, device, heads, tokens):
+    """Random (features, weight, targets) of `kernel_loss`; the weight is fp32, as it is kept in training."""
+    torch.manual_seed(0)
+    k = shape.mlp_inner_dim
+    features = [torch.randn(tokens, k, device=device).to(dtype).requires_grad_() for _ in range(heads)]
+    weight = (k**-0.5 * torch.randn(shape.vocab_size, k, device=device)).requires_grad_()
+    return features, weight, torch.randint(0, shape.vocab_size, (tokens,), device=device)
+
+
+def loss_kernels(shape, dtype_name, device, rounds):
+    """Loss and gradients by each kernel: seconds of one head, relative error, and peak memory of all heads, as a JSON value."""
+    dtype = DTYPES[dtype_name]
+    features, weight, targets = kernel_case(shape, dtype, device, 1, shape.tokens)
+    found = {}
+
+    def work(kernel):
+        features[0].grad = weight.grad = None
+        loss = kernel_loss(kernel, features, weight, targets)
+        loss.backward()
+        found[kernel] = loss.detach()
+
+    seconds = in_turn({kernel: lambda kernel=kernel: work(kernel) for kernel in KERNELS}, device, rounds)
+    with torch.no_grad():
+        exact = sum(  # in chunks: double-precision logits of 4,096 x 49,152 would take 1.6 GB
+            F.cross_entropy(x.double() @ weight.double().T, y, reduction="sum")
+            for x, y in zip(features[0].split(CHUNK), targets.split(CHUNK))
+        )
+    memory = {kernel: loss_memory(kernel, shape, dtype_name, device) for kernel in KERNELS}
+    return {
+        "name": "loss", "shape": shape.name, "dtype": dtype_name, "tokens": shape.tokens, "vocab_size": shape.vocab_size,
+        "seconds": seconds,
+        "relative_error": {kernel: abs(loss.double() / exact - 1).item() for kernel, loss in found.items()},
+        "loss_dtype": {kernel: str(loss.dtype).removeprefix("torch.") for kernel, loss in found.items()},
+        "heads_in_memory": shape.heads, "peak_bytes": memory,
+    }  # fmt: skip
+
+
+def loss_memory(kernel, shape, dtype_name, device):
+    """Peak bytes that loss and gradients of all heads add to what was held before; on a CPU from a process of its own, None if unknown."""
+    if device.type == "cuda":
+        return added_memory(kernel, shape, dtype_name, device)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(added_memory, kernel, shape, dtype_name, device).result()
+
+
+def added_memory(kernel, shape, dtype_name, device):
+    """See `loss_memory`. On Linux the peak of resident memory (VmHWM) is set back to what is resident now, and read again afterwards."""
+    run = lambda case: kernel_loss(kernel, *case).backward()  # noqa: E731
+    run(kernel_case(shape, DTYPES[dtype_name], device, shape.heads, FEW))
+    case = kernel_case(shape, DTYPES[dtype_name], device, shape.heads, shape.tokens)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(case)
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident_peak()
+        run(case)
+        return resident_peak() - before
+    except OSError:
+        return None
+
+
+def resident_peak():
+    """VmHWM of this process in bytes."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])

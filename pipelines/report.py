@@ -1,0 +1,79 @@
+"""Result files of all benchmarks as one table and one list of ratios."""
+
+import json
+from pathlib import Path
+
+from fms_spec.errors import UserError
+
+
+def read_results(paths):
+    """Every line of the files, as dicts.
+
+    Raises:
+        UserError: a file that can't be read, or that isn't JSON lines of a benchmark.
+    """
+    lines = []
+    for path in paths:
+        try:
+            texts = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"results {path}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
+        for number, text in enumerate(texts, start=1):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            if not isinstance(line, dict) or not {"benchmark", "environment"} <= line.keys():
+                raise UserError(f"results {path}, line {number}: no JSON line of scripts.benchmark; give files written with its --out")
+            lines.append(line)
+        if not texts:
+            raise UserError(f"results {path}: holds no lines; give files written with --out of scripts.benchmark")
+    return lines
+
+
+def leaves(value, name=""):
+    """(dotted name, value) of every plain value in nested dicts and lists."""
+    if isinstance(value, dict) or isinstance(value, list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for key, item in inner for leaf in leaves(item, f"{name}.{key}" if name else str(key))]
+    return [(name, value)]
+
+
+def rows(lines):
+    """[benchmark, what, with, figures] of each line: its name, its settings (texts and whole numbers), and what was measured."""
+    found = []
+    for line in lines:
+        values = leaves({key: value for key, value in line.items() if key not in ("benchmark", "name", "environment")})
+        settings = ", ".join(f"{name} {value}" for name, value in values if not isinstance(value, float))
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in values if isinstance(value, float))
+        found.append([line["benchmark"], line.get("name", ""), settings, figures])
+    return found
+
+
+def ratios(lines):
+    """[(label, value)] of all figures that compare two things: their names say `over` or `speedup`."""
+    found = []
+    for line in lines:
+        settings = [str(value) for name, value in line.items() if isinstance(value, (str, int)) and name not in ("benchmark", "name")]
+        for name, value in leaves({key: value for key, value in line.items() if key != "environment"}):
+            if isinstance(value, float) and ("over_" in name or name.split(".")[-1] == "speedup"):
+                found.append((f"{line['benchmark']} {line.get('name', '')} ({', '.join(settings)}): {name}", value))
+    return found
+
+
+def machines(lines):
+    """A line for each machine, revision and set of versions that the results come from."""
+    found = {}
+    for line in lines:
+        environment = line["environment"]
+        versions = ", ".join(f"{name} {number}" for name, number in environment.get("versions", {}).items() if number)
+        key = f"{environment.get('device', 'unknown machine')}; revision {environment.get('git_revision')}; {versions}"
+        found[key] = None
+    return list(found)
+
+
+def markdown(lines):
+    """The table as Markdown, under the machines."""
+    heading = ["benchmark", "what", "with", "figures"]
+    table = [heading, ["---"] * len(heading), *rows(lines)]
+    return "\n".join(machines(lines)) + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table) + "\n"
