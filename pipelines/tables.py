@@ -64,6 +64,19 @@ def print_results(machines, rows):
     show(table)
 
 
+def print_recipes(lines, title):
+    """`benchmark_recipe.compared`'s lines: acceptance of each variant's chain and against the first one's, with 95% intervals."""
+    table = Table("variant", "length (95%)", "over the first (95%)", "by position", "averaged", "k tokens", "steps", title=title)
+    for line in lines:
+        low, high = line["more_interval"]
+        table.add_row(
+            line["variant"], f"{line['acceptance_length']:.3f} ({span(line['acceptance_length_interval'])})",
+            f"{line['more']:+.3f} ({low:+.3f} to {high:+.3f})", " / ".join(f"{share:.3f}" for share in line["acceptance_per_position"]),
+            f"{line['averaged']['acceptance_length']:.3f}", f"{sum(line['base_model_tokens'].values()) / 1000:.0f}", str(line["steps"]),
+        )  # fmt: skip
+    show(table)
+
+
 def print_findings(findings):
     """What `doctor.examine` found, a line each."""
     table = Table("what", "state", "why, or how to mend it")

@@ -32,9 +32,9 @@ class Trainer:
         trains on batches of its own, and gradients are added up where the speculator is shared (`parallel.share_speculator`).
     """
 
-    def __init__(self, config, base_model, speculator, batches, supply, states, out_dir, validation=None, processes=None):
+    def __init__(self, config, base_model, speculator, batches, supply, states, out_dir, validation=None, processes=Processes()):
         self.config, self.base_model, self.speculator = config, base_model, speculator
-        self.processes = processes or Processes()
+        self.processes = processes
         self.batches, self.supply, self.states, self.out_dir, self.make_validation = batches, supply, states, out_dir, validation
         self.schedule = config.schedule.build()
         self.phase_steps = self.schedule.phase_steps()
@@ -195,7 +195,8 @@ class Trainer:
         proposer = DraftShape().proposer(self.speculator)
         with torch.no_grad():
             own = self.speculator(lambda _: self.validation.accepted(proposer))
-        found = pooled_acceptance(sum(self.processes.gather(own), []), proposer.lookahead)
+        accepted = [count for share in self.processes.gather(own) for counts in share for count in counts]
+        found = pooled_acceptance(accepted, proposer.lookahead)
         shares = {f"validation/acceptance_at_{place}": share for place, share in enumerate(found.per_position, start=1)}
         return {"validation/acceptance_length": found.length} | shares
 

@@ -31,11 +31,15 @@ class Validation:
                 self.new_tokens = [length_to_eos(result.tokens[:max_new_tokens], base_model.eos_token_ids) for result in results]
 
     def accepted(self, proposer):
-        """Accepted tokens of every step of a proposer, equal to those of decoding greedily up to rounding of the states: list of ints."""
+        """What a proposer would accept at each step of each prompt, as decoding greedily would up to rounding of the states.
+
+        Returns:
+            list of lists of ints.
+        """
         accepted = []
         for states, tokens, count in zip(self.states, self.tokens, self.new_tokens):
             with torch.autocast(states.device.type, dtype=states.dtype, enabled=states.dtype != torch.float32):
-                accepted += accepted_in_text(proposer, states, tokens, self.prompt_length, count)
+                accepted.append(accepted_in_text(proposer, states, tokens, self.prompt_length, count))
         return accepted
 
 

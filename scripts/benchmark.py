@@ -1,4 +1,4 @@
-"""Measure speed on this machine, as JSON lines: python -m scripts.benchmark decode|continuations|serving|train_step|report --help"""
+"""Measure speed on this machine, as JSON lines: python -m scripts.benchmark decode|continuations|serving|train_step|recipe|report --help"""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ from fms_spec.speculators import check_speculator
 from fms_spec.vllm_plugin import installed_vllm
 from pipelines.benchmark_continuations import benchmark_continuations
 from pipelines.benchmark_decode import DTYPE, benchmark_decode
+from pipelines.benchmark_recipe import compared
 from pipelines.benchmark_serving import benchmark_serving
 from pipelines.benchmark_train_step import PARTS, benchmark_train_step
 from pipelines.config import GenerationSection
@@ -22,8 +23,9 @@ from pipelines.environment import environment
 from pipelines.generation import check_context
 from pipelines.plots import plot_ratios
 from pipelines.report import machines, markdown, ratios, read_results, rows
-from pipelines.tables import print_results
+from pipelines.tables import print_recipes, print_results
 from scripts.cli import arguments, draft_shape, keep_freed_memory, main_of
+from scripts.recipe import RESULTS, sweep
 
 
 @arguments
@@ -146,6 +148,29 @@ class Report:
     out: str
 
 
+@arguments
+class Recipe:
+    """What a fixed budget teaches: named variants of a training config, each judged on the data's held-out prompts, which none trains on.
+
+    The variants share the base model's hidden states and texts, so that each costs only its head steps. Stopped and started again, it goes
+    on with the variants that are missing. Trailing key.path=value words override the config of all variants, e.g. schedule.steps=630.
+
+    Args:
+        config: YAML file, as for scripts.train.
+        out_dir: where results.jsonl and what the variants share goes.
+        variants: YAML list of entries with name, why, and set, a list of key.path=value words.
+    """
+
+    config: str
+    out_dir: str
+    variants: str = "pipelines/configs/variants/quickstart.yaml"
+
+
+def run_recipe(parsed, overrides):
+    lines = sweep(parsed.config, parsed.variants, Path(parsed.out_dir), overrides)
+    print_recipes(compared(lines), str(Path(parsed.out_dir) / RESULTS))
+
+
 def run_train_step(parsed):
     check_out(parsed.out)
     parts = (parsed.parts,) if isinstance(parsed.parts, str) else parsed.parts
@@ -230,6 +255,6 @@ def write_lines(benchmark, lines, out):
 if __name__ == "__main__":
     commands = {
         "decode": (Decode, run_decode), "continuations": (Continuations, run_continuations), "serving": (Serving, run_serving),
-        "train_step": (TrainStep, run_train_step), "report": (Report, run_report),
+        "train_step": (TrainStep, run_train_step), "recipe": (Recipe, run_recipe, True), "report": (Report, run_report),
     }  # fmt: skip
     main_of(commands)

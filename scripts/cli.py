@@ -45,12 +45,12 @@ def main(argument_class, run, overrides=False, words=None):
 
 
 def main_of(commands):
-    """`main` of the command that the first word names: {name: (argument class, run)}."""
+    """`main` of the command that the first word names: {name: (argument class, run)}, with True behind them where it takes overrides."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in commands:
         return main(*commands[name], words=sys.argv[2:])
     if name in ("--help", "-h"):
-        return fire.Fire({name: argument_class for name, (argument_class, _) in commands.items()}, command=["--help"])
+        return fire.Fire({name: argument_class for name, (argument_class, *_) in commands.items()}, command=["--help"])
     fail(f"{name or 'no command'}: give one of {', '.join(commands)} first; --help tells more")
 
 

@@ -61,12 +61,11 @@ def run(parsed, overrides):
         train(load_config(parsed.config, overrides), Path(parsed.out_dir), parsed.resume, processes, parsed.profile)
 
 
-def train(config, out_dir, resume, processes=None, profile=None):
+def train(config, out_dir, resume, processes=Processes(), profile=None):
     """Put a run together and train it to its end; returns (its last checkpoint's directory, the trainer).
 
     processes: the `Processes` that train together, all of which call this; by default this one alone. profile: "FIRST:END", steps.
     """
-    processes = processes or Processes()
     profiled = profiled_steps(profile, config.schedule.steps) if profile else None
     if config.hidden_state_cache and processes.count > processes.local_count:
         raise UserError("hidden_state_cache: true is for one node, whose processes map the same files; turn it off on several")
@@ -93,7 +92,7 @@ def train(config, out_dir, resume, processes=None, profile=None):
         return trainer.train(), trainer
 
 
-def open_supply(config, store, out_dir, load, processes):
+def open_supply(config, store, out_dir, load, processes=Processes()):
     """How the run comes by its continuations. load: gives the `BaseModel`, should the trainers themselves write them.
 
     Raises:
@@ -124,7 +123,7 @@ def alongside(config, store, rows, words, out_dir):
     return Alongside(store, rows, Producers(command, environments, out_dir / "producers"))
 
 
-def put_together(config, out_dir, base_model, rows, prompts, continuations, processes):
+def put_together(config, out_dir, base_model, rows, prompts, continuations, processes=Processes()):
     """The `Trainer` of a run, whose out_dir is claimed when all it needs is there."""
     sample = next(RowReader(config.data.dir, batch_size=SAMPLE_ROWS, seed=config.seed))
     speculator = build_speculator(config, base_model, read_token_counts(config.data.dir), sample)

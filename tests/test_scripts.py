@@ -140,11 +140,20 @@ def test_a_mistake_ends_with_one_line_exit_code_1_and_nothing_written(place, wor
     assert "Traceback" not in finished.stderr and sorted(place.iterdir()) == before
 
 
-SCRIPTS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "cli", "benchmark", "doctor"})
+SCRIPTS = sorted({path.stem for path in (ROOT / "scripts").glob("*.py")} - {"__init__", "cli", "benchmark", "doctor", "recipe"})
 
 
 @pytest.mark.parametrize(
-    "script", [*SCRIPTS, "benchmark decode", "benchmark continuations", "benchmark serving", "benchmark train_step", "benchmark report"]
+    "script",
+    [
+        *SCRIPTS,
+        "benchmark decode",
+        "benchmark continuations",
+        "benchmark serving",
+        "benchmark train_step",
+        "benchmark recipe",
+        "benchmark report",
+    ],
 )
 def test_help_describes_every_flag_and_starts_nothing(tmp_path, script):
     finished = run(tmp_path, "-m", *f"scripts.{script}".split(), "--help")
