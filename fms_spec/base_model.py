@@ -92,45 +92,42 @@ class BaseModel:
         path = resolve_base_model(name)
         self.path, self.name = path, str(name)
         self.config = read_config(path)
-        architecture = (self.config.architectures or ["unknown"])[0]
-        usual = architecture in FMS_ANY_HEAD_WIDTH or head_width(self.config) == default_head_width(self.config)
-        known = architecture in FMS_ARCHITECTURES and usual
-        self.backend = backend if backend != "auto" else ("fms" if known else "transformers")
-        if self.backend == "fms" and not known:
-            raise UserError(f"base model {name}: ibm-fms doesn't load this {architecture} here; use backend=transformers")
+        self.backend = pick_backend(name, self.config, backend)
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.fingerprint = fingerprint(path)
-        self.query_heads = self.config.num_attention_heads
-        self.kv_groups = getattr(self.config, "num_key_value_heads", None) or self.query_heads
-        self._load_fms() if self.backend == "fms" else self._load_transformers()
-        self.model.eval().requires_grad_(False)
-        self.width, self.vocab_size = self.config.hidden_size, self.output_weight.shape[0]
-        if getattr(self.config, "logits_scaling", 1.0) != 1.0:  # Granite divides its logits; a divided lm_head says the same
-            self.output_weight = self.output_weight / self.config.logits_scaling
-        self.context_length = self.config.max_position_embeddings
-        self.eos_token_ids = read_eos_token_ids(path, self.config)
-        self.packed_output = None  # see `pack`
+        self.query_heads, self.kv_groups = attention_heads(self.config)
+        self.model = self._load_fms() if self.backend == "fms" else self._load_transformers()
+        self._settle()
 
     def _load_fms(self):
         from fms.models import get_model
 
         # Among several processes ibm-fms would split the model by itself, were it not told of a strategy.
-        self.model = get_model(
+        return get_model(
             "hf_pretrained", model_path=str(self.path), data_type=self.dtype, device_type=self.device.type, distributed_strategy="none"
         )
-        self._take_fms_parts()
-
-    def _take_fms_parts(self):
-        self.trunk = self.model.base_model
-        look_up_once(self.trunk, self.config.max_position_embeddings, self.device)
-        self.embedding_weight, self.output_weight = self.trunk.embedding.weight, self.model.head.weight
 
     def _load_transformers(self):
-        self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype).to(self.device)
-        self.trunk = self.model.get_decoder()
-        self.embedding_weight = self.model.get_input_embeddings().weight
-        self.output_weight = self.model.get_output_embeddings().weight
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype).to(self.device)
+
+    def _settle(self):
+        """Freeze the loaded model and take out of it what the attributes name."""
+        if self.backend == "fms":
+            self.trunk = self.model.base_model
+            look_up_once(self.trunk, self.config.max_position_embeddings, self.device)
+            self.embedding_weight, self.output_weight = self.trunk.embedding.weight, self.model.head.weight
+        else:
+            self.trunk = self.model.get_decoder()
+            self.embedding_weight = self.model.get_input_embeddings().weight
+            self.output_weight = self.model.get_output_embeddings().weight
+        self.model.eval().requires_grad_(False)
+        self.width, self.vocab_size = self.config.hidden_size, self.output_weight.shape[0]
+        if getattr(self.config, "logits_scaling", 1.0) != 1.0:  # Granite divides its logits; a divided lm_head says the same
+            self.output_weight = self.output_weight / self.config.logits_scaling
+        self.context_length = self.config.max_position_embeddings
+        self.eos_token_ids = read_eos_token_ids(self.path, self.config)
+        self.packed_output = None  # see `pack`
 
     def together(self):
         """A context in which processes that hold one model between them may call for different numbers of forwards."""
@@ -155,6 +152,10 @@ class BaseModel:
             raise UserError(f"a document piece of {longest} tokens is over the context of {self.name}, {self.context_length}")
         positions = upload(span_positions(segment_ids), self.device)
         tokens = upload(tokens, self.device) if tokens.device.type == "cpu" else tokens
+        return self.packed_states(tokens, positions, spans)
+
+    def packed_states(self, tokens, positions, spans):
+        """`hidden_states` with the work on the host done: positions int64 [b, n] and `document_spans`' spans of the tokens' documents."""
         if self.backend == "fms":
             return self.trunk(tokens, position_ids=positions, use_cache=False, attn_name=PACKED, spans=spans)[0]
         self.trunk.config._attn_implementation = PACKED
@@ -221,6 +222,25 @@ def read_config(path):
     if getattr(config, "final_logit_softcapping", None):
         raise UserError(f"base model {path}: soft-capped logits are not supported")
     return config
+
+
+def pick_backend(name, config, backend):
+    """ "fms" or "transformers" for a model's `transformers` config; "auto" is ibm-fms where it knows the architecture.
+
+    Raises:
+        UserError: ibm-fms was asked for and doesn't know it.
+    """
+    architecture = (config.architectures or ["unknown"])[0]
+    usual = architecture in FMS_ANY_HEAD_WIDTH or head_width(config) == default_head_width(config)
+    known = architecture in FMS_ARCHITECTURES and usual
+    if backend == "fms" and not known:
+        raise UserError(f"base model {name}: ibm-fms doesn't load this {architecture} here; use backend=transformers")
+    return backend if backend != "auto" else ("fms" if known else "transformers")
+
+
+def attention_heads(config):
+    """(query heads, key-value heads) of a layer."""
+    return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def head_width(config):

@@ -2,9 +2,9 @@
 
 Shapes: b batch, n tokens, h query heads, g key-value heads, d head width.
 
-ibm-fms multiplies each pair of coordinates with a 2 x 2 matrix that every layer looks up again: 97 microseconds a layer for one token of
-SmolLM2-135M on one CPU core and 177 for nine, 3 to 5 ms a forward, where this takes 26; on a GPU its range check waits for the device in
-every layer. The angles are ibm-fms's own.
+ibm-fms multiplies each pair of coordinates with a 2 x 2 matrix that every layer looks up again: 76 microseconds a layer for one token of
+SmolLM2-135M on two CPU cores and 243 for nine, 2 to 7 ms a forward, where this takes 26 and 35 (`scripts.benchmark train_step`, the lines
+named "rotary"); on a GPU its range check waits for the device in every layer. The angles are ibm-fms's own.
 """
 
 import torch

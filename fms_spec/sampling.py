@@ -71,7 +71,10 @@ class Sampling:
 
 
 def best_token(logits):
-    """The first of the likeliest: [..., v] -> int64 [...]. As argmax, which takes three times as long over 5 x 49,152 bf16 on a CPU."""
+    """The first of the likeliest: [..., v] -> int64 [...].
+
+    As argmax, which takes 0.66 ms instead of 0.19 over 5 x 49,152 bf16 on two CPU cores (`scripts.benchmark train_step`, "best_token").
+    """
     return logits.max(-1).indices
 
 

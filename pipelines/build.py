@@ -5,6 +5,7 @@ import torch
 from fms_spec.errors import UserError
 from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
 
+SAMPLE_ROWS = 8  # corpus rows on which the spread of hidden states is measured
 STATE_SCALE_FLOOR = 1e-3  # keeps a coordinate that hardly moves from being blown up
 
 
@@ -28,7 +29,8 @@ def build_speculator(config, base_model, token_counts, sample):
         size = settings.draft_vocab_size or base_model.vocab_size
         if size > base_model.vocab_size:
             raise UserError(f"speculator.draft_vocab_size {size} is over the base model's vocabulary, {base_model.vocab_size}")
-        states = base_model.hidden_states(sample.tokens, sample.segment_ids)[sample.segment_ids >= 0].float().cpu()
+        rows = zip(sample.tokens.split(1), sample.segment_ids.split(1))  # one at a time: the device holds the states of one
+        states = torch.cat([base_model.hidden_states(*row)[row[1] >= 0].float().cpu() for row in rows])
         speculator = HiddenStateSpeculator(
             base_model.width, base_model.vocab_size, most_frequent(token_counts, size, base_model), states.std(0) + STATE_SCALE_FLOOR,
             settings.n_predict, settings.width, settings.inner_dim,

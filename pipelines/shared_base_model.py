@@ -72,7 +72,7 @@ class ShardedBaseModel(SharedBaseModel):
 
     def _load_fms(self):
         path = str(self.path)
-        self.model = get_model("hf_pretrained", model_path=path, data_type=self.dtype, device_type="meta", distributed_strategy="none")
+        model = get_model("hf_pretrained", model_path=path, data_type=self.dtype, device_type="meta", distributed_strategy="none")
         weights = serialization.load_state_dict(path, source="hf", initial_device=self.device)  # read lazily
         architecture = infer_model_configuration(path, download_weights=False)["architecture"]
         load = partial(
@@ -85,16 +85,16 @@ class ShardedBaseModel(SharedBaseModel):
             initial_device=self.device,
             rank=1,
         )
-        for index, layer in enumerate(self.model.base_model.layers):  # one at a time: no process ever holds more than one whole layer
+        for index, layer in enumerate(model.base_model.layers):  # one at a time: no process ever holds more than one whole layer
             load(key_prefix_filter=(f"model.layers.{index}.",))
             fully_shard(layer.requires_grad_(False), mesh=self.mesh)
         load()
-        self.model.post_init()
-        self.model.requires_grad_(False)
-        trunk = self.model.base_model
+        model.post_init()
+        model.requires_grad_(False)
+        trunk = model.base_model
         whole = {parameter for name, parameter in trunk.named_parameters() if not name.startswith("layers.")}
         fully_shard(trunk, mesh=self.mesh, ignored_params=whole)  # the root, so that the next layer is gathered during this one
-        self._take_fms_parts()
+        return model
 
     def hidden_states(self, tokens, segment_ids):
         self._begin()
@@ -140,13 +140,12 @@ class TensorParallelBaseModel(SharedBaseModel):
                 f"base model {self.name}: {heads} heads in {groups} groups can't be split over {self.size} processes; "
                 "give a parallel.group_size that divides them"
             )
+        self.query_heads, self.kv_groups = heads // self.size, max(1, groups // self.size)
         with contextlib.redirect_stdout(None):  # it prints that it does what it was asked for, in every process
-            self.model = get_model(
+            return get_model(
                 "hf_pretrained", model_path=str(self.path), data_type=self.dtype, device_type=self.device.type,
                 distributed_strategy="tp", group=self.group,
             )  # fmt: skip
-        self.query_heads, self.kv_groups = heads // self.size, max(1, groups // self.size)
-        self._take_fms_parts()
 
     def hidden_states(self, tokens, segment_ids):
         return self._round((tokens, segment_ids))[self.place]

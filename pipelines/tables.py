@@ -3,6 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.plan import verdict
+
 WIDTH = 110  # columns, where the terminal doesn't say: tables in logs keep their headings whole
 
 
@@ -83,3 +85,31 @@ def print_findings(findings):
     for finding in findings:
         table.add_row(finding.name, finding.state, finding.detail)
     show(table)
+
+
+def print_plan(plan, note):
+    """A `plan.Plan`: memory by part and moment, work of a step, and in one line whether it fits. note: where the lengths come from."""
+    names = list(dict.fromkeys(part for parts in plan.moments.values() for part in parts))
+    table = Table("GB a process", *plan.moments, title=f"memory ({note}; processes: {plan.ranks.processes})")
+    table.columns[0].no_wrap = True
+    for name in names:
+        sizes = [parts.get(name, 0) for parts in plan.moments.values()]
+        if any(sizes):
+            table.add_row(name, *(f"{size / 1e9:.2f}" if size else "" for size in sizes))
+    table.add_row("together", *(f"{sum(parts.values()) / 1e9:.2f}" for parts in plan.moments.values()))
+    show(table)
+    device = plan.device
+    rates = f"{device.flops / 1e12:.3g} TFLOP/s, {device.bandwidth / 1e9:.0f} GB/s"
+    shares = f"{device.compute_share:.0%} and {device.bandwidth_share:.0%} of them reached"
+    columns = ("a step of one process", "TFLOP", "GB of memory", "GB of network", "seconds")
+    table = Table(*columns, title=f"work on {device.name} ({rates}; {shares})")
+    for phase in plan.phases:
+        parts = plan.work(phase)
+        for part, work in parts.items():
+            values = (work[0] / 1e12, work[1] / 1e9, work[2] / 1e9, plan.seconds(work))
+            table.add_row(f"{phase}: {part}", *(f"{value:.3g}" for value in values))
+        table.add_row(f"{phase}: together", "", "", "", f"{sum(map(plan.seconds, parts.values())):.3g}")
+    show(table)
+    if plan.config.hidden_state_cache:
+        print(f"hidden-state cache on disk: {plan.disk / 1e9:.2f} GB; steps over rows it holds leave the base model out")
+    print(verdict(plan))

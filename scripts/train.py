@@ -12,29 +12,30 @@ from pathlib import Path
 
 from data.continuations import Continuations
 from data.dealing import Share
-from data.reader import RowReader, read_prompts, read_token_counts
+from data.reader import RowReader, read_manifest, read_prompts, read_token_counts
 from data.supply import Ahead, Alongside, Awaited, Inline, Led
 from fms_spec.errors import UserError
-from pipelines.build import build_speculator
+from pipelines.build import SAMPLE_ROWS, build_speculator
 from pipelines.config import load_config
+from pipelines.devices import find_device
 from pipelines.environment import environment
 from pipelines.generation import make_engine
 from pipelines.group_engine import GroupEngine
 from pipelines.parallel import load_base_model, own_prompts, share_speculator
+from pipelines.plan import Plan, Ranks, Sizes
 from pipelines.processes import Processes, joined
 from pipelines.producers import Producers
 from pipelines.profiling import profiled_steps, profiling
 from pipelines.run_record import check_out_dir, claim_out_dir
 from pipelines.shared_base_model import SharedBaseModel
-from pipelines.states import HiddenStates
+from pipelines.states import FILL_ROWS, HiddenStates
+from pipelines.tables import print_plan
 from pipelines.train import Trainer
 from pipelines.validation import Validation
 from scripts.cli import arguments, main
 from scripts.generate_continuations import command_of, open_store
 
 ROOT = Path(__file__).parents[1]
-SAMPLE_ROWS = 8  # corpus rows on which the spread of hidden states is measured
-FILL_ROWS = 8  # rows of a base-model forward when hidden states are kept
 
 
 @arguments
@@ -48,17 +49,55 @@ class Arguments:
         out_dir: where checkpoints, metrics and continuations go; one run each.
         resume: go on with the run in out_dir from its newest checkpoint.
         profile: FIRST:END, write a trace of these steps, counted from 0 and without END, to out_dir/profile.
+        plan: only say what memory, work and time the run would need and whether it fits, from the base model's config.json; writes nothing.
+        processes: plan for so many; those of torchrun, or one, by default.
+        processes_per_node: plan for so many on each machine; up to 8 by default.
+        device: plan for h100, h200, b200, a100-80, a100-40, l40s or rtx4090; this machine, measured, by default.
     """
 
     config: str
     out_dir: str
     resume: bool = False
     profile: str | None = None
+    plan: bool = False
+    processes: int | None = None
+    processes_per_node: int | None = None
+    device: str | None = None
 
 
 def run(parsed, overrides):
+    if parsed.plan:
+        return plan(load_config(parsed.config, overrides), parsed)
+    for flag in ("processes", "processes_per_node", "device"):
+        if getattr(parsed, flag) is not None:
+            raise UserError(f"--{flag} is for --plan only; add --plan, or leave it out")
     with joined() as processes:
         train(load_config(parsed.config, overrides), Path(parsed.out_dir), parsed.resume, processes, parsed.profile)
+
+
+def plan(config, parsed):
+    """Print the plan of a run.
+
+    Raises:
+        UserError: a device that isn't known, numbers of processes that can't be, or a config that fits no base model.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1)) if parsed.processes is None else parsed.processes
+    per_node = min(8, processes) if parsed.processes_per_node is None else parsed.processes_per_node
+    if not 1 <= per_node <= processes:
+        raise UserError(
+            f"--processes={processes} --processes_per_node={per_node}: both must be at least 1, and no more on a node than in all"
+        )
+    sizes, note = (
+        Sizes(rows=config.data.rows, prompts=config.data.prompts),
+        "no prepared data yet: rows of 4,096 and prompts of 64 tokens assumed",
+    )
+    if Path(config.data.dir).is_dir():
+        manifest, note = read_manifest(config.data.dir), f"rows and prompts as in {config.data.dir}"
+        inputs, tables = manifest["inputs"], manifest["tables"]
+        rows, prompts = config.data.rows or tables["rows-train"]["rows"], config.data.prompts or tables["prompts-train"]["rows"]
+        sizes = Sizes(inputs["seq_length"], inputs["prompt_length"], rows, prompts)
+    device = find_device(parsed.device or "here", config.base_model.dtype)
+    print_plan(Plan(config, sizes, Ranks(processes, per_node), device), note)
 
 
 def train(config, out_dir, resume, processes=Processes(), profile=None):

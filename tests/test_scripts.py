@@ -42,7 +42,7 @@ def test_the_readmes_commands_do_what_it_says(place):
     commands = [command for command in readme_commands() if command.startswith("python -m scripts.")]
     assert [command.split()[2] for command in commands] == [
         "scripts.prepare_data", "scripts.generate_continuations", "scripts.train", "scripts.export", "scripts.evaluate", "scripts.generate",
-        "scripts.benchmark", "scripts.doctor",
+        "scripts.benchmark", "scripts.train", "scripts.doctor",
     ]  # fmt: skip
     printed = {}
     for command in commands:

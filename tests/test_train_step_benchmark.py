@@ -81,7 +81,7 @@ def test_every_loss_kernel_gives_the_same_loss_and_gradients():
 def test_the_loss_takes_less_than_a_tenth_of_the_plain_versions_memory():
     shape = Shape("some", 16, 8192, 64, 8, 8, 16, heads=3, tokens=4096)
     ours, plain = (loss_memory(kernel, shape, "float32", CPU) for kernel in ("ours", "plain"))
-    assert 4 * 512 * 8192 < ours < plain / 10  # a chunk's logits
+    assert 0.9 * 4 * 512 * 8192 < ours < plain / 10  # a chunk's logits, to the page
 
 
 def test_flops_are_those_of_the_matrix_products(monkeypatch):
