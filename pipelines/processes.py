@@ -33,6 +33,7 @@ class Processes:
         self.local_rank = int(os.environ["LOCAL_RANK"]) if store else 0
         self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", self.count)) if store else 1
         self.main, self._store = self.rank == 0, store
+        self._watcher, self._leaving = None, threading.Event()
 
     @property
     def device(self):
@@ -80,7 +81,8 @@ class Processes:
                     if self.report(message):
                         print(f"error: process {self.rank}: {message}", file=sys.stderr, flush=True)
                         os._exit(1)
-                time.sleep(WATCH_SECONDS)
+                if self._leaving.wait(WATCH_SECONDS):
+                    return
             rank, message = self._store.get("error").decode().split(" ", 1)
             if int(rank) == self.rank:
                 return  # it ends by itself
@@ -88,7 +90,13 @@ class Processes:
                 print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
             os._exit(1)
 
-        threading.Thread(target=look, daemon=True).start()
+        self._watcher = threading.Thread(target=look, daemon=True)
+        self._watcher.start()
+
+    def leave(self):
+        """End the watch: a thread that still speaks to the store when Python ends would abort the process."""
+        self._leaving.set()
+        self._watcher.join()
 
 
 @contextmanager
@@ -114,8 +122,11 @@ def joined():
     try:
         yield processes
         processes.wait_for_all()
+        processes.leave()
     except UserError as error:
-        if not processes.report(str(error)):
+        first = processes.report(str(error))
+        processes.leave()
+        if not first:
             sys.exit(1)
         raise UserError(f"process {rank}: {error}" if rank else str(error)) from error
     except Exception as error:

@@ -76,15 +76,8 @@ class ShardedBaseModel(SharedBaseModel):
         weights = serialization.load_state_dict(path, source="hf", initial_device=self.device)  # read lazily
         architecture = infer_model_configuration(path, download_weights=False)["architecture"]
         load = partial(
-            serialization.load_state_dict_into_model,
-            self.model,
-            weights,
-            architecture,
-            "hf",
-            self.dtype,
-            initial_device=self.device,
-            rank=1,
-        )
+            serialization.load_state_dict_into_model, model, weights, architecture, "hf", self.dtype, initial_device=self.device, rank=1
+        )  # fmt: skip
         for index, layer in enumerate(model.base_model.layers):  # one at a time: no process ever holds more than one whole layer
             load(key_prefix_filter=(f"model.layers.{index}.",))
             fully_shard(layer.requires_grad_(False), mesh=self.mesh)
@@ -131,10 +124,7 @@ class TensorParallelBaseModel(SharedBaseModel):
         return rows
 
     def _load_fms(self):
-        heads, groups = (
-            self.config.num_attention_heads,
-            getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads,
-        )
+        heads, groups = self.query_heads, self.kv_groups
         if heads % self.size or (groups % self.size and self.size % groups):
             raise UserError(
                 f"base model {self.name}: {heads} heads in {groups} groups can't be split over {self.size} processes; "

@@ -3,7 +3,6 @@
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.plan import verdict
 
 WIDTH = 110  # columns, where the terminal doesn't say: tables in logs keep their headings whole
 
@@ -87,8 +86,8 @@ def print_findings(findings):
     show(table)
 
 
-def print_plan(plan, note):
-    """A `plan.Plan`: memory by part and moment, work of a step, and in one line whether it fits. note: where the lengths come from."""
+def print_plan(plan, note, verdict):
+    """A `plan.Plan`: memory by part and moment, work of a step, and its `plan.verdict`. note: where the lengths come from."""
     names = list(dict.fromkeys(part for parts in plan.moments.values() for part in parts))
     table = Table("GB a process", *plan.moments, title=f"memory ({note}; processes: {plan.ranks.processes})")
     table.columns[0].no_wrap = True
@@ -112,4 +111,4 @@ def print_plan(plan, note):
     show(table)
     if plan.config.hidden_state_cache:
         print(f"hidden-state cache on disk: {plan.disk / 1e9:.2f} GB; steps over rows it holds leave the base model out")
-    print(verdict(plan))
+    print(verdict)

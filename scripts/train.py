@@ -22,7 +22,7 @@ from pipelines.environment import environment
 from pipelines.generation import make_engine
 from pipelines.group_engine import GroupEngine
 from pipelines.parallel import load_base_model, own_prompts, share_speculator
-from pipelines.plan import Plan, Ranks, Sizes
+from pipelines.plan import Plan, Ranks, Sizes, verdict
 from pipelines.processes import Processes, joined
 from pipelines.producers import Producers
 from pipelines.profiling import profiled_steps, profiling
@@ -97,7 +97,8 @@ def plan(config, parsed):
         rows, prompts = config.data.rows or tables["rows-train"]["rows"], config.data.prompts or tables["prompts-train"]["rows"]
         sizes = Sizes(inputs["seq_length"], inputs["prompt_length"], rows, prompts)
     device = find_device(parsed.device or "here", config.base_model.dtype)
-    print_plan(Plan(config, sizes, Ranks(processes, per_node), device), note)
+    found = Plan(config, sizes, Ranks(processes, per_node), device)
+    print_plan(found, note, verdict(found))
 
 
 def train(config, out_dir, resume, processes=Processes(), profile=None):
