@@ -14,13 +14,17 @@ from pipelines.shared_base_model import ShardedBaseModel, TensorParallelBaseMode
 
 
 def group_size(kind, settings, processes):
-    """Processes that share one copy under `kind` (a value of `ParallelSection`).
+    """Processes that share one copy under `kind` (a value of `ParallelSection`); a single process shares with none.
+
+    processes: `Processes`, or `plan.Ranks`.
 
     Raises:
         UserError: groups that don't divide the processes.
     """
-    if kind in ("replicate", "shard"):
-        return 1 if kind == "replicate" else processes.count
+    if kind == "replicate" or processes.count == 1:
+        return 1
+    if kind == "shard":
+        return processes.count
     size = settings.group_size or processes.local_count
     if processes.count % size:
         raise UserError(f"parallel.group_size {size} does not divide the {processes.count} processes of this run; give one that does")

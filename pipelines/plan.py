@@ -12,6 +12,7 @@ from fms_spec.losses import compute_dtype
 from pipelines.build import SAMPLE_ROWS
 from pipelines.devices import ACROSS_NODES
 from pipelines.generation import sampling_of
+from pipelines.parallel import group_size
 from pipelines.rehearsal import nbytes, rehearsal_of
 from pipelines.states import FILL_ROWS
 from pipelines.train import loss_weights
@@ -31,15 +32,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Ranks:
-    """processes: of the run. per_node: on one machine."""
+    """The processes of a run that is only planned. count: of all. local_count: on one machine."""
 
-    processes: int = 1
-    per_node: int = 1
-
-    def sharing(self, way, group_size):
-        """Over how many processes one copy of a model is split."""
-        whole = {"replicate": 1, "shard": self.processes}
-        return whole[way] if way in whole else min(group_size or self.per_node, self.processes)
+    count: int = 1
+    local_count: int = 1
 
 
 class Plan:
@@ -49,14 +45,14 @@ class Plan:
         config: `RunConfig`. sizes: `Sizes`. ranks: `Ranks`. device: `devices.Device`.
 
     Raises:
-        UserError: the base model's config can't be used, or the run's doesn't fit it.
+        UserError: the base model's config can't be used, the run's doesn't fit it, or groups that don't divide the processes.
     """
 
     def __init__(self, config, sizes, ranks, device):
         self.config, self.sizes, self.ranks, self.device = config, sizes, ranks, device
         self.run = rehearsal_of(config.base_model, config.speculator)
-        self.base_shards = ranks.sharing(config.parallel.base_model, config.parallel.group_size)
-        self.head_shards = ranks.sharing(config.parallel.speculator, config.parallel.group_size)
+        self.base_shards = group_size(config.parallel.base_model, config.parallel, ranks)
+        self.head_shards = group_size(config.parallel.speculator, config.parallel, ranks)
         self.phases = list(config.schedule.build().phase_steps())
         base, itemsize = self.run.base_model, self.run.base_model.dtype.itemsize
         self.lengths = {"phase1": sizes.seq_length, "phase2": sizes.prompt_length + config.generation.max_new_tokens}
@@ -79,7 +75,7 @@ class Plan:
             moments |= self.of_phase(phase)
         if self.config.validation.prompts:
             settings = self.config.validation
-            rows = -(-settings.prompts // self.ranks.processes)
+            rows = -(-settings.prompts // self.ranks.count)
             moments["validation"] = self.decoding(rows, settings.max_new_tokens + self.config.speculator.n_predict)
         held = max(self.states(phase) for phase in self.phases)
         moments["optimiser"]["hidden states"] = held
@@ -130,7 +126,7 @@ class Plan:
         best = self.run.best_tokens(rows, n).peak if asked else 0
         before = self.states(phase) - self.micro_states(phase)
         head, chunk = self.heads(phase)
-        gathered = self.masters if self.ranks.processes > 1 else 0  # FSDP2's copy for the step, in fp32, of whole masters too
+        gathered = self.masters if self.ranks.count > 1 else 0  # FSDP2's copy for the step, in fp32, of whole masters too
         gradients = min(self.masters, head.peak - chunk)
         moments = {
             f"{phase}: base model": {"hidden states": before, "activations": max(forward, best + self.micro_states(phase))},
@@ -181,7 +177,7 @@ class Plan:
         split = 1 if fsdp else self.base_shards  # tensor parallel: each process does its part of every row of its group
         states = 2 * 2 * self.micro_states(phase) * base.layers * self.base_shards  # a sum over the group after attention and after the MLP
         moved = away * (base.layer_bytes if fsdp else states)
-        shared = 2 * self.masters * (1 - 1 / self.ranks.processes)  # reduce-scatter and gather, or an all-reduce, in fp32
+        shared = 2 * self.masters * (1 - 1 / self.ranks.count)  # reduce-scatter and gather, or an all-reduce, in fp32
         parts = {
             "base model": (times * forward.flops, times * forward.traffic / split, times * moved),
             "heads and losses": (times * head.flops, times * head.traffic, 0),
@@ -201,7 +197,7 @@ class Plan:
     def seconds(self, work):
         """Of one part's work: the slowest of computing, memory and network, as if the others hid behind it."""
         flops, traffic, moved = work
-        link = self.device.link if self.ranks.processes <= self.ranks.per_node else min(self.device.link, ACROSS_NODES)
+        link = self.device.link if self.ranks.count <= self.ranks.local_count else min(self.device.link, ACROSS_NODES)
         rate, bandwidth = self.device.compute_share * self.device.flops, self.device.bandwidth_share * self.device.bandwidth
         return max(flops / rate, traffic / bandwidth, moved / (self.device.bandwidth_share * link))
 
@@ -242,7 +238,7 @@ def changes(plan):
         if plan.worst == section:
             size = getattr(getattr(config, section), key)
             found += [{section: {key: size // 2**i}} for i in range(1, size.bit_length())]
-    if plan.ranks.processes > 1:
+    if plan.ranks.count > 1:
         found += [{"parallel": {part: "shard"}} for part in ("speculator", "base_model") if getattr(config.parallel, part) == "replicate"]
         found.append({"parallel": {"speculator": "shard", "base_model": "shard"}})
     if config.base_model.dtype == "float32":
@@ -262,5 +258,5 @@ def verdict(plan):
     words, mended = mend(plan)
     if mended.fits:
         return f"does not fit: {need}; with {' '.join(words)} it fits: {mended.peak / 1e9:.1f} GB"
-    way = "a larger --device" if plan.ranks.processes > 1 else "a larger --device, or more --processes with parallel.base_model=shard"
+    way = "a larger --device" if plan.ranks.count > 1 else "a larger --device, or more --processes with parallel.base_model=shard"
     return f"does not fit: {need}, and {mended.peak / 1e9:.1f} GB with {' '.join(words) or 'any one setting changed'}; it takes {way}"

@@ -3,7 +3,6 @@
 from rich.console import Console
 from rich.table import Table
 
-
 WIDTH = 110  # columns, where the terminal doesn't say: tables in logs keep their headings whole
 
 
@@ -89,7 +88,7 @@ def print_findings(findings):
 def print_plan(plan, note, verdict):
     """A `plan.Plan`: memory by part and moment, work of a step, and its `plan.verdict`. note: where the lengths come from."""
     names = list(dict.fromkeys(part for parts in plan.moments.values() for part in parts))
-    table = Table("GB a process", *plan.moments, title=f"memory ({note}; processes: {plan.ranks.processes})")
+    table = Table("GB a process", *plan.moments, title=f"memory ({note}; processes: {plan.ranks.count})")
     table.columns[0].no_wrap = True
     for name in names:
         sizes = [parts.get(name, 0) for parts in plan.moments.values()]

@@ -201,5 +201,6 @@ def test_groups_that_do_not_divide_the_processes_are_refused():
         3,
     ]
     assert group_size("hybrid", ParallelSection(), processes) == 6
+    assert {group_size(kind, ParallelSection(group_size=4), Processes()) for kind in ("shard", "hybrid", "tensor")} == {1}  # alone
     with pytest.raises(UserError, match="group_size 4 does not divide the 6"):
         group_size("hybrid", ParallelSection(group_size=4), processes)
