@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
+from fms_spec.batch import upload
+
 # Positions whose logits exist at once: 512 x 128k in fp32 is 0.26 GB, and matrix products of 512 rows already run at full rate.
 CHUNK = 512
 
@@ -86,46 +88,76 @@ def chunk_loss(log_q, log_p, spare, targets, weights):
 
 
 class SoftTargetLoss(torch.autograd.Function):
-    """Sum over positions of `chunk_loss`, its gradients worked out while a chunk's logits are at hand: none of size [m, r] is kept."""
+    """`chunk_loss` of all heads, their gradients worked out while a chunk's logits are at hand: none of size [m, r] is kept.
+
+    A read-out has one fp32 gradient [r, k], however many heads share it; one for each of three tied heads was two thirds of the memory.
+    """
 
     @staticmethod
-    def forward(ctx, features, weight, targets, teacher, teacher_weight, weights, dtype):
-        """features [m, k], weight [r, k], targets int64 [m] (-1: none), teacher [m, d], teacher_weight [r, d] -> fp32 scalar.
+    def forward(ctx, targets, teacher_of, teacher_weight, scales, weights, dtype, *inputs):
+        """Returns (the heads' sum, fp32 scalar, to be trained on; each head's, fp32 [h], without gradient).
 
         Args:
-            teacher, teacher_weight: what the base model's logits are made of; both None where no loss asks for them.
-            weights: `LossWeights`. dtype: of the matrix products.
+            targets: one int64 [m] a head (-1: none). teacher_of, teacher_weight: teacher_of(head) [m, d] and [r, d], of which the base
+            model's logits are made; both None where no loss asks for them. scales: fp32 [h], what a head's loss is multiplied by.
+            weights: `LossWeights`. dtype: of the matrix products. inputs: each head's features [m, k], then its read-out [r, k].
         """
-        features_given, weight_given, train_weight = features.dtype, weight.dtype, ctx.needs_input_grad[1]
-        features, weight = features.to(dtype), weight.to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=features.device)
-        grad_features = torch.empty_like(features)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train_weight else None
-        size = (min(CHUNK, len(features)), len(weight))
-        buffers = [features.new_empty(size, dtype=torch.float32) for _ in range(1 if teacher is None else 3)]
-        for start in range(0, len(features), CHUNK):
-            rows = slice(start, start + CHUNK)
-            x = features[rows]
-            logits, teacher_logits, spare = [buffer[: len(x)] for buffer in buffers] + [None] * (3 - len(buffers))
-            log_softmax_of(x, weight, logits)
-            if teacher is not None:
-                log_softmax_of(teacher[rows].to(dtype), teacher_weight, teacher_logits)
-            total += chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
-            grad = logits.to(dtype)
-            torch.mm(grad, weight, out=grad_features[rows])
-            if train_weight:
-                add_product(grad_weight, grad.T, x)
-        ctx.save_for_backward(grad_features.to(features_given), grad_weight)
-        ctx.weight_dtype = weight_given
-        return total
+        features, readouts = inputs[: len(targets)], inputs[len(targets) :]
+        ctx.dtypes, trained = [value.dtype for value in inputs], ctx.needs_input_grad[-len(targets) :]
+        shared = {id(weight): weight.to(dtype) for weight in readouts}
+        grads = {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight, train in zip(readouts, trained) if train}
+        size = (min(CHUNK, len(features[0])), len(readouts[0]))
+        buffers = [features[0].new_empty(size, dtype=torch.float32) for _ in range(1 if teacher_of is None else 3)]
+        losses, grad_features = [], []
+        for head, (x, weight) in enumerate(zip(features, readouts)):
+            teacher = None if teacher_of is None else teacher_of(head).to(dtype)
+            loss, grad = one_head(
+                x.to(dtype),
+                shared[id(weight)],
+                grads.get(id(weight)),
+                targets[head],
+                teacher,
+                teacher_weight,
+                scales[head],
+                weights,
+                buffers,
+            )
+            losses.append(loss)
+            grad_features.append(grad.to(x.dtype))
+        grad_readouts = [grads.pop(id(weight), None) for weight in readouts]  # the first of those who share it has it
+        ctx.save_for_backward(*grad_features, *grad_readouts)
+        losses = torch.stack(losses)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total):
+    def backward(ctx, grad_total, _):
         """In place: autograd refuses a second call, and nobody asks for one."""
-        grad_features, grad_weight = ctx.saved_tensors
-        grad_weight = None if grad_weight is None else grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_features.mul_(grad_total), grad_weight, None, None, None, None, None
+        found = [grad if grad is None else grad.mul_(grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        return (None,) * 6 + tuple(found)
+
+
+def one_head(features, weight, grad_weight, targets, teacher, teacher_weight, scale, weights, buffers):
+    """Loss of a head, times `scale`, chunk by chunk: (fp32 scalar, gradient by its features [m, k]); `grad_weight`, if any, is added to.
+
+    buffers: one fp32 [CHUNK, r], or three where there is a teacher.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=features.device)
+    grad_features = torch.empty_like(features)
+    for start in range(0, len(features), CHUNK):
+        rows = slice(start, start + CHUNK)
+        x = features[rows]
+        logits, teacher_logits, spare = [buffer[: len(x)] for buffer in buffers] + [None] * (3 - len(buffers))
+        log_softmax_of(x, weight, logits)
+        if teacher is not None:
+            log_softmax_of(teacher[rows], teacher_weight, teacher_logits)
+        total += chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
+        grad = logits.to(weight.dtype)
+        torch.mm(grad, weight, out=grad_features[rows])
+        if grad_weight is not None:
+            add_product(grad_weight, grad.T, x, scale)
+    return total * scale, grad_features.mul_(scale)
 
 
 def log_softmax_of(features, weight, out):
@@ -134,13 +166,13 @@ def log_softmax_of(features, weight, out):
     torch.log_softmax(out, -1, out=out)
 
 
-def add_product(total, a, b):
-    """total += a @ b; total is fp32."""
-    total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
+def add_product(total, a, b, scale):
+    """total += scale * a @ b; total is fp32, scale a tensor. The scale goes where it costs least and rounds nothing."""
+    total.addmm_(a, b * scale) if a.dtype == total.dtype else total.addcmul_(a @ b, scale)
 
 
 def head_losses(speculator, windows, base_model, weights, counts, dtype=None):
-    """The weighted loss of each head: fp32 [h]; their sum is what is trained on.
+    """(the weighted loss, fp32 scalar, to be trained on; each head's part of it, fp32 [h], without gradient).
 
     Args:
         windows: `alignment.Windows`. weights: `LossWeights`. counts: positions of each head over the whole step, fp32 [h] on the device,
@@ -148,16 +180,15 @@ def head_losses(speculator, windows, base_model, weights, counts, dtype=None):
         chooses by default.
     """
     device, dtype = windows.states.device, dtype or compute_dtype(windows.states)
-    teacher_weight = speculator.teacher_weight(base_model).to(dtype) if weights.teacher else None
-    losses = []
+    scales = upload(torch.tensor(weights.heads), device) / counts.clamp(min=1)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        for head, (features, weight) in enumerate(speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts)):
-            target_states = windows.target_states(head)
-            teacher = target_states if weights.teacher else None
-            loss = SoftTargetLoss.apply(
-                features, weight, speculator.draft_targets(windows.targets(head)), teacher, teacher_weight, weights, dtype
-            )
-            if weights.smooth_l1:
-                loss = loss + weights.smooth_l1 * speculator.state_distance(features, target_states).sum()
-            losses.append(loss * (weights.heads[head] / counts[head].clamp(min=1)))
-    return torch.stack(losses)
+        outputs = list(speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts))
+        features, readouts = zip(*outputs)
+        targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(outputs))]
+        teacher = (windows.target_states, speculator.teacher_weight(base_model).to(dtype)) if weights.teacher else (None, None)
+        total, losses = SoftTargetLoss.apply(targets, *teacher, scales, weights, dtype, *features, *readouts)
+        if weights.smooth_l1:
+            distances = [speculator.state_distance(x, windows.target_states(head)).sum() for head, x in enumerate(features)]
+            distances = weights.smooth_l1 * scales * torch.stack(distances)
+            total, losses = total + distances.sum(), losses + distances.detach()
+    return total, losses

@@ -94,7 +94,7 @@ def plain_losses(speculator, windows, base_model, weights, counts):
             if weights.smooth_l1:
                 loss = loss + weights.smooth_l1 * speculator.state_distance(features, states).sum()
             losses.append(weights.heads[head] * loss / counts[head])
-    return torch.stack(losses)
+    return sum(losses), torch.stack(losses).detach()
 
 
 def counts_of(windows):
@@ -147,12 +147,12 @@ def head_step(shape, family, dtype_name, device, rounds):
     k, columns = (shape.mlp_inner_dim, shape.vocab_size) if family == "mlp" else (shape.d, shape.draft_vocab_size)
 
     def step(losses_of, windows):
-        losses_of(speculator, windows, base, weights, counts_of(windows)).sum().backward()
+        losses_of(speculator, windows, base, weights, counts_of(windows))[0].backward()
         update(speculator, optimizer)
 
     few = random_windows(shape, FEW, dtype, device)
     with FlopCounterMode(display=False) as counter:
-        plain_losses(speculator, few, base, weights, counts_of(few)).sum().backward()
+        plain_losses(speculator, few, base, weights, counts_of(few))[0].backward()
     flops = counter.get_total_flops() * shape.tokens / FEW
     step(head_losses, few)
     windows = random_windows(shape, shape.tokens, dtype, device)
@@ -173,7 +173,9 @@ def kernel_loss(kernel, features, weight, targets):
     dtype = features[0].dtype
     if kernel == "ours":
         weights, computed = LossWeights(1.0, 0.0, 0.0, ()), compute_dtype(features[0])
-        return sum(SoftTargetLoss.apply(x, weight, targets, None, None, weights, computed) for x in features)
+        h = len(features)
+        scales = torch.ones(h, device=targets.device)
+        return SoftTargetLoss.apply([targets] * h, None, None, scales, weights, computed, *features, *[weight] * h)[0]
     if kernel == "plain":
         logits = torch.stack([x @ weight.to(dtype).T for x in features])
         return sum(F.cross_entropy(found.float(), targets, reduction="sum") for found in logits)

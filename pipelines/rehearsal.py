@@ -207,7 +207,7 @@ class Rehearsal:
     def backward(self, weights, states, tokens, positions, dtype):
         windows = make_windows(states, tokens, positions, self.speculator.n_predict)
         counts = torch.ones(len(positions.counts))
-        head_losses(self.speculator, windows, self.base_model, weights, counts, dtype).sum().backward()
+        head_losses(self.speculator, windows, self.base_model, weights, counts, dtype)[0].backward()
 
     def one_chunk(self, weights, count, dtype):
         features, weight = self.speculator.output(self.speculator.advance(
@@ -216,8 +216,8 @@ class Rehearsal:
         if not weights.teacher:
             teacher = teacher_weight = None
         self.meter.start, self.meter.cost.peak = self.meter.live, 0  # only the loss itself counts
-        targets = torch.zeros(count, dtype=torch.int64)
-        SoftTargetLoss.apply(features.detach(), weight.detach(), targets, teacher, teacher_weight, weights, dtype)
+        targets, teacher_of = [torch.zeros(count, dtype=torch.int64)], teacher if teacher is None else lambda _: teacher
+        SoftTargetLoss.apply(targets, teacher_of, teacher_weight, torch.ones(1), weights, dtype, features.detach(), weight.detach())
 
     @cache
     def decode(self, sampling, b, prompt_length, new_tokens):

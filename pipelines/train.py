@@ -169,9 +169,9 @@ class Trainer:
             windows = make_windows(hidden, batch.tokens, positions, self.speculator.n_predict)
             if self.processes.count > 1:
                 self.speculator.set_requires_gradient_sync(number == len(chosen) - 1)
-            losses = self.speculator(head_losses, windows, self.base_model, self.weights[phase], counts)
-            losses.sum().backward()
-            total = total + losses.detach()
+            loss, parts = self.speculator(head_losses, windows, self.base_model, self.weights[phase], counts)
+            loss.backward()
+            total = total + parts
         return total, counts
 
     def choose(self, phase, micro_batches, states):

@@ -58,7 +58,7 @@ def test_each_heads_loss_is_the_slow_double_precision_one_from_the_formulas(tied
     speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10, tie_weights=tied, scale_input=scaled)
     states, tokens, segments, first = row([[0] * 9 + [1] * 7, [0] * 5 + [1] * 8 + [-1] * 3])
     windows, base = lined_up(states, tokens, segments, first), BareBase()
-    found = head_losses(speculator, windows, base, LossWeights(0.7, 0.3, 0.0, (1.0, 0.5, 2.0)), torch.tensor(windows.counts))
+    total, found = head_losses(speculator, windows, base, LossWeights(0.7, 0.3, 0.0, (1.0, 0.5, 2.0)), torch.tensor(windows.counts))
 
     expected, seen = [0.0] * HEADS, [0] * HEADS
     for r in range(2):
@@ -72,7 +72,7 @@ def test_each_heads_loss_is_the_slow_double_precision_one_from_the_formulas(tied
                 log_p = (base.output_weight.double() @ states[r, t + 1 + i].double()).log_softmax(-1)
                 expected[i] += 0.7 * -log_q[tokens[r, target]] + 0.3 * (log_p.exp() * (log_p - log_q)).sum()
                 seen[i] += 1
-    assert seen == windows.counts
+    assert seen == windows.counts and total.item() == pytest.approx(found.sum().item())
     for i, weight in enumerate((1.0, 0.5, 2.0)):
         torch.testing.assert_close(found[i].double(), weight * expected[i] / seen[i], rtol=1e-5, atol=1e-6)
 
@@ -97,7 +97,7 @@ def test_gradients_are_those_of_plain_autograd_and_do_not_depend_on_the_chunk(mo
     expected = gradients(plain)
     for chunk in (512, 7, 1):
         monkeypatch.setattr(losses_module, "CHUNK", chunk)
-        found = gradients(head_losses(speculator, windows, base, weights, torch.tensor(windows.counts)).sum())
+        found = gradients(head_losses(speculator, windows, base, weights, torch.tensor(windows.counts))[0])
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
@@ -111,6 +111,7 @@ def test_no_logits_outlive_their_chunk(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
         head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS), torch.tensor(windows.counts))
     assert saved and not [shape for shape in saved if shape[-1:] == (VOCABULARY,) and shape[0] > 16]
+    assert saved.count((VOCABULARY, 10)) == 1  # the gradient of the read-out that all heads share
 
 
 def test_nothing_beyond_a_documents_end_changes_its_losses():

@@ -42,6 +42,12 @@ def plain_loss(features, weight, targets, teacher, teacher_weight, path):
     )
 
 
+def our_loss(features, weight, targets, teacher, teacher_weight, weights, dtype):
+    """Of one head, its scale 1."""
+    given = (lambda _: teacher, teacher_weight) if weights.teacher else (None, None)
+    return SoftTargetLoss.apply([targets], *given, torch.ones(1), weights, dtype, features, weight)[0]
+
+
 def both(path, dtype, train_weight=True, scale=1.0):
     """(loss, gradients) of ours in `dtype` and of the plain one, on the same numbers, weighed by 0.3."""
     features, weight, targets, teacher, teacher_weight = case(scale)
@@ -54,8 +60,7 @@ def both(path, dtype, train_weight=True, scale=1.0):
         if kind == torch.float64:
             loss = plain_loss(x, w, targets, teacher, teacher_weight, path)
         else:
-            given = (teacher, teacher_weight) if weights.teacher else (None, None)
-            loss = SoftTargetLoss.apply(x, w, targets, *given, weights, dtype)
+            loss = our_loss(x, w, targets, teacher, teacher_weight, weights, dtype)
         (0.3 * loss).backward()
         results.append([loss.detach().double(), x.grad.double()] + ([w.grad.double()] if train_weight else []))
     return results
@@ -92,8 +97,8 @@ def test_distributions_with_nothing_in_common_still_give_finite_losses_and_gradi
 def test_the_acceptance_loss_is_zero_where_the_head_says_what_the_base_model_says():
     features, _, targets, teacher, weight = case()
     weights = LossWeights(0.0, 0.0, 0.0, (1.0,), 1.0)
-    assert SoftTargetLoss.apply(teacher, weight, targets, teacher, weight, weights, torch.float32).item() == pytest.approx(0.0, abs=1e-5)
-    assert SoftTargetLoss.apply(-teacher, weight, targets, teacher, weight, weights, torch.float32) > POSITIONS
+    assert our_loss(teacher, weight, targets, teacher, weight, weights, torch.float32).item() == pytest.approx(0.0, abs=1e-5)
+    assert our_loss(-teacher, weight, targets, teacher, weight, weights, torch.float32) > POSITIONS
 
 
 def test_matrix_products_are_computed_in_fp32_where_bf16_is_slow(monkeypatch):

@@ -50,9 +50,9 @@ def test_the_plain_version_that_is_compared_with_says_the_same(family):
     windows, gradients = random_windows(TINY, TINY.tokens, torch.float32, CPU), []
     for losses_of in (head_losses, plain_losses):
         speculator.zero_grad()
-        losses = losses_of(speculator, windows, base, weights, counts_of(windows))
-        losses.sum().backward()
-        gradients.append([losses.detach(), *(parameter.grad.clone() for parameter in speculator.parameters())])
+        loss, losses = losses_of(speculator, windows, base, weights, counts_of(windows))
+        loss.backward()
+        gradients.append([loss.detach(), losses, *(parameter.grad.clone() for parameter in speculator.parameters())])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -61,8 +61,8 @@ def test_a_micro_batchs_losses_are_shares_of_the_whole_steps():
     speculator, weights = build_heads(TINY, "mlp", base), loss_weights("mlp", TINY.heads)
     windows = random_windows(TINY, TINY.tokens, torch.float32, CPU)
     with torch.no_grad():
-        part = head_losses(speculator, windows, base, weights, torch.tensor([80.0, 40.0, 0.0]))
-        whole = head_losses(speculator, windows, base, weights, counts_of(windows))
+        _, part = head_losses(speculator, windows, base, weights, torch.tensor([80.0, 40.0, 0.0]))
+        _, whole = head_losses(speculator, windows, base, weights, counts_of(windows))
     torch.testing.assert_close(part, whole * torch.tensor([0.5, 1.0, 40.0]))
 
 
