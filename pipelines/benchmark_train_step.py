@@ -1,6 +1,5 @@
 """What a phase-1 step costs here, part by part; every ratio is of things measured in turn in one run."""
 
-import copy
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,7 @@ from fms.modules.positions import RotaryEmbedding
 
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
+from fms_spec.errors import UserError
 from fms_spec.losses import head_losses
 from fms_spec.rotary import RotaryOnce
 from fms_spec.sampling import best_token
@@ -30,6 +30,7 @@ from pipelines.benchmark_heads import (
     random_windows,
     update,
 )
+from pipelines.compiled import check_compiler, compile_base_model, compile_heads
 from pipelines.metrics import Metrics
 
 DTYPES_TRIED = ("float32", "bfloat16")
@@ -46,8 +47,8 @@ def shapes(base_model, tokens, wide_vocab):
     published = Shape("published_width", d, v, pruned, 768, 1536, MLP_WIDTH, 3, max(1, tokens // 16))
     if base_model.device.type == "cuda":
         return model, published, Shape("wide", 4096, wide_vocab, min(32768, wide_vocab // 2), 4096, 8192, 4096, 8, tokens)
-    # A quarter of the tokens: the plain version keeps about 6 GB of logits and their gradients then.
-    return model, published, Shape("wide", 512, wide_vocab, min(8192, wide_vocab // 2), 768, 1536, 512, 3, max(1, tokens // 4))
+    # Half of the tokens: the plain version keeps about 12 GB of logits and their gradients then.
+    return model, published, Shape("wide", 512, wide_vocab, min(8192, wide_vocab // 2), 768, 1536, 512, 3, max(1, tokens // 2))
 
 
 def heads(base_model, shape, rounds):
@@ -139,41 +140,32 @@ def rest(base_model, shape, rows, rounds):
         }  # fmt: skip
 
 
-def compile_problem():
-    """Why torch.compile can't be used here, in a line; None where it can."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
-    except Exception as error:  # whatever inductor's compiler or its absence raises
-        return str(error).splitlines()[0]
-
-
 def compiled(base_model, shape, rounds):
-    """torch.compile on and off: the heads' forward and backward without their losses, and the base model's forward."""
-    problem = compile_problem()
-    if problem:
-        yield {"name": "compile", "skipped": f"torch.compile doesn't work here: {problem}"}
+    """A config's `compile` on and off: the heads' forward and backward without their losses, and the base model's forward."""
+    try:
+        check_compiler()
+    except UserError as error:
+        yield {"name": "compile", "skipped": str(error)}
         return
     device = base_model.device
     for family in FAMILIES:
-        base = RandomBase(shape, torch.float32, device)
-        speculator, windows = build_heads(shape, family, base), random_windows(shape, shape.tokens, torch.float32, device)
-        forward = partial(all_features, speculator, windows)
-        ways = {"off": partial(backward_of, forward), "on": partial(backward_of, torch.compile(forward))}
+        base, ways = RandomBase(shape, torch.float32, device), {}
+        for name in ("off", "on"):
+            speculator = build_heads(shape, family, base)
+            if name == "on":
+                compile_heads(speculator)
+            ways[name] = partial(features_and_back, speculator, random_windows(shape, shape.tokens, torch.float32, device))
         yield compile_line(f"{family} heads", ways, device, rounds)
     tokens = min(FORWARD_TOKENS, base_model.context_length)
     ids = torch.randint(0, base_model.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-    quick = copy.copy(base_model)
-    quick.trunk = torch.compile(base_model.trunk)
+    quick = BaseModel(base_model.name, dtype=str(base_model.dtype).removeprefix("torch."), backend=base_model.backend, device=device)
+    compile_base_model(quick)
     ways = {name: partial(model.hidden_states, ids, torch.zeros_like(ids)) for name, model in (("off", base_model), ("on", quick))}
     yield compile_line("base model", ways, device, rounds)
 
 
-def all_features(speculator, windows):
-    return [features for features, _ in speculator.heads(windows.hidden, windows.tokens, windows.counts)]
-
-
-def backward_of(forward):
-    sum(features.sum() for features in forward()).backward()
+def features_and_back(speculator, windows):
+    sum(features.sum() for features, _ in speculator.heads(windows.hidden, windows.tokens, windows.counts)).backward()
 
 
 def compile_line(what, ways, device, rounds):

@@ -155,6 +155,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     generation: GenerationSection = GenerationSection()
     parallel: ParallelSection = ParallelSection()
+    compile: bool = False  # torch.compile of heads and of the base model's feed-forward layers, where a process has it whole
     hidden_state_cache: bool = False  # keep hidden states on disk for further passes over the same rows
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -16,6 +16,7 @@ from data.reader import RowReader, read_manifest, read_prompts, read_token_count
 from data.supply import Ahead, Alongside, Awaited, Inline, Led
 from fms_spec.errors import UserError
 from pipelines.build import SAMPLE_ROWS, build_speculator
+from pipelines.compiled import check_compiler, compile_base_model, compile_heads
 from pipelines.config import load_config
 from pipelines.devices import find_device
 from pipelines.environment import environment
@@ -101,7 +102,7 @@ def plan(config, parsed):
     print_plan(found, note, verdict(found))
 
 
-def train(config, out_dir, resume, processes=Processes(), profile=None):
+def train(config, out_dir, resume=False, processes=Processes(), profile=None):
     """Put a run together and train it to its end; returns (its last checkpoint's directory, the trainer).
 
     processes: the `Processes` that train together, all of which call this; by default this one alone. profile: "FIRST:END", steps.
@@ -111,6 +112,8 @@ def train(config, out_dir, resume, processes=Processes(), profile=None):
         raise UserError("hidden_state_cache: true is for one node, whose processes map the same files; turn it off on several")
     if processes.main:
         check_out_dir(out_dir, config, resume, processes.count)
+    if config.compile:
+        check_compiler()
     processes.wait_for_all()  # before anyone writes there
     rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
     prompts = read_prompts(config.data.dir, limit=config.data.prompts)
@@ -168,6 +171,10 @@ def put_together(config, out_dir, base_model, rows, prompts, continuations, proc
     sample = next(RowReader(config.data.dir, batch_size=SAMPLE_ROWS, seed=config.seed))
     speculator = build_speculator(config, base_model, read_token_counts(config.data.dir), sample)
     share_speculator(speculator, config, processes)
+    if config.compile:
+        compile_heads(speculator)
+    if config.compile and not isinstance(base_model, SharedBaseModel):
+        compile_base_model(base_model)
     validation = None
     if config.validation.prompts:
         held_out = read_prompts(config.data.dir, "held_out").tokens[-config.validation.prompts :]
