@@ -19,6 +19,7 @@ from fms_spec.batch import upload
 
 # Positions whose logits exist at once: 512 x 128k in fp32 is 0.26 GB, and matrix products of 512 rows already run at full rate.
 CHUNK = 512
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ def compute_dtype(states):
 
 
 def chunk_loss(log_q, log_p, spare, targets, weights):
-    """Cross-entropy, distillation and acceptance of a chunk, summed: fp32 scalar. `log_q` becomes their gradient by the logits.
+    """Cross-entropy, distillation and acceptance of a chunk, summed: (fp32 scalar, row_scale fp32 [m, 1]).
 
-    With weights a, b, c and acceptance rate A = sum_v min(p, q), that gradient is
+    Their gradient by the logits is row_scale times what `log_q` becomes. With weights a, b, c and acceptance rate A = sum_v min(p, q), it is
         (a + b) q - a onehot - b p + (c / A) (q sum_{v: q < p} q_v - q [q < p])
     so one softmax serves all three, and everything is done in place: on a CPU each pass over [512, 49152] costs a tenth of a product.
+    Where q's factor is a row's own, it is left to be applied to what is smaller.
 
     Args:
         log_q, log_p, spare: fp32 [m, r], all overwritten; log_p and spare are None where no loss asks for p.
@@ -63,28 +65,27 @@ def chunk_loss(log_q, log_p, spare, targets, weights):
     places = targets[:, None].clamp(min=0)
     known = weights.cross_entropy * (targets[:, None] >= 0)
     total = -(known * log_q.gather(1, places)).sum()
-    scale = known
-    if log_p is None:
-        q = log_q.exp_()
-    else:
+    if log_p is not None:
         p = torch.exp(log_p, out=spare)
-        if weights.distillation:
-            total = total + weights.distillation * log_p.sub_(log_q).mul_(p).sum(-1).sum()
-            scale = scale + weights.distillation
-        q = log_q.exp_()
+    if weights.distillation:
+        total = total + weights.distillation * log_p.sub_(log_q).mul_(p).sum(-1).sum()
+    grad = q = log_q.exp_()
+    row_scale = known + weights.distillation
     if weights.acceptance:
         overlap = torch.minimum(p, q, out=log_p)
-        rate = overlap.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        rate = overlap.sum(-1, keepdim=True).clamp(min=TINY)
         total = total - weights.acceptance * rate.log().sum()
         under = overlap.masked_fill_(q >= p, 0.0)
-        scale = scale + weights.acceptance * under.sum(-1, keepdim=True) / rate
-    grad = q.mul_(scale)
-    if weights.acceptance:
-        grad.addcmul_(under, -weights.acceptance / rate)
-    if weights.distillation:
-        grad.sub_(p, alpha=weights.distillation)
-    grad.scatter_add_(1, places, -known)
-    return total
+        q_scale = row_scale + weights.acceptance * under.sum(-1, keepdim=True) / rate
+        grad = q.mul_(q_scale).addcmul_(under, -weights.acceptance / rate)
+        row_scale = torch.ones_like(row_scale)  # q's factor may be next to nothing here, and the others' is not
+    if weights.cross_entropy:
+        grad.scatter_add_(1, places, -known / row_scale.clamp(min=TINY))
+    if weights.distillation and weights.cross_entropy:
+        grad.sub_(p.mul_(weights.distillation / row_scale))
+    elif weights.distillation:
+        grad.sub_(p, alpha=weights.distillation if weights.acceptance else 1.0)
+    return total, row_scale
 
 
 class SoftTargetLoss(torch.autograd.Function):
@@ -152,12 +153,13 @@ def one_head(features, weight, grad_weight, targets, teacher, teacher_weight, sc
         log_softmax_of(x, weight, logits)
         if teacher is not None:
             log_softmax_of(teacher[rows], teacher_weight, teacher_logits)
-        total += chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
-        grad = logits.to(weight.dtype)
-        torch.mm(grad, weight, out=grad_features[rows])
+        loss, row_scale = chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
+        total += loss
+        grad, row_scale = logits.to(weight.dtype), scale * row_scale
+        torch.mm(grad, weight, out=grad_features[rows]).mul_(row_scale)
         if grad_weight is not None:
-            add_product(grad_weight, grad.T, x, scale)
-    return total * scale, grad_features.mul_(scale)
+            add_product(grad_weight, grad.T, (x * row_scale).to(x.dtype))
+    return total * scale, grad_features
 
 
 def log_softmax_of(features, weight, out):
@@ -166,9 +168,9 @@ def log_softmax_of(features, weight, out):
     torch.log_softmax(out, -1, out=out)
 
 
-def add_product(total, a, b, scale):
-    """total += scale * a @ b; total is fp32, scale a tensor. The scale goes where it costs least and rounds nothing."""
-    total.addmm_(a, b * scale) if a.dtype == total.dtype else total.addcmul_(a @ b, scale)
+def add_product(total, a, b):
+    """total += a @ b; total is fp32."""
+    total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 
 def head_losses(speculator, windows, base_model, weights, counts, dtype=None):
