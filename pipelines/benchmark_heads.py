@@ -156,9 +156,14 @@ def head_step(shape, family, dtype_name, device, rounds):
     flops = counter.get_total_flops() * shape.tokens / FEW
     step(head_losses, few)
     windows = random_windows(shape, shape.tokens, dtype, device)
-    seconds = in_turn({"ours": lambda: step(head_losses, windows), "plain": lambda: step(plain_losses, windows)}, device, rounds)
-    computed = compute_dtype(windows.states)
-    rate = product_rate(k, columns, computed, device)
+    computed, rates = compute_dtype(windows.states), []
+    ways = {
+        "ours": lambda: step(head_losses, windows), "plain": lambda: step(plain_losses, windows),
+        "products": lambda: rates.append(product_rate(k, columns, computed, device)),
+    }  # fmt: skip
+    seconds = in_turn(ways, device, rounds)
+    del seconds["products"]
+    rate = statistics.median(rates)  # in turn with the steps: a machine's speed may change within minutes
     return {
         "name": "head_step", "shape": shape.name, "family": family,
         "dtype": dtype_name, "computed_in": str(computed).removeprefix("torch."),
