@@ -113,16 +113,9 @@ class SoftTargetLoss(torch.autograd.Function):
         for head, (x, weight) in enumerate(zip(features, readouts)):
             teacher = None if teacher_of is None else teacher_of(head).to(dtype)
             loss, grad = one_head(
-                x.to(dtype),
-                shared[id(weight)],
-                grads.get(id(weight)),
-                targets[head],
-                teacher,
-                teacher_weight,
-                scales[head],
-                weights,
-                buffers,
-            )
+                x.to(dtype), shared[id(weight)], grads.get(id(weight)), targets[head], teacher, teacher_weight,
+                scales[head], weights, buffers,
+            )  # fmt: skip
             losses.append(loss)
             grad_features.append(grad.to(x.dtype))
         grad_readouts = [grads.pop(id(weight), None) for weight in readouts]  # the first of those who share it has it
