@@ -133,6 +133,7 @@ def only_head_steps(config):
     """The config of a run that does nothing beside them: no cache, validation or checkpoint of its own."""
     changes = {
         "hidden_state_cache": False,
+        "compile": False,  # the averaged copy of the heads would go on with the first ones' compiled step
         "validation": config.validation.model_copy(update={"prompts": 0}),
         "checkpoint": config.checkpoint.model_copy(update={"every": config.schedule.steps}),
     }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from torch._dynamo.utils import counters
 
 from fms_spec.errors import UserError
 from pipelines.compiled import check_compiler
@@ -29,8 +30,11 @@ def compiler():
 
 @pytest.mark.parametrize("family, backend", [("hidden_state", "fms"), ("mlp", "transformers")])
 def test_a_compiled_run_has_the_losses_and_acceptance_of_one_that_is_not(tmp_path, config_file, compiler, family, backend):
+    graphs = []  # compiled so far
     for name, compiled in (("plain", "false"), ("compiled", "true")):
         train(config_file(family, **{"compile": compiled, "base_model.backend": backend}), tmp_path / name)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] > graphs[0]  # something was compiled
     plain, compiled = figures(tmp_path / "plain"), figures(tmp_path / "compiled")
     assert compiled == pytest.approx(plain, rel=1e-5, abs=1e-6) and len(plain) > 50
 
