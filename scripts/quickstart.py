@@ -134,7 +134,7 @@ def write_report(out, config, seconds):
         "phase2_steps": steps["phase2"],
         "seconds_by_part": seconds | {f"training: {part}": spent for part, spent in progress["seconds"].items()},
         "seconds_in_all": sum(seconds.values()),
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,  # Linux counts in KiB
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,  # Linux counts in KiB
     }
     (out / "report.json").write_text(json.dumps(values | {"environment": environment()}, indent=2) + "\n")
     print_values(values, str(out / "report.json"))

@@ -21,7 +21,7 @@ HELPER = Path(__file__).with_name("continuation_helpers.py")
 
 
 def start_writer(folder, seconds, room=1):
-    environment = os.environ | {"PYTHONPATH": str(HELPER.parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(HELPER.parents[1])}
     return subprocess.Popen([sys.executable, HELPER, folder, str(seconds), str(room)], env=environment, stderr=subprocess.PIPE)
 
 

@@ -25,7 +25,7 @@ from pipelines.producers import Producers
 from scripts.train import train
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 # Five shards of two prompts, the last of one; four steps of phase 2 on three rows each, so that batches span shards and epochs.
 SMALL = {"generation.batch_size": 2, "phase2.batch_size": 3, "schedule.steps": 14, "checkpoint.every": 4, "validation.prompts": 0}
 ALONGSIDE = SMALL | {"generation.mode": "alongside", "generation.shards_ahead": 1}

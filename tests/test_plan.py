@@ -16,7 +16,7 @@ from pipelines.config import load_config
 from pipelines.devices import CPU_FRAMEWORK, CPU_HEAP, DEVICES, Device, find_device
 from pipelines.plan import Plan, Ranks, Sizes, mend, verdict
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 CPU = Device("cpu", 64e9, 1e11, 1e10, 1e9, framework=CPU_FRAMEWORK, heap=CPU_HEAP)
 LLAMAS = {
     "8B": (dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32), 8.03e9),
@@ -137,14 +137,21 @@ def test_a_plan_is_printed_and_nothing_is_written_even_where_a_run_stands(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "family, changes",
+    "family, processes, changes",
     [
-        ("hidden_state", {"schedule.pattern": "[[phase1, 1]]"}),
-        ("mlp", {"schedule.pattern": "[[phase1, 1]]", "speculator.inner_dim": 384, "phase1.batch_size": 4}),
-        ("hidden_state", {"schedule.pattern": "[[phase2, 1]]", "generation.batch_size": 64, "generation.max_new_tokens": 32}),
+        ("hidden_state", 1, {"schedule.pattern": "[[phase1, 1]]"}),
+        ("mlp", 1, {"schedule.pattern": "[[phase1, 1]]", "speculator.inner_dim": 384, "phase1.batch_size": 4}),
+        ("hidden_state", 1, {"schedule.pattern": "[[phase2, 1]]", "generation.batch_size": 64, "generation.max_new_tokens": 32}),
+        (
+            "mlp", 2,
+            {
+                "schedule.pattern": "[[phase1, 1]]", "speculator.inner_dim": 384, "phase1.batch_size": 2,
+                "parallel.base_model": "shard", "parallel.speculator": "shard",
+            },
+        ),
     ],
-)
-def test_the_planned_peak_is_within_15_percent_of_what_a_run_takes(tmp_path, corpus_dir, family, changes):
+)  # fmt: skip
+def test_the_planned_peak_is_within_15_percent_of_what_a_run_takes(tmp_path, corpus_dir, family, processes, changes):
     # Large enough for python and torch themselves not to decide it: 100 million weights.
     base = write_model(
         tmp_path / "base", vocab_size=32768, hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=4,
@@ -156,13 +163,14 @@ def test_the_planned_peak_is_within_15_percent_of_what_a_run_takes(tmp_path, cor
         "phase2.batch_size": 32, "phase2.loss.distillation": 1.0, "phase2.loss.only_accepted": "false", "validation.prompts": 0,
     } | ({"speculator.draft_vocab_size": 16384} if family == "hidden_state" else {"phase1.loss.smooth_l1": 0.0}) | changes  # fmt: skip
     config = write_config(tmp_path / "run.yaml", base, tmp_path / "data", family, **changes)
-    planned = Plan(config, Sizes(128, 8), Ranks(), CPU).peak
+    planned = Plan(config, Sizes(128, 8), Ranks(processes, processes), CPU).peak
     overrides = [f"{key}={value}" for key, value in changes.items()]
     child = (
         "import resource, subprocess, sys; finished = subprocess.run(sys.argv[1:]);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(finished.returncode)"
     )
-    command = [sys.executable, "-m", "scripts.train", "--config=run.yaml", "--out_dir=out", *overrides]
+    several = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *several, "-m", "scripts.train", "--config=run.yaml", "--out_dir=out", *overrides]
     finished = subprocess.run([sys.executable, "-c", child, *command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert planned == pytest.approx(int(finished.stdout.split()[-1]), rel=0.15)

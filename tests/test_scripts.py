@@ -11,7 +11,7 @@ import pytest
 from conftest import write_model
 from test_house import ROOT, readme_commands
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 CONTINUE = "scripts.generate_continuations --engine=embedded --out_dir=new"
