@@ -64,7 +64,7 @@ def keep_texts(argument_class):
 def keep_freed_memory():
     """Tell glibc to keep freed blocks instead of giving them back to the system and fetching them, page by page, for the next tensor.
 
-    On two CPU cores the hidden states of SmolLM2-135M in fp32 went from 708 to 792 tokens/s (`scripts.benchmark train_step`, the line
+    On two CPU cores the hidden states of SmolLM2-135M in fp32 went from 672 to 853 tokens/s (`scripts.benchmark train_step`, the line
     named "freed_memory"). Elsewhere than on glibc, nothing happens.
     """
     try:
