@@ -82,20 +82,31 @@ def choose_held_out(spool, count, prompt_length, generator):
     return held_out, train
 
 
-def pack(documents, seq_length):
-    """Lay documents end to end into rows and yield (tokens int32 [n], starts) for each full row.
+def missing_prefix(tokens, prefix):
+    """What is to be put before `tokens` [n] for them to begin with `prefix`, a list of ids, once: a list."""
+    return [] if np.array_equal(tokens[: len(prefix)], prefix) else prefix
 
-    `starts` are the offsets in the row at which a document, or the continued piece of one, begins; the first is 0. What does
-    not fill the last row is dropped.
+
+def pack(documents, seq_length, prefix):
+    """Lay documents end to end into rows and yield (tokens int32 [n], starts, own bool [n]) for each full row.
+
+    `starts` are the offsets in the row at which a document, or the continued piece of one, begins; the first is 0. Each piece is a
+    text of its own to the base model, so each begins with the tokenizer's `prefix`, a list of fewer than n ids; where a row has no
+    room for more, what fits of it fills the row. `own` tells the documents' tokens from those put before them. What does not fill
+    the last row is dropped.
     """
-    row, starts, filled = np.empty(seq_length, np.int32), [], 0
+    row, starts, own, filled = np.empty(seq_length, np.int32), [], np.zeros(seq_length, bool), 0
     for document in documents:
         position = 0
         while position < len(document):
-            taken = min(seq_length - filled, len(document) - position)
             starts.append(filled)
+            added = missing_prefix(document[position:], prefix)[: seq_length - filled]
+            row[filled : filled + len(added)] = added
+            filled += len(added)
+            taken = min(seq_length - filled, len(document) - position)
             row[filled : filled + taken] = document[position : position + taken]
+            own[filled : filled + taken] = True
             filled, position = filled + taken, position + taken
             if filled == seq_length:
-                yield row, starts
-                row, starts, filled = np.empty(seq_length, np.int32), [], 0
+                yield row, starts, own
+                row, starts, own, filled = np.empty(seq_length, np.int32), [], np.zeros(seq_length, bool), 0

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data.documents import DocumentSpool, choose_held_out, pack
+from data.documents import DocumentSpool, choose_held_out, missing_prefix, pack
 from data.folder import finished_set, refuse_inside, write_manifest, writing
 from data.manifest import FORMAT_VERSION
 from data.sources import Skipped, open_source
 from data.tables import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
-from data.tokenizer import encode_documents, load_tokenizer, use_threads
+from data.tokenizer import encode_documents, load_tokenizer, refuse_unknown, use_threads
 from fms_spec.errors import UserError
 
 # Each random choice has a stream of its own, so that e.g. asking for prompts of another length does not reorder the rows.
@@ -65,6 +65,7 @@ def prepare(*, source, tokenizer, out_dir, workers=None, **settings):
     opened = open_source(source, settings.text_column)
     refuse_inside(out_dir, source)
     loaded = load_tokenizer(tokenizer)
+    check_room(settings, loaded.prefix)
     inputs = {
         "format_version": FORMAT_VERSION,
         "source": opened.fingerprint(),
@@ -76,6 +77,7 @@ def prepare(*, source, tokenizer, out_dir, workers=None, **settings):
         print(f"{out_dir} already holds this set, nothing to do: {summary(manifest)}")
         return manifest
 
+    tell_sizes(loaded)
     started = time.monotonic()
     skipped = Skipped(opened)
     with writing(out_dir, inputs) as folder, DocumentSpool(folder) as spool:
@@ -102,6 +104,23 @@ def prepare(*, source, tokenizer, out_dir, workers=None, **settings):
     return manifest
 
 
+def check_room(settings, prefix):
+    """Refuse rows and prompts that the tokenizer's prefix, a list of ids, would fill."""
+    for name in ("seq_length", "prompt_length"):
+        length = getattr(settings, name)
+        if length <= len(prefix):
+            raise UserError(f"--{name}={length}: must be over {len(prefix)}, the tokens that the tokenizer begins a text with")
+
+
+def tell_sizes(tokenizer):
+    """Say so where the base model beside the tokenizer has an embedding of another size."""
+    sizes = f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's embedding {tokenizer.embedding_size}"
+    if tokenizer.overflows:
+        print(f"warning: {sizes}; a document with one of the others will be refused", file=sys.stderr)
+    elif tokenizer.embedding_size not in (None, tokenizer.vocab_size):
+        print(f"{sizes} (padded, harmless)", file=sys.stderr)
+
+
 def summary(manifest):
     """One line about a prepared folder."""
     parts = [
@@ -118,6 +137,8 @@ def read_documents(spool, source, tokenizer, settings, skipped):
     documents = source.documents(settings.generator(READING))
     with tqdm(desc="tokenise", unit="token", unit_scale=True, total=settings.max_tokens) as progress:
         for document, tokens in encode_documents(documents, tokenizer, skipped):
+            if tokenizer.overflows:
+                refuse_unknown(tokens, tokenizer.embedding_size, tokenizer.backend, source.label(document.file, document.row))
             spool.append(tokens, document.file, document.row)
             progress.update(len(tokens))
             if enough.after(len(tokens)):
@@ -125,7 +146,7 @@ def read_documents(spool, source, tokenizer, settings, skipped):
 
 
 class Enough:
-    """Tells when max_tokens will be there for the train rows, whichever documents are held out later."""
+    """Tells when max_tokens will be there for the train rows, whichever documents are held out later and whatever prefixes add."""
 
     def __init__(self, settings):
         self.settings, self.longest, self.total = settings, [], 0
@@ -156,22 +177,25 @@ def write_tables(folder, spool, source, tokenizer, settings):
     for number, (split, documents) in enumerate(splits.items()):
         if source.finite:
             documents = settings.generator(SHUFFLING, number).permutation(documents)
-        rows = write_rows(folder, split, documents, spool, settings, about, counts if split == "train" else None)
+        rows = write_rows(folder, split, documents, spool, settings, about, tokenizer.prefix, counts if split == "train" else None)
         if split == "train" and rows["rows"] == 0:
             found = int(spool.lengths[documents].sum())
             raise UserError(f"only {found} tokens to train on, less than one row of --seq_length={settings.seq_length}; lower it")
         tables[f"rows-{split}"] = rows
         used = documents[: rows["documents"]]
-        tables[f"prompts-{split}"] = write_prompts(folder, split, used, spool, source, settings, about, number)
+        tables[f"prompts-{split}"] = write_prompts(folder, split, used, spool, source, settings, about, tokenizer.prefix, number)
     tables["token_counts"] = write_token_counts(folder, counts, about)
     return tables
 
 
-def write_rows(folder, split, documents, spool, settings, about, counts):
-    """Pack `documents` (numbers, in order) into rows; `counts` [vocabulary], if given, is added to. Returns the table's entry."""
+def write_rows(folder, split, documents, spool, settings, about, prefix, counts):
+    """Pack `documents` (numbers, in order) into rows. Returns the table's entry.
+
+    To `counts` [vocabulary], if given, the documents' own tokens are added: a prefix is never predicted.
+    """
     seq_length = settings.seq_length
     limit = settings.max_tokens // seq_length if split == "train" and settings.max_tokens is not None else None
-    used = tokens_used = 0
+    used = tokens_used = tokens_packed = 0
 
     def taken():
         nonlocal used, tokens_used
@@ -181,17 +205,19 @@ def write_rows(folder, split, documents, spool, settings, about, counts):
             yield tokens
 
     writer = TableWriter(folder, f"rows-{split}", rows_schema(seq_length, about), seq_length)
-    for tokens, starts in tqdm(islice(pack(taken(), seq_length), limit), desc=f"pack {split}", unit="row", leave=False):
+    rows = islice(pack(taken(), seq_length, prefix), limit)
+    for tokens, starts, own in tqdm(rows, desc=f"pack {split}", unit="row", leave=False):
+        tokens_packed += int(own.sum())
         if counts is not None:
-            np.add.at(counts, tokens, 1)
+            np.add.at(counts, tokens[own], 1)
         writer.append((tokens, starts))
     table = writer.close()
-    packed = table["rows"] * seq_length
-    return {**table, "documents": used, "tokens": packed, "dropped_tail_tokens": tokens_used - packed}
+    dropped = tokens_used - tokens_packed
+    return {**table, "documents": used, "tokens": table["rows"] * seq_length, "dropped_tail_tokens": dropped}
 
 
-def write_prompts(folder, split, documents, spool, source, settings, about, number):
-    """Draw one prompt from each document that is long enough. Returns the table's entry.
+def write_prompts(folder, split, documents, spool, source, settings, about, prefix, number):
+    """Draw one prompt from each document that is long enough even without the prefix. Returns the table's entry.
 
     The offset is random because the beginnings of files are licence headers, all alike. The end-of-text token is left out: a
     continuation of it would be another document.
@@ -202,7 +228,9 @@ def write_prompts(folder, split, documents, spool, source, settings, about, numb
         tokens = spool[document][:-1]
         if len(tokens) >= length:
             offset = int(generator.integers(len(tokens) - length + 1))
-            writer.append((writer.rows, document, source.label(*spool.origin(document)), tokens[offset : offset + length]))
+            piece = tokens[offset : offset + length]
+            prompt = [*missing_prefix(piece, prefix), *piece][:length]
+            writer.append((writer.rows, document, source.label(*spool.origin(document)), prompt))
     return writer.close()
 
 

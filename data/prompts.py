@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from data.reader import check_tokenizer, read_manifest, read_prompts
+from data.tokenizer import encode_prompt, read_embedding_size, refuse_unknown
 from fms_spec.errors import UserError
 
 
@@ -67,19 +68,21 @@ def load_prompts(path, tokenizer_dir, limit=None):
 
     Args:
         path: a folder from prepare_data whose documents were partly held out, or a .jsonl file. Each of its lines has a "prompt"
-            text, continued as it stands, or "turns", a list of user texts for the chat template; and a "category" text, if wanted.
+            text, encoded as in serving and continued, or "turns", a list of user texts for the chat template; and a "category" text, if
+            wanted.
         tokenizer_dir: the base model's. limit: use only the first so many of each category; those without one count as one.
 
     Raises:
-        UserError: nothing there that can be read, another tokenizer's tokens, a malformed line, turns but no chat template, or no
-            prompts.
+        UserError: nothing there that can be read, another tokenizer's tokens, tokens that the base model lacks, a malformed line, turns
+            but no chat template, or no prompts.
     """
     path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: must be at least 1")
     if path.is_dir():
-        check_tokenizer(read_manifest(path), tokenizer_dir)
-        prompts = [Prompt(None, tokens) for tokens in read_prompts(path, "held_out").tokens]
+        tokenizer, held_out = check_tokenizer(read_manifest(path), tokenizer_dir), read_prompts(path, "held_out").tokens
+        refuse_unknown(held_out, tokenizer.embedding_size, tokenizer.backend, f"prompts {path}")
+        prompts = [Prompt(None, tokens) for tokens in held_out]
     else:
         prompts = read_lines(path, tokenizer_dir)
     if not prompts:
@@ -100,7 +103,7 @@ def read_lines(path, tokenizer_dir):
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"prompts {path}: can't be read ({problem}); give a prepared folder or a .jsonl file") from error
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer, embedding_size = AutoTokenizer.from_pretrained(tokenizer_dir), read_embedding_size(tokenizer_dir)
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -108,12 +111,14 @@ def read_lines(path, tokenizer_dir):
         place = f"prompts {path}, line {number}"
         prompt, turns, category = read_fields(line, place)
         if turns is None:
-            prompts.append(Prompt(category, torch.tensor(tokenizer(prompt).input_ids, dtype=torch.int64)))
+            prompts.append(Prompt(category, torch.tensor(encode_prompt(tokenizer, prompt), dtype=torch.int64)))
         elif tokenizer.chat_template:
             prompts.append(Chat(category, turns, tokenizer))
         else:
             mend = 'give "prompt" texts, or take a base model with a chat template'
             raise UserError(f'{place}: it has "turns", but the tokenizer in {tokenizer_dir} has no chat template; {mend}')
+        for text in turns or [prompt]:  # of a chat not what its template adds, which is the model's own
+            refuse_unknown(tokenizer(text).input_ids, embedding_size, tokenizer.backend_tokenizer, place)
     return prompts
 
 

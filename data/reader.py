@@ -13,7 +13,7 @@ from data.tokenizer import check_tokenizer
 from fms_spec.batch import Batch
 from fms_spec.errors import UserError
 
-__all__ = ["Prompts", "RowReader", "check_tokenizer", "read_manifest", "read_prompts", "read_token_counts"]
+__all__ = ["Prompts", "RowReader", "check_tokenizer", "check_vocabulary", "read_manifest", "read_prompts", "read_token_counts"]
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,21 @@ def read_token_counts(data_dir):
         UserError: the folder is half-written, or the file is missing, cut short or altered.
     """
     return torch.from_numpy(read_table(data_dir, "token_counts").column("count").to_numpy().copy())
+
+
+def check_vocabulary(data_dir, vocab_size):
+    """Refuse train rows with tokens that a base model with an embedding of `vocab_size` ids does not know.
+
+    Raises:
+        UserError: names the first such token; or as read_token_counts.
+    """
+    counts = read_token_counts(data_dir)
+    unknown = counts[vocab_size:].nonzero().flatten().tolist()
+    if unknown:
+        raise UserError(
+            f"{data_dir}: token {vocab_size + unknown[0]} occurs in it, but the tokenizer has {len(counts)} ids, the base model's "
+            f"embedding {vocab_size}; prepare it with the base model's own tokenizer, or leave documents with such tokens out"
+        )
 
 
 def read_table(data_dir, name):

@@ -11,7 +11,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import Options
 from fms_spec.proposers import DraftShape, PromptLookup, TopKProposer
-from pipelines.evaluate import compare, evaluate, figures
+from pipelines.evaluate import evaluate, figures, logit_gap, side_by_side
 from pipelines.suggestion import forward_seconds
 
 DTYPE = "bfloat16"
@@ -76,16 +76,13 @@ def forwards(base_model):
 
 
 def plain(base_model, generate, prompts, new_tokens):
-    """Plain decoding against `transformers` generate, both with reading the prompt; and whether they wrote the same."""
+    """Plain decoding against `transformers` generate, both with reading the prompt; and whether they wrote the same, by bf16 logits."""
     ways = {"ours": lambda *job: whole(base_model, *job), "transformers": generate}
     rates, texts = in_turn(ways, prompts, new_tokens, "plain")
-    verdicts = [compare(base_model, *case) for case in zip(prompts, texts["transformers"], texts["ours"])]
+    pairs = list(zip(prompts, texts["transformers"], texts["ours"]))
     ratio = rates["ours"] / rates["transformers"]
-    return {"name": "plain", "tokens_per_s": rates, "ours_over_transformers": ratio, "texts": count_verdicts(verdicts)}
-
-
-def count_verdicts(verdicts):
-    return {verdict: verdicts.count(verdict) for verdict in ("equal", "tie", "differs")}
+    texts = side_by_side(pairs, [logit_gap(base_model, *pair) for pair in pairs])
+    return {"name": "plain", "tokens_per_s": rates, "ours_over_transformers": ratio} | texts
 
 
 def trees(base_model, speculator, prompts, shapes, new_tokens):
@@ -94,10 +91,11 @@ def trees(base_model, speculator, prompts, shapes, new_tokens):
     proposers["prompt lookup"] = PromptLookup(4)
     samples = evaluate(base_model, prompts, {"plain": None} | proposers, new_tokens)
     for (kind, proposer), shape in zip(proposers.items(), [*shapes, None]):
-        verdicts = [sample.verdict for sample in samples if sample.kind == kind]
+        places = [sample.place for sample in samples if sample.kind == kind]
+        texts = {"equal": places.count(None), "parted": len(places) - places.count(None)}
         yield {
             "name": "tree" if shape else "our_prompt_lookup", "lookahead": proposer.lookahead, "nodes": proposer.nodes,
-            "chain": isinstance(proposer, TopKProposer) and proposer.nodes == proposer.lookahead, "texts": count_verdicts(verdicts),
+            "chain": isinstance(proposer, TopKProposer) and proposer.nodes == proposer.lookahead, "texts": texts,
             **figures(samples, kind, proposer.lookahead),
         }  # fmt: skip
 

@@ -1,55 +1,101 @@
-"""What a speculator earns in vLLM here: with the plugin, plainly, and with vLLM's own ngram method, in turn in one run."""
+"""What a speculator earns in vLLM here: with the plugin, plainly, and with vLLM's own ngram method, in turn in one run.
+
+Shapes: n tokens of a line, which is a prompt.
+"""
 
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from fms_spec.base_model import resolve_base_model
+from fms_spec.base_model import read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.hub import local_directory
 from fms_spec.loading import load_for_decoding
 from fms_spec.vllm_plugin import METHOD
-from pipelines.evaluate import compare, evaluate, figures
+from pipelines.evaluate import evaluate, figures, free_memory, settle, side_by_side
 from pipelines.vllm_engine import start_vllm
 
 LOOKUP = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}  # as our own prompt lookup: its longest match is 3
 
 
 def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
-    """One JSON value for each way, as an iterator; batch 1, greedy, speeds with reading the prompt.
+    """One JSON value for each way, as an iterator; batch 1, greedy, speeds with reading the prompt, texts against plain vLLM's.
 
     Args:
-        prompts: as for `evaluate`; of a conversation, its first turn.
+        prompts: as for `evaluate`, of which those over the context are left out.
     """
-    base_model, heads, proposer = load_for_decoding(name, speculator, dtype=dtype)
-    tokens = heads.n_predict
-    ours = figures(evaluate(base_model, prompts, {"plain": None, "speculator": proposer}, new_tokens), "speculator", tokens)
-    del heads, proposer
-    lines = [prompt.tokens([]) for prompt in prompts]
+    load = partial(load_for_decoding, name, speculator)
+    lines, tokens, ours = our_decoding(load, prompts, new_tokens, dtype)
+    free_memory()
+    # The last with the speculator: a process has one set of vLLM's counters, those of the engine it started last.
     speculations = {
         "plain": None,
         "ngram": {"method": "ngram", "num_speculative_tokens": tokens, **LOOKUP},
-        # The last: a process has one set of vLLM's counters, those of the engine it started last.
-        "speculator": {"method": METHOD, "model": str(local_directory("speculator", speculator)), "num_speculative_tokens": tokens},
+        "speculator": attached(speculator, tokens),
     }
-    length = max(map(len, lines)) + new_tokens + tokens  # room to draft to the end: vLLM drafts nothing that might not fit
+    length = length_of(lines, new_tokens, tokens)
     engines = {way: start_vllm(resolve_base_model(name), dtype, length, speculative_config=found, disable_log_stats=False)
                for way, found in speculations.items()}  # fmt: skip
     try:
         warm_up(engines, lines[0])
         before = counters(engines["speculator"])
         seconds, texts = in_turn(engines, lines, new_tokens)
-        counted = counters(engines["speculator"]) - before
-        for way in engines:
-            verdicts = [compare(base_model, *job) for job in zip(lines, texts["plain"], texts[way])]
-            rate, plain = (sum(map(len, texts[kind])) / seconds[kind] for kind in (way, "plain"))
-            yield {
-                "way": way, "tokens_per_s": rate, "speedup": rate / plain, "texts": {kind: verdicts.count(kind) for kind in set(verdicts)},
-                **(acceptance(counted, ours) if way == "speculator" else {}),
-            }  # fmt: skip
+        counted = acceptance(counters(engines["speculator"]) - before)
     finally:
         for engine in engines.values():
             engine.llm_engine.engine_core.shutdown()
+    pairs = {way: list(zip(lines, texts["plain"], texts[way])) for way in engines}
+    _, gaps = settle([], sum(pairs.values(), []), load, new_tokens)
+    for place, way in enumerate(engines):
+        rate, plain = (sum(map(len, texts[kind])) / seconds[kind] for kind in (way, "plain"))
+        found = side_by_side(pairs[way], gaps[place * len(lines) :][: len(lines)])
+        yield {"way": way, "tokens_per_s": rate, "speedup": rate / plain} | found | (counted | ours if way == "speculator" else {})
+
+
+def our_decoding(load, prompts, new_tokens, dtype):
+    """(list of int64 [n] that were continued, tokens drafted, acceptance as JSON values) of our own decoding with a chain."""
+    base_model, speculator, proposer = load(dtype=dtype)
+    samples = evaluate(base_model, prompts, {"plain": None, "speculator": proposer}, new_tokens)
+    found = figures(samples, "speculator", speculator.n_predict)
+    ours = {f"our_{name}": found[name] for name in ("acceptance_length", "acceptance_per_position")}
+    return [sample.prompt_tokens for sample in samples if sample.kind == "plain"], speculator.n_predict, ours
+
+
+def serve(name, speculator, lines, new_tokens, tokens, dtype):
+    """Put lines through vLLM, with a speculator that drafts `tokens`; its processes have ended on return.
+
+    Args:
+        name, speculator: directories or hub names. lines: list of int64 [n].
+
+    Returns:
+        (greedy texts, lists of ints that end at EOS or new_tokens; acceptance by vLLM's own counters, as JSON values)
+    """
+    from vllm import SamplingParams
+
+    path = resolve_base_model(name)
+    config = read_config(path)
+    ends = [token for token in read_eos_token_ids(path, config) if token < config.vocab_size]
+    engine = start_vllm(
+        path, dtype, length_of(lines, new_tokens, tokens), speculative_config=attached(speculator, tokens), disable_log_stats=False
+    )
+    try:
+        # Ends as ours do, whatever the tokenizer calls its EOS.
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, stop_token_ids=ends, detokenize=False)
+        outputs = engine.generate([{"prompt_token_ids": line.tolist()} for line in lines], params)
+        return [list(output.outputs[0].token_ids) for output in outputs], acceptance(counters(engine))
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+
+
+def attached(speculator, tokens):
+    """vLLM's speculative_config for a speculator's directory or hub name."""
+    return {"method": METHOD, "model": str(local_directory("speculator", speculator)), "num_speculative_tokens": tokens}
+
+
+def length_of(lines, new_tokens, tokens):
+    """Room to draft to the end of every line: vLLM drafts nothing that might not fit."""
+    return max(map(len, lines)) + new_tokens + tokens
 
 
 def warm_up(engines, line):
@@ -84,10 +130,8 @@ def counters(engine):
     return torch.tensor([found["drafts"].value, found["accepted_tokens"].value, *found["accepted_tokens_per_pos"].values])
 
 
-def acceptance(counted, ours):
-    """Acceptance by vLLM's counters (see `counters`), beside that of our own decoding (`figures`) on the same prompts."""
+def acceptance(counted):
+    """Acceptance by vLLM's counters (see `counters`), as JSON values."""
     drafts, accepted, *shares = counted.tolist()
-    return {
-        "acceptance_length": 1 + accepted / drafts, "acceptance_per_position": [count / drafts for count in shares],
-        "our_acceptance_length": ours["acceptance_length"], "our_acceptance_per_position": ours["acceptance_per_position"],
-    }  # fmt: skip
+    drafts = max(drafts, 1)  # none where every text ends at its first token
+    return {"acceptance_length": 1 + accepted / drafts, "acceptance_per_position": [count / drafts for count in shares]}

@@ -1,13 +1,16 @@
 """What a speculator earns, measured by decoding prompts with it, plainly, and with prompt lookup, in turn on the same machine."""
 
+import gc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from tqdm import tqdm
 
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.decoding import Timing, decode
+from fms_spec.errors import UserError
 from fms_spec.options import Options
 from fms_spec.proposers import PromptLookup
 
@@ -18,7 +21,8 @@ RESAMPLES, INTERVAL = 1000, 0.95  # of the bootstrap over prompts
 class Sample:
     """One text: which prompt and category, which way it was decoded, what came of it.
 
-    verdict: "equal", "tie" or "differs" against the plain text; see `compare`. tokens: of prompt and continuation, int64 [s].
+    verdict: against the plain text "equal", "differs", or "parted" until `settle` has found out whether that is "rounding" or "differs".
+    tokens: of prompt and continuation, int64 [s]. place: of the first new token that isn't the plain text's, None where all are.
     """
 
     prompt: int
@@ -30,6 +34,17 @@ class Sample:
     verdict: str
     tokens: torch.Tensor
     prompt_length: int
+    place: int | None
+
+    @property
+    def prompt_tokens(self):
+        """What was to be continued: int64 [prompt_length]."""
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def text(self):
+        """The continuation, as a list of ints."""
+        return self.tokens[self.prompt_length :].tolist()
 
 
 def usual_ways(proposer):
@@ -40,75 +55,180 @@ def usual_ways(proposer):
 def evaluate(base_model, prompts, ways, max_new_tokens):
     """Decode every prompt greedily and alone, in all ways in turn.
 
+    A turn that is over the base model's context, with max_new_tokens and candidates, is left out, and so are those after it.
+
     Args:
         prompts: objects with category (str or None), turns (int) and tokens(replies) -> int64 [n], the tokens to be continued when the
         turns before were answered with `replies`. ways: {kind: proposer}, "plain" with None first; see `usual_ways`.
 
     Returns:
         list of `Sample`.
+
+    Raises:
+        UserError: every prompt is over the context.
     """
     options = Options(max_new_tokens=max_new_tokens)
+    room = base_model.context_length - max_new_tokens - max((way.lookahead for way in ways.values() if way), default=0)
+    first, short = first_within(room, prompts, base_model), Options(max_new_tokens=min(4, max_new_tokens), ignore_eos=True)
     for way in ways.values():  # first calls choose kernels and allocate
-        decode(base_model, [prompts[0].tokens([])], Options(max_new_tokens=4, ignore_eos=True), way)
+        decode(base_model, [first], short, way)
     samples = []
     for number, prompt in enumerate(tqdm(prompts, desc="decode", unit="prompt", dynamic_ncols=True)):
         replies = []
-        for _ in range(prompt.turns):
-            tokens = prompt.tokens(replies)
+        while len(replies) < prompt.turns and len(tokens := prompt.tokens(replies)) <= room:
             for kind, way in ways.items():
                 (result,), timing = decode(base_model, [tokens], options, way)
                 if kind == "plain":
                     replies.append(result.tokens)
+                place = parting(replies[-1], result.tokens)
+                verdict = "equal" if place is None else "differs" if base_model.dtype == torch.float32 else "parted"
                 whole = torch.cat([tokens, torch.tensor(result.tokens)])
-                verdict = compare(base_model, tokens, replies[-1], result.tokens)
-                category = prompt.category or "all"
-                samples.append(Sample(number, category, kind, result.accepted, len(result.tokens), timing, verdict, whole, len(tokens)))
+                facts = result.accepted, len(result.tokens), timing, verdict, whole, len(tokens), place
+                samples.append(Sample(number, prompt.category or "all", kind, *facts))
     return samples
 
 
-def compare(base_model, prompt, plain, speculative):
-    """ "equal", "tie" or "differs" for two decoded token lists.
+def first_within(room, prompts, base_model):
+    """The first turn of the first prompt that has at most `room` tokens: int64 [n]; raises UserError where there is none."""
+    turns = [prompt.tokens([]) for prompt in prompts]
+    found = next((tokens for tokens in turns if len(tokens) <= room), None)
+    if found is None:
+        shortest, context = min(map(len, turns)), base_model.context_length
+        raise UserError(
+            f"every prompt, the shortest of {shortest} tokens, is over the context of {base_model.name}, {context}, {room} without the new "
+            "tokens and candidates; give shorter prompts, or lower the number of new tokens or the lookahead"
+        )
+    return found
 
-    A forward over one token and one over several may round differently in bf16. A tie is a first difference between two tokens whose
-    logits, in a forward over the whole prefix, are no further apart than one step of the base model's dtype at the largest logit.
+
+def parting(first, second):
+    """Place of the first difference between two texts, lists of ints, be it that one of them ends there; None for equal ones."""
+    if first == second:
+        return None
+    shorter = min(len(first), len(second))
+    return next((place for place in range(shorter) if first[place] != second[place]), shorter)
+
+
+def logit_gap(base_model, prompt, first, second):
+    """How far apart the logits of the two tokens are at which two texts part, in one forward over what they share.
+
+    Args:
+        prompt: int64 [n]. first, second: what follows it, lists of ints.
+
+    Returns:
+        float, in the base model's dtype; None for equal texts and where one merely ends.
     """
-    if plain == speculative:
-        return "equal"
-    place = next((i for i, (a, b) in enumerate(zip(plain, speculative)) if a != b), None)
-    if place is None:
-        return "differs"  # one stops where the other goes on
-    prefix = torch.cat([prompt, torch.tensor(plain[:place], dtype=torch.int64)])[None]
-    states = base_model.hidden_states(prefix, torch.zeros_like(prefix))
-    logits = base_model.logits(states[0, -1]).double()
-    spacing = torch.finfo(base_model.dtype).eps * 2 ** math.floor(math.log2(max(logits.abs().max().item(), 1e-30)))
-    return "tie" if (logits[plain[place]] - logits[speculative[place]]).abs() <= spacing else "differs"
+    place = parting(first, second)
+    if place is None or place == min(len(first), len(second)):
+        return None
+    prefix = torch.cat([prompt, torch.tensor(first[:place], dtype=torch.int64)])[None]
+    logits = base_model.logits(base_model.hidden_states(prefix, torch.zeros_like(prefix))[0, -1])
+    return (logits[first[place]] - logits[second[place]]).abs().item()
+
+
+def side_by_side(pairs, gaps):
+    """How many texts are equal and how many part, and the largest of the `logit_gap`s, None where there is none, as JSON values.
+
+    Args:
+        pairs: list of (prompt, text, other text). gaps: of each pair.
+    """
+    equal = sum(first == second for _, first, second in pairs)
+    largest = max((gap for gap in gaps if gap is not None), default=None)
+    return {"texts": {"equal": equal, "parted": len(pairs) - equal}, "largest_gap": largest}
+
+
+def settle(samples, pairs, load, max_new_tokens):
+    """What float32 says of texts that part: one base model, loaded only if there are any, after the caller has let go of its own.
+
+    The speculator's text in bf16 or fp16 may part from the plain one because a forward over one token rounds otherwise than one over
+    several. So both are decoded again in float32, from before the step in which they parted to their end; only where these part too,
+    "parted" becomes "differs", otherwise "rounding".
+
+    Args:
+        samples: of `evaluate`, with max_new_tokens. pairs: list of (prompt int64 [n], text, other text), as for `logit_gap`. load: function
+        of dtype and device, as `load_for_decoding` for the same models and shape.
+
+    Returns:
+        (samples, with verdicts for the speculator's; list of the pairs' `logit_gap` in float32)
+    """
+    parted = [place for place, sample in enumerate(samples) if (sample.kind, sample.verdict) == ("speculator", "parted")]
+    if not parted and all(first == second for _, first, second in pairs):
+        return samples, [None] * len(pairs)
+
+    def work(base_model, _, proposer):
+        settled = list(samples)
+        for place in tqdm(parted, desc="in float32", unit="text", dynamic_ncols=True):
+            settled[place] = replace(samples[place], verdict=verdict_in(base_model, proposer, samples[place], max_new_tokens))
+        return settled, [logit_gap(base_model, *pair) for pair in pairs]
+
+    free_memory()
+    try:
+        return work(*load(dtype="float32"))
+    except torch.OutOfMemoryError:
+        pass  # only behind the block the model is let go
+    free_memory()
+    return work(*load(dtype="float32", device="cpu"))
+
+
+def verdict_in(base_model, proposer, sample, max_new_tokens):
+    """ "rounding" or "differs": whether plain and speculative decoding say the same from before the step in which the sample parted on."""
+    kept = before_step(sample.accepted, sample.place)
+    prefix, options = sample.tokens[: sample.prompt_length + kept], Options(max_new_tokens=max_new_tokens - kept)
+    (plain,), _ = decode(base_model, [prefix], options)
+    (speculative,), _ = decode(base_model, [prefix], options, proposer)
+    return "rounding" if plain.tokens == speculative.tokens else "differs"
+
+
+def before_step(accepted, place):
+    """How many new tokens to keep so that reading them gives the root of the step that said token `place`, and that step comes next.
+
+    Reading the prompt says the first token; each step says its accepted tokens and one more.
+    """
+    begins = accumulate((count + 1 for count in accepted), initial=1)
+    return max((begin - 1 for begin in begins if begin <= place), default=0)
+
+
+def free_memory():
+    """Give what nothing refers to any more back to the device, cycles included, for another model or process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def report(samples, proposer):
     """The figures of `evaluate`'s samples, as JSON values.
 
     Returns:
-        dict: the speculator's figures (see `figures`) over all prompts; plain_tokens_per_s; lossless, differing_at_a_tie, differing;
-        prompt_lookup: the same figures for it; categories: {name: the speculator's figures and prompt lookup's speed}.
+        dict: the speculator's figures (see `figures`) over all prompts; prompt_lookup: the same figures for it; categories: {name: the
+        speculator's figures and prompt lookup's speed}.
     """
-    speculated = [sample for sample in samples if sample.kind == "speculator"]
-    verdicts = [sample.verdict for sample in speculated]
-    values = figures(samples, "speculator", proposer.lookahead)
     categories = {}
     for category in dict.fromkeys(sample.category for sample in samples):
         own = [sample for sample in samples if sample.category == category]
         lookup = figures(own, "prompt_lookup", 1)
         categories[category] = figures(own, "speculator", proposer.lookahead) | {"prompt_lookup_speedup": lookup["speedup"]}
-    return values | {
+    return figures(samples, "speculator", proposer.lookahead) | {
         "lookahead": proposer.lookahead,
         "nodes": proposer.nodes,
-        "lossless": "differs" not in verdicts,
-        "texts": len(verdicts),
-        "differing_at_a_tie": verdicts.count("tie"),
-        "differing": verdicts.count("differs"),
-        "prompts": len({sample.prompt for sample in samples}),
         "prompt_lookup": figures(samples, "prompt_lookup", proposer.nodes),
         "categories": categories,
+    }
+
+
+def losslessness(samples, prompts):
+    """How the speculator's texts compare with the plain ones, as JSON values, and how many of the prompts' turns were left out.
+
+    Args:
+        samples: as `settle` gives them. prompts: as for `evaluate`.
+    """
+    verdicts = [sample.verdict for sample in samples if sample.kind == "speculator"]
+    return {
+        "lossless": set(verdicts) <= {"equal", "rounding"},
+        "texts": len(verdicts),
+        "parting_by_rounding": verdicts.count("rounding"),
+        "differing": verdicts.count("differs"),
+        "prompts": len({sample.prompt for sample in samples}),
+        "left_out": sum(prompt.turns for prompt in prompts) - len(verdicts),
     }
 
 

@@ -6,11 +6,14 @@ Shapes: n candidates.
 import statistics
 import time
 from functools import partial
+from itertools import islice
 
 import torch
 
 from fms_spec.acceptance import accepted_in_text, pooled_acceptance
 from fms_spec.candidates import Tree
+from fms_spec.decoding import decode
+from fms_spec.options import Options
 from fms_spec.proposers import DraftShape, Step
 
 FORWARDS = (1, 2, 3, 4, 5, 7, 9, 13, 17)  # tokens of the measured forwards: the root and up to 16 candidates
@@ -61,9 +64,10 @@ def suggest(base_model, speculator, texts):
     speedup = acceptance length x plain step / (drafting + forward over the tree), batch 1.
 
     Args:
-        texts: list of (states [s, d], tokens int64 [s], prompt length, new tokens), greedy texts as for `accepted_in_text`;
-        without any, nothing is suggested.
+        texts: iterable of (states [s, d], tokens int64 [s], prompt length, new tokens), greedy texts as for `accepted_in_text`, of which
+        the first `TEXTS` count; without any, nothing is suggested.
     """
+    texts = list(islice(texts, TEXTS))
     if not texts:
         return []
     states, tokens, _, _ = texts[0]
@@ -84,17 +88,24 @@ def suggest(base_model, speculator, texts):
     return sorted(rows, key=lambda row: -row["speedup"])[:SHOWN]
 
 
-def chain_acceptance(speculator, texts):
-    """What the speculator's whole chain earns, the way other engines serve it, over texts as for `suggest`, as JSON values."""
-    proposer = DraftShape().proposer(speculator)
+def chain_acceptance(speculator, texts, lookahead=None):
+    """What the speculator's chain earns, the way other engines serve it, over texts as for `suggest`, as JSON values; the whole chain by
+    default."""
+    proposer = DraftShape(lookahead).proposer(speculator)
     found = pooled_acceptance([count for text in texts for count in accepted_in_text(proposer, *text)], proposer.lookahead)
     return {"chain_acceptance_length": found.length, "chain_acceptance_per_position": found.per_position}
 
 
-def greedy_texts(base_model, samples):
-    """What `suggest` needs of `evaluate.Sample`s: plainly decoded texts with the base model's states, the first `TEXTS`."""
-    texts = []
-    for sample in [sample for sample in samples if sample.kind == "plain" and sample.new_tokens > 1][:TEXTS]:
-        states = base_model.hidden_states(sample.tokens[None], torch.zeros(1, len(sample.tokens), dtype=torch.int64))[0]
-        texts.append((states, sample.tokens.to(base_model.device), sample.prompt_length, sample.new_tokens))
-    return texts
+def greedy_texts(base_model, samples, lookahead):
+    """What `suggest` needs of `evaluate.Sample`s: plainly decoded texts with the base model's states, one after the other.
+
+    Each goes on by `lookahead` tokens where the context has room: decoding judges its last step past the end of the text.
+    """
+    for sample in samples:
+        if sample.kind == "plain" and sample.new_tokens > 1:
+            tokens, more = sample.tokens, min(lookahead, base_model.context_length - len(sample.tokens))
+            if more:
+                (result,), _ = decode(base_model, [tokens], Options(max_new_tokens=more, ignore_eos=True))
+                tokens = torch.cat([tokens, torch.tensor(result.tokens)])
+            states = base_model.hidden_states(tokens[None], torch.zeros(1, len(tokens), dtype=torch.int64))[0]
+            yield states, tokens.to(base_model.device), sample.prompt_length, sample.new_tokens

@@ -15,10 +15,11 @@ def print_values(values, title):
 
 
 def print_evaluation(values, title):
-    """`evaluate.report`'s values: all prompts, each category, and the trees that would have been fastest."""
-    nested = ("prompt_lookup", "categories", "suggestion")
+    """`scripts.evaluate`'s values: all prompts, vLLM where it was asked for, each category, and the trees that would have been fastest."""
+    nested = ("prompt_lookup", "categories", "suggestion", "against")
     lookup = {f"prompt_lookup_{name}": values["prompt_lookup"][name] for name in ("acceptance_length", "tokens_per_s", "speedup")}
-    print_values({name: value for name, value in values.items() if name not in nested} | lookup, title)
+    against = against_rows(values["against"]) if "against" in values else {}
+    print_values({name: value for name, value in values.items() if name not in nested} | lookup | against, title)
     table = Table("category", "acceptance length", "95%", "tokens/s", "speed-up", "95%", "prompt lookup's")
     for name, group in values["categories"].items():
         table.add_row(
@@ -33,6 +34,19 @@ def print_evaluation(values, title):
         figures = [f"{row[name]:.2f}" for name in ("acceptance_length", "drafting_ms", "verifying_ms", "speedup")]
         table.add_row(str(row["lookahead"]), str(row["nodes"] or "chain"), *figures)
     show(table)
+
+
+def against_rows(values):
+    """Another engine's texts and acceptance beside ours."""
+    name, texts, gap = f"{values['engine']} {values['version']}", values["texts"], values["largest_gap"]
+    theirs, ours = (
+        f"{short(values[f'{kind}_length'])} ({short(values[f'{kind}_per_position'])})" for kind in ("acceptance", "chain_acceptance")
+    )
+    apart = "" if gap is None else f"; where they part, logits at most {gap:.2g} apart in float32"
+    return {
+        f"texts of {name}": f"{texts['equal']} of {sum(texts.values())} equal{apart}",
+        f"acceptance in {name}": f"{theirs}; our chain's {ours}",
+    }
 
 
 def show(table):

@@ -20,6 +20,13 @@ CPU_ROWS, CPU_MEMORY = 256, 0.5  # without a GPU: rows together, unless their ca
 CACHE_BLOCK = 128  # tokens; a row's cache is rounded up to whole blocks
 
 
+def need_vllm(what):
+    """Raise UserError where there is no vLLM that the plugin was tried with. what: needs it."""
+    _, problem = installed_vllm()
+    if problem:
+        raise UserError(f"{what} needs vLLM: {problem}; pip install 'fms-spec[vllm]'")
+
+
 class VLLMEngine:
     """Runs vLLM in processes of its own; starts it when the first shard is handed over, and again when it dies.
 

@@ -12,7 +12,6 @@ from fms_spec.base_model import BaseModel, resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.speculators import check_speculator
-from fms_spec.vllm_plugin import installed_vllm
 from pipelines.benchmark_continuations import benchmark_continuations
 from pipelines.benchmark_decode import DTYPE, benchmark_decode
 from pipelines.benchmark_recipe import compared
@@ -24,6 +23,7 @@ from pipelines.generation import check_context
 from pipelines.plots import plot_ratios
 from pipelines.report import machines, markdown, ratios, read_results, rows
 from pipelines.tables import print_recipes, print_results
+from pipelines.vllm_engine import need_vllm
 from scripts.cli import arguments, draft_shape, keep_freed_memory, main_of
 from scripts.recipe import RESULTS, sweep
 
@@ -199,7 +199,7 @@ def run_report(parsed):
 
 def run_continuations(parsed):
     check_out(parsed.out)
-    need_vllm()
+    need_vllm("this benchmark")
     path = resolve_base_model(parsed.base_model)
     check_tokenizer(read_manifest(parsed.prompts), path)
     prompts = read_prompts(parsed.prompts).tokens
@@ -211,18 +211,11 @@ def run_continuations(parsed):
 
 def run_serving(parsed):
     check_out(parsed.out)
-    need_vllm()
+    need_vllm("this benchmark")
     check_speculator(parsed.speculator, parsed.base_model)
     prompts = load_prompts(parsed.prompts, resolve_base_model(parsed.base_model), parsed.limit)
     lines = benchmark_serving(parsed.base_model, parsed.speculator, prompts, parsed.max_new_tokens, parsed.dtype)
     write_lines("serving", lines, parsed.out)
-
-
-def need_vllm():
-    """Raise UserError where there is no vLLM that the plugin was tried with."""
-    _, problem = installed_vllm()
-    if problem:
-        raise UserError(f"this benchmark needs vLLM: {problem}")
 
 
 def check_out(out):

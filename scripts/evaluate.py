@@ -1,6 +1,7 @@
 """Measure a speculator: python -m scripts.evaluate --base_model=DIR --speculator=DIR --prompts=PREPARED [--out=report.json]"""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,11 +11,14 @@ from data.prompts import load_prompts
 from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
+from fms_spec.vllm_plugin import installed_vllm
+from pipelines.benchmark_serving import serve
 from pipelines.environment import environment
-from pipelines.evaluate import evaluate, report, usual_ways
+from pipelines.evaluate import evaluate, free_memory, losslessness, parting, report, settle, side_by_side, usual_ways
 from pipelines.plots import plot_evaluation
 from pipelines.suggestion import chain_acceptance, greedy_texts, suggest
 from pipelines.tables import print_evaluation
+from pipelines.vllm_engine import need_vllm
 from scripts.cli import arguments, draft_shape, main
 
 
@@ -22,7 +26,8 @@ from scripts.cli import arguments, draft_shape, main
 class Arguments:
     """Decode prompts greedily with a speculator, plainly and with prompt lookup; report acceptance as vLLM counts it, speed, losslessness.
 
-    Also tried on the plain texts: which tree would have been fastest, from the costs of a step on this machine.
+    Also tried on the plain texts: which tree would have been fastest, from the costs of a step on this machine. Texts in bfloat16 or
+    float16 that aren't the plain ones are decoded again in float32, which tells rounding from a loss.
 
     Args:
         base_model: directory or hub name of the base model the speculator was trained for.
@@ -36,6 +41,7 @@ class Arguments:
         nodes: draft the so many likeliest candidates instead, as a tree.
         dtype: bfloat16, float16 or float32.
         backend: auto, fms or transformers.
+        against: vllm: also put the prompts through the installed vLLM with this speculator, and set texts and acceptance side by side.
     """
 
     base_model: str
@@ -49,23 +55,56 @@ class Arguments:
     nodes: int | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     backend: Literal["auto", "fms", "transformers"] = "auto"
+    against: Literal["vllm"] | None = None
 
 
 def run(parsed):
     out = Path(parsed.out) if parsed.out else None
     if out:
         check_new(out, out.with_suffix(".png"))
+    if parsed.against:
+        need_vllm("--against=vllm")
     prompts = load_prompts(parsed.prompts, resolve_base_model(parsed.base_model), parsed.limit)
-    base_model, speculator, proposer = load_for_decoding(
-        parsed.base_model, parsed.speculator, draft_shape(parsed), dtype=parsed.dtype, backend=parsed.backend
-    )
-    samples = evaluate(base_model, prompts, usual_ways(proposer), parsed.max_new_tokens)
-    texts = greedy_texts(base_model, samples)
-    values = report(samples, proposer) | chain_acceptance(speculator, texts) | {"suggestion": suggest(base_model, speculator, texts)}
+    load = partial(load_for_decoding, parsed.base_model, parsed.speculator, draft_shape(parsed), backend=parsed.backend)
+    samples, values = measure(load, prompts, parsed)
+    pairs = serve_with_vllm(samples, values, parsed) if parsed.against else []
+    samples, gaps = settle(samples, pairs, load, parsed.max_new_tokens)
+    values |= losslessness(samples, prompts)
+    if parsed.against:
+        values["against"] |= side_by_side(pairs, gaps) | {"partings": partings(pairs, gaps)}
     print_evaluation(values, parsed.speculator)
     if out:
         out.write_text(json.dumps(values | {"environment": environment()}, indent=2) + "\n")
         plot_evaluation(values, out.with_suffix(".png"))
+
+
+def measure(load, prompts, parsed):
+    """(samples, their figures as JSON values) in the dtype asked for; the models are let go of on return."""
+    base_model, speculator, proposer = load(dtype=parsed.dtype)
+    samples = evaluate(base_model, prompts, usual_ways(proposer), parsed.max_new_tokens)
+    earned = partial(chain_acceptance, speculator)
+    texts = partial(greedy_texts, base_model, samples, speculator.n_predict)
+    values = report(samples, proposer) | earned(texts()) | {"suggestion": suggest(base_model, speculator, texts())}
+    if parsed.against:
+        values["against"] = earned(texts(), proposer.lookahead)
+    return samples, values
+
+
+def serve_with_vllm(samples, values, parsed):
+    """Put the prompts of the plain texts through vLLM and its acceptance into `values`; returns (prompt, plain text, vLLM's) of each."""
+    free_memory()
+    plain = [sample for sample in samples if sample.kind == "plain"]
+    lines, tokens = [sample.prompt_tokens for sample in plain], values["lookahead"]
+    texts, acceptance = serve(parsed.base_model, parsed.speculator, lines, parsed.max_new_tokens, tokens, parsed.dtype)
+    engine = {"engine": parsed.against, "version": installed_vllm()[0], "num_speculative_tokens": tokens}
+    values["against"] = engine | acceptance | values["against"]
+    return [(sample.prompt_tokens, sample.text, text) for sample, text in zip(plain, texts)]
+
+
+def partings(pairs, gaps):
+    """Where texts part, as JSON values: which text, at which new token, and how far apart the logits are; see `logit_gap`."""
+    places = [parting(first, second) for _, first, second in pairs]
+    return [{"text": text, "place": place, "gap": gaps[text]} for text, place in enumerate(places) if place is not None]
 
 
 def check_new(*paths):

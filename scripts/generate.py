@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from data.tokenizer import encode_prompt, refuse_unknown
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import Decoding
@@ -73,6 +74,7 @@ def run(parsed):
         stop=(parsed.stop,) if isinstance(parsed.stop, str) else tuple(parsed.stop), seeds=(parsed.seed,),
     )  # fmt: skip
     prompt = encode(tokenizer, parsed)
+    refuse_unknown(prompt, base_model.vocab_size, tokenizer.backend_tokenizer, "--prompt")
     console = Console(highlight=False, soft_wrap=True, force_terminal=True if parsed.mark else None)
     rate = continue_prompt(base_model, prompt, options, proposer, console, parsed.mark)
     if parsed.compare:
@@ -98,7 +100,7 @@ def load(parsed):
 def encode(tokenizer, parsed):
     """The prompt's tokens: int64 [n]."""
     if not parsed.chat:
-        return torch.tensor(tokenizer(parsed.prompt).input_ids, dtype=torch.int64)
+        return torch.tensor(encode_prompt(tokenizer, parsed.prompt), dtype=torch.int64)
     if not tokenizer.chat_template:
         raise UserError(f"base model {parsed.base_model}: it has no chat template; leave --chat out")
     messages = [{"role": "user", "content": parsed.prompt}]

@@ -13,7 +13,7 @@ class Arguments:
     Args:
         source: a folder (recursive, without hidden files), a glob, a text, .jsonl, .jsonl.gz or .parquet file, or
             a Hub dataset name[:config[:split]].
-        tokenizer: the base model's folder or Hub name.
+        tokenizer: the base model's folder or Hub name; each piece of a document in a row, and each prompt, begins as it begins a text.
         out_dir: where to write; nothing of another set is ever overwritten.
         seq_length: tokens of a packed row.
         text_column: the column of .jsonl, .parquet and datasets that holds the text.

