@@ -1,32 +1,30 @@
-"""The frozen base model: the one seam to ibm-fms, with `transformers` for architectures that ibm-fms lacks.
+"""The frozen base model: the one seam to ibm-fms, with `transformers` for what ibm-fms lacks.
 
 Shapes: b batch, n tokens, d base width, v vocabulary.
 """
 
-import hashlib
 import json
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from fms_spec.attention import CACHED, PACKED, document_spans, fold_mask, span_positions
+from fms_spec import fms_backend, transformers_backend
+from fms_spec.attention import CACHED, PACKED, asking, document_spans, span_positions
 from fms_spec.batch import upload
 from fms_spec.errors import UserError
 from fms_spec.hub import local_directory
-from fms_spec.kv_cache import KVCache, TransformersCacheView, visible
+from fms_spec.kv_cache import KVCache, TransformersCacheView, Visible
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
+from fms_spec.read_out import capped, read_out, with_bias
 from fms_spec.rotary import look_up_once
+from fms_spec.weights import fingerprint, weight_files
 
-# What ibm-fms loads from a Hugging Face checkpoint and what was compared with `transformers` here (tests/test_base_model.py).
-FMS_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM", "Qwen3ForCausalLM")
-FMS_ANY_HEAD_WIDTH = ("Qwen3ForCausalLM",)  # the others only with heads that together are as wide as the model
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Bytes of every tensor that enter the fingerprint: a fine-tune changes nearly all of them, and 70B weights take seconds, not minutes.
-FINGERPRINT_BYTES = 4096
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")  # of a config
+ATTENDING = {"full_attention", "sliding_attention"}  # kinds of layers whose cache can drop tokens like any other
 
 
 def resolve_base_model(name):
@@ -38,95 +36,78 @@ def resolve_base_model(name):
     path = local_directory("base model", name)
     if not (path / "config.json").is_file():
         raise UserError(f"base model {name}: no config.json in it, so it is not a Hugging Face model directory")
-    if not list(path.glob("*.safetensors")):
-        raise UserError(f"base model {name}: no *.safetensors weights in it; save the model with save_pretrained first")
+    weight_files(path)
     return path
-
-
-def fingerprint(path):
-    """Hash (hex, 32 characters) that tells base models apart, whatever backend or dtype they are loaded with.
-
-    Over every tensor's name, dtype, shape and 4 KiB from its middle, in name order, so that re-sharded files agree.
-
-    Raises:
-        UserError: a weights file that can't be read.
-    """
-    tensors = {}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass  # checks that the header and the file's size agree
-            with open(file, "rb") as stream:
-                header_size = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(header_size))
-                header.pop("__metadata__", None)
-                for name, entry in header.items():
-                    start, end = entry["data_offsets"]
-                    stream.seek(8 + header_size + start + max(0, (end - start - FINGERPRINT_BYTES) // 2))
-                    sample = stream.read(min(FINGERPRINT_BYTES, end - start))
-                    tensors[name] = f"{name} {entry['dtype']} {entry['shape']} ".encode() + sample
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"base model weights {file}: can't be read ({error}); copy or download them again") from error
-    return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()[:32]
 
 
 class BaseModel:
     """A frozen language model that gives hidden states, and vocabulary logits only where they are asked for.
 
     Attributes:
-        name: directory or hub name as given. fingerprint: see `fingerprint`. backend: "fms" or "transformers".
+        name: directory or hub name as given. fingerprint: see `weights.fingerprint`. backend: "fms" or "transformers".
         width (d), vocab_size (v), context_length (tokens), eos_token_ids (set), dtype, device.
-        embedding_weight [v, d] and output_weight [v, d]: the frozen token embedding and lm_head, shared with the model.
+        embedding_weight [v, d]: the frozen token embedding. output_weight [v, d]: the frozen lm_head; where it has a bias, see
+        `read_out.with_bias`. output_cap: see `read_out.capped`; None for most models.
     """
 
-    def __init__(self, name, *, dtype="bfloat16", backend="auto", device=None):
+    def __init__(self, name, *, dtype="bfloat16", backend="auto", device=None, proved=False):
         """Load the model.
 
         Args:
-            name: directory or hub name. dtype: a key of DTYPES. backend: "fms", "transformers", or "auto" for ibm-fms where it
-            knows the architecture. device: a torch device; the first GPU if there is one by default.
+            name: directory or hub name. dtype: a key of DTYPES. backend: "fms", "transformers", or "auto" for ibm-fms where it computes what
+            `transformers` does. device: a torch device; the first GPU if there is one by default. proved: `backend` is what
+            `proof.settle_backend` has said of this model.
 
         Raises:
-            UserError: not a model that can be loaded, or one whose cache can't drop tokens or whose logits are not a linear map.
+            UserError: not a model that can be loaded, or one that this code doesn't compute as `transformers` does.
         """
+        from fms_spec.proof import settle_backend  # which loads a part of the model through this class
+
         path = resolve_base_model(name)
-        self.path, self.name = path, str(name)
-        self.config = read_config(path)
-        self.backend = pick_backend(name, self.config, backend)
-        self.dtype = DTYPES[dtype]
+        config = read_config(path)
+        if not proved:
+            backend = settle_backend(name, path, config, backend)
+        self.open(name, path, config, backend, DTYPES[dtype], device)
+
+    def open(self, name, path, config, backend, dtype, device=None, model=None):
+        """Load without proof. model: a loaded `transformers` one, to be taken instead of the files."""
+        self.path, self.name, self.config, self.backend, self.dtype = path, str(name), config, backend, dtype
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.query_heads, self.kv_groups = attention_heads(config)
         self.fingerprint = fingerprint(path)
-        self.query_heads, self.kv_groups = attention_heads(self.config)
-        self.model = self._load_fms() if self.backend == "fms" else self._load_transformers()
+        if backend == "fms":
+            self.model = self._load_fms()
+        else:
+            self.model = model or self._load_transformers()
         self._settle()
 
     def _load_fms(self):
-        from fms.models import get_model
-
-        # Among several processes ibm-fms would split the model by itself, were it not told of a strategy.
-        return get_model(
-            "hf_pretrained", model_path=str(self.path), data_type=self.dtype, device_type=self.device.type, distributed_strategy="none"
-        )
+        return fms_backend.load(self.path, self.config, self.dtype, self.device)
 
     def _load_transformers(self):
-        return AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype).to(self.device)
+        return transformers_backend.load(self.name, self.path, self.config, self.dtype).to(self.device)
 
     def _settle(self):
         """Freeze the loaded model and take out of it what the attributes name."""
         if self.backend == "fms":
-            self.trunk = self.model.base_model
-            look_up_once(self.trunk, self.config.max_position_embeddings, self.device)
-            self.embedding_weight, self.output_weight = self.trunk.embedding.weight, self.model.head.weight
+            self.trunk, lm_head = self.model.base_model, self.model.head
+            self.embedding_weight = self.trunk.embedding.weight
+            look_up_once(self.trunk, self.config, self.device)
         else:
-            self.trunk = self.model.get_decoder()
+            self.trunk, lm_head = self.model.get_decoder(), self.model.get_output_embeddings()
             self.embedding_weight = self.model.get_input_embeddings().weight
-            self.output_weight = self.model.get_output_embeddings().weight
         self.model.eval().requires_grad_(False)
-        self.width, self.vocab_size = self.config.hidden_size, self.output_weight.shape[0]
-        if getattr(self.config, "logits_scaling", 1.0) != 1.0:  # Granite divides its logits; a divided lm_head says the same
-            self.output_weight = self.output_weight / self.config.logits_scaling
-        self.context_length = self.config.max_position_embeddings
+        weight, bias, self.output_cap = transformers_backend.output_of(lm_head, self.config)
+        self.output_weight = with_bias(weight, bias)
+        self.width, self.vocab_size = self.config.hidden_size, len(weight)
+        self.context_length = context_length(self.config)
         self.eos_token_ids = read_eos_token_ids(self.path, self.config)
+        over = sorted(token for token in self.eos_token_ids if token >= self.vocab_size)
+        if over:
+            raise UserError(
+                f"base model {self.name}: EOS token {over[0]} is over its vocabulary of {self.vocab_size}; correct eos_token_id in "
+                "generation_config.json or config.json"
+            )
         self.packed_output = None  # see `pack`
 
     def together(self):
@@ -159,7 +140,8 @@ class BaseModel:
         if self.backend == "fms":
             return self.trunk(tokens, position_ids=positions, use_cache=False, attn_name=PACKED, spans=spans)[0]
         self.trunk.config._attn_implementation = PACKED
-        return self.trunk(tokens, position_ids=positions, use_cache=False, spans=spans).last_hidden_state
+        with asking(spans):
+            return self.trunk(tokens, position_ids=positions, use_cache=False).last_hidden_state
 
     def new_cache(self, batch, capacity):
         """An empty `KVCache` for `batch` sequences of up to `capacity` tokens, candidates among them."""
@@ -178,18 +160,17 @@ class BaseModel:
             [b, n, d] states after the final norm.
         """
         place = cache.place(tokens.shape[1])
-        positions = place.slots if tree is None else cache.lengths[:, None] + tree.depths
-        mask = visible(cache, place, tree)
-        if mask is not None:
-            mask = fold_mask(mask, self.query_heads // self.kv_groups, self.dtype)
+        visible = Visible(cache, place, tree, self.query_heads // self.kv_groups, self.dtype)
         if self.backend == "fms":
             layers = [cache.layer(index) for index in range(len(cache.store))]
             return self.trunk(
-                tokens, position_ids=positions, past_key_value_states=layers, use_cache=True, attn_name=CACHED, place=place, mask=mask
-            )[0]
+                tokens, position_ids=visible.positions, past_key_value_states=layers, use_cache=True, attn_name=CACHED, place=place,
+                visible=visible,
+            )[0]  # fmt: skip
         self.trunk.config._attn_implementation = CACHED
         view = TransformersCacheView(cache, place)
-        return self.trunk(tokens, position_ids=positions, past_key_values=view, use_cache=True, mask=mask).last_hidden_state
+        with asking(visible):
+            return self.trunk(tokens, position_ids=visible.positions, past_key_values=view, use_cache=True).last_hidden_state
 
     def pack(self):
         """Lay the weights out for forwards over a few tokens, where that pays (bf16 on a CPU); for decoding, not for training.
@@ -202,40 +183,45 @@ class BaseModel:
 
     def logits(self, states):
         """Vocabulary logits [..., v] of states [..., d]."""
-        return F.linear(states, self.output_weight) if self.packed_output is None else self.packed_output(states)
+        states = read_out(states, self.output_weight)
+        logits = F.linear(states, self.output_weight) if self.packed_output is None else self.packed_output(states)
+        return capped(logits, self.output_cap)
 
 
 def read_config(path):
-    """The model's `transformers` config, refused where speculation on it can't be exact.
+    """The model's `transformers` config, of its text part where it also reads images, refused where speculation on it can't be exact.
 
     Raises:
-        UserError: an unreadable config; sliding windows or state-space layers (their caches can't drop tokens); soft-capped logits.
+        UserError: an unreadable config; layers that don't attend to their whole cache or a sliding window of it; rotary positions that
+        change with the length of the text.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"base model {path}: its config.json can't be used ({str(error).splitlines()[0]})") from error
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if kinds != {"full_attention"} or (windowed and "layer_types" not in config.to_dict()):
-        raise UserError(f"base model {path}: only full attention is supported; sliding windows and state spaces can't drop tokens")
-    if getattr(config, "final_logit_softcapping", None):
-        raise UserError(f"base model {path}: soft-capped logits are not supported")
+    missing = [name for name in NEEDED if not isinstance(getattr(config, name, None), int)]
+    if missing:
+        raise UserError(f"base model {path}: a {type(config).__name__} has no {missing[0]}; not a causal language model that is supported")
+    others = sorted(set(getattr(config, "layer_types", None) or []) - ATTENDING)
+    if others or getattr(config, "attention_chunk_size", None):
+        kind = others[0] if others else "chunked_attention"
+        raise UserError(f"base model {path}: only full attention and sliding windows are supported, not {kind}, whose cache can't drop tokens")
+    if "dynamic" in rope_kinds(config):
+        raise UserError(f"base model {path}: rope_type dynamic turns a token by the length of its text, and engines disagree how; set another")
     return config
 
 
-def pick_backend(name, config, backend):
-    """ "fms" or "transformers" for a model's `transformers` config; "auto" is ibm-fms where it knows the architecture.
+def rope_kinds(config):
+    """{rope_type: its numbers} of a config, whose kinds of layers may have one each."""
+    found = getattr(config, "rope_parameters", None) or {}
+    groups = [found] if "rope_type" in found else [value for value in found.values() if isinstance(value, dict)]
+    return {group.get("rope_type", "default"): group for group in groups}
 
-    Raises:
-        UserError: ibm-fms was asked for and doesn't know it.
-    """
-    architecture = (config.architectures or ["unknown"])[0]
-    usual = architecture in FMS_ANY_HEAD_WIDTH or head_width(config) == default_head_width(config)
-    known = architecture in FMS_ARCHITECTURES and usual
-    if backend == "fms" and not known:
-        raise UserError(f"base model {name}: ibm-fms doesn't load this {architecture} here; use backend=transformers")
-    return backend if backend != "auto" else ("fms" if known else "transformers")
+
+def context_length(config):
+    """Tokens of the longest text. With longrope those of its short factors: for longer ones all positions, and all states, are others."""
+    short = rope_kinds(config).get("longrope", {}).get("original_max_position_embeddings")
+    return min(short or config.max_position_embeddings, config.max_position_embeddings)
 
 
 def attention_heads(config):

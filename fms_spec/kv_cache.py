@@ -9,6 +9,8 @@ forward. Nothing is concatenated, expanded or copied per candidate, so the bytes
 
 import torch
 
+from fms_spec.attention import fold_mask
+
 
 class KVCache:
     """Keys and values of every layer, allocated once: [layers, 2, b, capacity, g, d].
@@ -73,28 +75,65 @@ class Place:
         return key_cache[:, : self.end].transpose(1, 2), value_cache[:, : self.end].transpose(1, 2)
 
 
-def visible(cache, place, tree=None):
-    """Which slots each new token sees: bool [b, n, end]; None where each sees all of them.
+class Visible:
+    """Which slots each new token of a forward sees, as masks made once for all layers that have the same window.
 
     Args:
-        tree: `candidates.Tree` of the new tokens; None where they are a text, each seeing those before it.
+        tree: `candidates.Tree` of the new tokens, which then see what the cache holds and their ancestors; None where they are a text, each
+            seeing those before it. shared, dtype: see `attention.fold_mask`.
+
+    Attributes:
+        positions: int64 [b, n], of each new token in its text; slots hold the text in order, and behind it the new tokens.
     """
-    if place.start is not None and place.slots.shape[1] == 1:
-        return None
-    slots = torch.arange(place.end, device=place.slots.device)
-    if tree is None:
-        return slots <= place.slots[:, :, None]
-    batch, count = place.slots.shape
-    held = (slots < cache.lengths[:, None, None]).expand(batch, count, -1)
-    return held.scatter(2, place.slots[:, None].expand(batch, count, count), tree.ancestors.expand(batch, -1, -1))
+
+    def __init__(self, cache, place, tree, shared, dtype):
+        self.cache, self.place, self.tree, self.shared, self.dtype = cache, place, tree, shared, dtype
+        self.positions = place.slots if tree is None else cache.lengths[:, None] + tree.depths
+        self.masks = {}
+
+    def folded(self, window=None):
+        """(first slot that any of them sees, folded mask over the slots from there on; None where each sees all of them)."""
+        if window not in self.masks:
+            # The earliest of the new tokens stands right behind what its sequence holds.
+            low = 0 if window is None else max(0, min(self.cache.counts) + 1 - window)
+            mask = self.mask(window)
+            self.masks[window] = low, None if mask is None else fold_mask(mask[:, :, low:], self.shared, self.dtype)
+        return self.masks[window]
+
+    def mask(self, window):
+        """bool [b, n, end], or None."""
+        slots = torch.arange(self.place.end, device=self.positions.device)
+        batch, count = self.positions.shape
+        if self.place.start is not None and count == 1:  # `folded` begins where its window does
+            return None
+        if self.tree is None:
+            mask = slots <= self.positions[:, :, None]
+            standing = slots
+        else:
+            held = (slots < self.cache.lengths[:, None, None]).expand(batch, count, -1)
+            mask = held.scatter(2, self.place.slots[:, None].expand(batch, count, count), self.tree.ancestors.expand(batch, -1, -1))
+            standing = slots.expand(batch, -1).scatter(1, self.place.slots, self.positions)[:, None]  # siblings share a position
+        return mask if window is None else mask & (standing > self.positions[:, :, None] - window)
 
 
 class TransformersCacheView:
-    """What a `transformers` attention layer sees of a `KVCache` for one forward: an `update` that stores in place."""
+    """What a `transformers` model sees of a `KVCache` for one forward: an `update` that stores in place."""
+
+    is_compileable = False
 
     def __init__(self, cache, place):
         self.cache, self.place = cache, place
 
     def update(self, keys, values, layer_index, *_, **__):
-        """keys, values [b, g, n, d] -> everything stored so far, views [b, g, end, d]."""
+        """keys, values [b, g, n, d] -> everything stored so far, views [b, g, end, d].
+
+        Raises:
+            ValueError: a layer with other keys or values than the cache holds.
+        """
+        held, found = self.cache.store.shape[-2:], [(part.shape[1], part.shape[3]) for part in (keys, values)]
+        if found != [tuple(held)] * 2:
+            raise ValueError(f"layer {layer_index} has keys and values of (heads, width) {found}, the config says {tuple(held)} for both")
         return self.place.store(keys.transpose(1, 2), values.transpose(1, 2), *self.cache.layer(layer_index))
+
+    def get_seq_length(self, *_):
+        return max(self.cache.counts)

@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fms_spec.batch import upload
+from fms_spec.read_out import capped, read_out
 
 # Positions whose logits exist at once: 512 x 128k in fp32 is 0.26 GB, and matrix products of 512 rows already run at full rate.
 CHUNK = 512
@@ -95,12 +96,12 @@ class SoftTargetLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, targets, teacher_of, teacher_weight, scales, weights, dtype, *inputs):
+    def forward(ctx, targets, teacher_of, teacher_weight, teacher_cap, scales, weights, dtype, *inputs):
         """Returns (the heads' sum, fp32 scalar, to be trained on; each head's, fp32 [h], without gradient).
 
         Args:
-            targets: one int64 [m] a head (-1: none). teacher_of, teacher_weight: teacher_of(head) [m, d] and [r, d], of which the base
-            model's logits are made; both None where no loss asks for them. scales: fp32 [h], what a head's loss is multiplied by.
+            targets: one int64 [m] a head (-1: none). teacher_of, teacher_weight, teacher_cap: teacher_of(head) [m, d], [r, d] and the
+            `BaseModel.output_cap`, of which the base model's logits are made; all None where no loss asks for them. scales: fp32 [h], what a head's loss is multiplied by.
             weights: `LossWeights`. dtype: of the matrix products. inputs: each head's features [m, k], then its read-out [r, k].
         """
         features, readouts = inputs[: len(targets)], inputs[len(targets) :]
@@ -114,7 +115,7 @@ class SoftTargetLoss(torch.autograd.Function):
             teacher = None if teacher_of is None else teacher_of(head).to(dtype)
             loss, grad = one_head(
                 x.to(dtype), shared[id(weight)], grads.get(id(weight)), targets[head], teacher, teacher_weight,
-                scales[head], weights, buffers,
+                teacher_cap, scales[head], weights, buffers,
             )  # fmt: skip
             losses.append(loss)
             grad_features.append(grad.to(x.dtype))
@@ -129,10 +130,10 @@ class SoftTargetLoss(torch.autograd.Function):
     def backward(ctx, grad_total, _):
         """In place: autograd refuses a second call, and nobody asks for one."""
         found = [grad if grad is None else grad.mul_(grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return (None,) * 6 + tuple(found)
+        return (None,) * 7 + tuple(found)
 
 
-def one_head(features, weight, grad_weight, targets, teacher, teacher_weight, scale, weights, buffers):
+def one_head(features, weight, grad_weight, targets, teacher, teacher_weight, teacher_cap, scale, weights, buffers):
     """Loss of a head, times `scale`, chunk by chunk: (fp32 scalar, gradient by its features [m, k]); `grad_weight`, if any, is added to.
 
     buffers: one fp32 [CHUNK, r], or three where there is a teacher.
@@ -145,7 +146,7 @@ def one_head(features, weight, grad_weight, targets, teacher, teacher_weight, sc
         logits, teacher_logits, spare = [buffer[: len(x)] for buffer in buffers] + [None] * (3 - len(buffers))
         log_softmax_of(x, weight, logits)
         if teacher is not None:
-            log_softmax_of(teacher[rows], teacher_weight, teacher_logits)
+            log_softmax_of(teacher[rows], teacher_weight, teacher_logits, teacher_cap)
         loss, row_scale = chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
         total += loss
         grad, row_scale = logits.to(weight.dtype), scale * row_scale
@@ -155,10 +156,10 @@ def one_head(features, weight, grad_weight, targets, teacher, teacher_weight, sc
     return total * scale, grad_features
 
 
-def log_softmax_of(features, weight, out):
-    """log_softmax(features @ weight.T), fp32, into `out` [m, r]."""
+def log_softmax_of(features, weight, out, cap=None):
+    """log_softmax(features @ weight.T), fp32, into `out` [m, r]; the logits soft-capped first, where there is a cap."""
     torch.mm(features, weight.T, out=out) if features.dtype == out.dtype else out.copy_(features @ weight.T)
-    torch.log_softmax(out, -1, out=out)
+    torch.log_softmax(capped(out, cap), -1, out=out)
 
 
 def add_product(total, a, b):
@@ -180,7 +181,10 @@ def head_losses(speculator, windows, base_model, weights, counts, dtype=None):
         outputs = list(speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts))
         features, readouts = zip(*outputs)
         targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(outputs))]
-        teacher = (windows.target_states, speculator.teacher_weight(base_model).to(dtype)) if weights.teacher else (None, None)
+        teacher = (None, None, None)
+        if weights.teacher:
+            weight = speculator.teacher_weight(base_model).to(dtype)
+            teacher = (lambda head: read_out(windows.target_states(head), weight), weight, base_model.output_cap)
         total, losses = SoftTargetLoss.apply(targets, *teacher, scales, weights, dtype, *features, *readouts)
         if weights.smooth_l1:
             distances = [speculator.state_distance(x, windows.target_states(head)).sum() for head, x in enumerate(features)]

@@ -30,7 +30,8 @@ class Options:
             prompts: list of 1-D int64 tensors. lookahead: depth of the candidates.
 
         Raises:
-            UserError: an empty prompt, impossible limits, or texts and candidates that are over the base model's context.
+            UserError: an empty prompt, impossible limits, tokens that are over the base model's vocabulary, or
+                texts and candidates that are over its context.
         """
         if not prompts or any(len(prompt) == 0 for prompt in prompts):
             raise UserError("an empty prompt can't be continued; give at least one token")
@@ -44,6 +45,12 @@ class Options:
             raise UserError("stop strings need a tokenizer, and none of them may be empty")
         if self.seeds is not None and len(self.seeds) != len(prompts):
             raise UserError(f"{len(self.seeds)} seeds for {len(prompts)} prompts; give one each")
+        largest = max(int(prompt.max()) for prompt in prompts)
+        if largest >= base_model.vocab_size:
+            raise UserError(
+                f"token {largest} of a prompt is over the vocabulary of {base_model.name}, {base_model.vocab_size}; "
+                "its tokenizer is another model's, or has tokens that were added without the embedding"
+            )
         longest = max(len(prompt) for prompt in prompts)
         if longest + self.max_new_tokens + lookahead > base_model.context_length:
             raise UserError(

@@ -14,6 +14,7 @@ from vllm.v1.spec_decode.medusa import MedusaProposer
 from vllm.v1.worker import gpu_model_runner
 
 from fms_spec.proposers import Step, TopKProposer
+from fms_spec.read_out import with_bias
 from fms_spec.speculators import read_speculator, read_speculator_config
 from fms_spec.vllm_cpu import mend_sampling
 from fms_spec.vllm_plugin import METHOD
@@ -87,12 +88,14 @@ def served_weights(target_model, vocab_size):
     layers = [layer for layer in target_model.modules() if isinstance(layer, VocabParallelEmbedding)]
     embeddings = [layer for layer in layers if not isinstance(layer, ParallelLMHead)]
     outputs = [layer for layer in layers if isinstance(layer, ParallelLMHead)] or embeddings  # tied
-    embedding, output = (whole(found[0], vocab_size) for found in (embeddings, outputs))
-    return SimpleNamespace(embedding_weight=embedding, output_weight=output)
+    embedding, output, bias = (
+        whole(layer, value, vocab_size)
+        for layer, value in ((embeddings[0], embeddings[0].weight), (outputs[0], outputs[0].weight), (outputs[0], getattr(outputs[0], "bias", None)))
+    )
+    return SimpleNamespace(embedding_weight=embedding, output_weight=with_bias(output, bias))
 
 
-def whole(layer, vocab_size):
-    weight = layer.weight.data
-    if layer.tp_size > 1:
-        weight = tensor_model_parallel_all_gather(weight, dim=0)
-    return weight[:vocab_size]
+def whole(layer, value, vocab_size):
+    if value is not None and layer.tp_size > 1:
+        value = tensor_model_parallel_all_gather(value.data, dim=0)
+    return None if value is None else value.data[:vocab_size]

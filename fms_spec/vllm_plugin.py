@@ -111,14 +111,13 @@ def check(settings):
 
 def fingerprint_of(target):
     """Fingerprint of the model to be served (`ModelConfig`), or None where it can't be compared: quantised, or not on this machine yet."""
-    from fms_spec.base_model import fingerprint
     from fms_spec.errors import UserError
     from fms_spec.hub import local_directory
+    from fms_spec.weights import fingerprint
 
     if target.quantization:
         return None
     try:
-        directory = local_directory("base model", target.model, revision=target.revision, local_files_only=True)
+        return fingerprint(local_directory("base model", target.model, revision=target.revision, local_files_only=True))
     except UserError:
         return None
-    return fingerprint(directory) if any(directory.glob("*.safetensors")) else None

@@ -43,6 +43,8 @@ class Shape:
 class RandomBase:
     """As much of a base model as heads need, of a shape and with random weights; embedding and lm_head are tied."""
 
+    output_cap = None
+
     def __init__(self, shape, dtype, device):
         self.embedding_weight = self.output_weight = 0.04 * torch.randn(shape.vocab_size, shape.d, dtype=dtype, device=device)
 
@@ -180,7 +182,7 @@ def kernel_loss(kernel, features, weight, targets):
         weights, computed = LossWeights(1.0, 0.0, 0.0, ()), compute_dtype(features[0])
         h = len(features)
         scales = torch.ones(h, device=targets.device)
-        return SoftTargetLoss.apply([targets] * h, None, None, scales, weights, computed, *features, *[weight] * h)[0]
+        return SoftTargetLoss.apply([targets] * h, None, None, None, scales, weights, computed, *features, *[weight] * h)[0]
     if kernel == "plain":
         logits = torch.stack([x @ weight.to(dtype).T for x in features])
         return sum(F.cross_entropy(found.float(), targets, reduction="sum") for found in logits)

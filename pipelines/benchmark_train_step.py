@@ -186,7 +186,7 @@ def small_parts(base_model, keep_freed_memory):
     if base_model.backend == "fms":
         layers = [module.position_encoder for module in bare_forward(base_model).modules() if hasattr(module, "position_encoder")]
         theirs = next(encoder for encoder in layers if isinstance(encoder, RotaryEmbedding))
-        ways, config = {"ours": RotaryOnce(theirs, base_model.context_length, device), "ibm_fms": theirs}, base_model.config
+        ways, config = {"ours": RotaryOnce(base_model.config, device), "ibm_fms": theirs}, base_model.config
         for tokens in (1, 9):
             q, k = (torch.randn(1, tokens, h, theirs.dim, device=device) for h in (config.num_attention_heads, config.num_key_value_heads))
             seconds = in_turn({name: partial(turn, encoder, len(layers), q, k) for name, encoder in ways.items()}, device, SMALL_REPEATS)

@@ -8,8 +8,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fms_spec.base_model import BaseModel
+from fms_spec.base_model import BaseModel, read_config, resolve_base_model
 from fms_spec.errors import UserError
+from fms_spec.proof import settle_backend
 from pipelines.shared_base_model import ShardedBaseModel, TensorParallelBaseModel
 
 
@@ -44,7 +45,12 @@ def load_base_model(config, processes):
         UserError: as `BaseModel`; a model that the setting can't split.
     """
     section, kind = config.base_model, config.parallel.base_model
-    settings = {"dtype": section.dtype, "backend": section.backend, "device": processes.device}
+    backend = None
+    if processes.main:  # its proof is that of all
+        path = resolve_base_model(section.name)
+        backend = settle_backend(section.name, path, read_config(path), section.backend)
+    backend = processes.gather(backend)[0]
+    settings = {"dtype": section.dtype, "backend": backend, "device": processes.device, "proved": True}
     size = group_size(kind, config.parallel, processes)
     if size == 1:
         return BaseModel(section.name, **settings)

@@ -21,11 +21,15 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop
 from transformers import AutoModelForCausalLM
 
 from fms_spec.alignment import Positions, make_windows
-from fms_spec.base_model import DTYPES, BaseModel, attention_heads, pick_backend, read_config
+from fms_spec.base_model import DTYPES, BaseModel, attention_heads, read_config
 from fms_spec.decoding import PREFILL_CHUNK
 from fms_spec.errors import UserError
+from fms_spec.fms_backend import build
 from fms_spec.losses import CHUNK, SoftTargetLoss, head_losses
+from fms_spec.proof import choose_backend, layer_stack
+from fms_spec.read_out import read_out
 from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
+from fms_spec.transformers_backend import first_line
 
 LAYERS = 2  # of the base model that are rehearsed; all are alike
 aten = torch.ops.aten
@@ -95,12 +99,12 @@ class Weightless(BaseModel):
     def __init__(self, section, config):
         """section: `BaseModelSection`. config: of the model, from `read_config`."""
         self.path = self.name = section.name
-        self.backend, self.dtype = pick_backend(section.name, config, section.backend), DTYPES[section.dtype]
+        self.backend, self.dtype = choose_backend(section.name, config, section.backend), DTYPES[section.dtype]
         self.device, self.fingerprint, self.layers = torch.device("cpu"), "", config.num_hidden_layers
         self.config = deepcopy(config)
         self.query_heads, self.kv_groups = attention_heads(config)
         self.model = self._load_fms() if self.backend == "fms" else self._load_transformers()
-        stack = next(part for part in self.model.modules() if isinstance(part, nn.ModuleList) and len(part) == self.layers)
+        stack = layer_stack(self.model, self.layers)
         sizes = [nbytes(layer.parameters()) for layer in stack]
         self.layer_bytes, self.largest_layer, self.other_bytes = sum(sizes), max(sizes), nbytes(self.model.parameters()) - sum(sizes)
         del stack[LAYERS:]
@@ -108,9 +112,7 @@ class Weightless(BaseModel):
         take_data_away(self.model)
 
     def _load_fms(self):
-        from fms.models import get_model
-
-        return get_model("hf_configured", self.name, device_type="meta", data_type=self.dtype)
+        return build(self.config, self.dtype)
 
     def _load_transformers(self):
         with torch.device("meta"):
@@ -170,10 +172,17 @@ class Rehearsal:
 
     @cache
     def forward(self, b, n):
-        """The base model over packed rows, a document each; its states [b, n, d] are among the peak."""
-        with self.running() as cost:
-            tokens = torch.zeros(b, n, dtype=torch.int64)
-            self.base_model.packed_states(tokens, tokens, [(row, 0, n) for row in range(b)])
+        """The base model over packed rows, a document each; its states [b, n, d] are among the peak.
+
+        Raises:
+            UserError: an architecture that torch's fake tensors can't run.
+        """
+        try:
+            with self.running() as cost:
+                tokens = torch.zeros(b, n, dtype=torch.int64)
+                self.base_model.packed_states(tokens, tokens, [(row, 0, n) for row in range(b)])
+        except RuntimeError as error:  # as torch's grouped products of experts in fp32
+            raise UserError(f"base model {self.base_model.name}: no plan can be made of it: its layers don't run without data ({first_line(error)})") from error
         return self.whole(cost)
 
     @cache
@@ -212,12 +221,12 @@ class Rehearsal:
     def one_chunk(self, weights, count, dtype):
         features, weight = self.speculator.output(self.speculator.advance(
             self.speculator.start(self.states(1, count)[0]), torch.zeros(count, dtype=torch.int64), 0), 0)  # fmt: skip
-        teacher, teacher_weight = self.states(1, count)[0], self.speculator.teacher_weight(self.base_model).to(dtype)
-        if not weights.teacher:
-            teacher = teacher_weight = None
+        weight_of_teacher = self.speculator.teacher_weight(self.base_model).to(dtype)
+        given = (lambda _: teacher, weight_of_teacher, self.base_model.output_cap) if weights.teacher else (None, None, None)
+        teacher = read_out(self.states(1, count)[0], weight_of_teacher)
         self.meter.start, self.meter.cost.peak = self.meter.live, 0  # only the loss itself counts
-        targets, teacher_of = [torch.zeros(count, dtype=torch.int64)], teacher if teacher is None else lambda _: teacher
-        SoftTargetLoss.apply(targets, teacher_of, teacher_weight, torch.ones(1), weights, dtype, features.detach(), weight.detach())
+        targets = [torch.zeros(count, dtype=torch.int64)]
+        SoftTargetLoss.apply(targets, *given, torch.ones(1), weights, dtype, features.detach(), weight.detach())
 
     @cache
     def decode(self, sampling, b, prompt_length, new_tokens):

@@ -6,17 +6,13 @@ Every process of a group has to call for the same number of forwards. A training
 continuations end or states are read from disk, `together` keeps those that have less to do at it until the last one is done.
 """
 
-import contextlib
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.distributed as dist
-from fms.models import get_model
-from fms.models.hf.utils import infer_model_configuration
-from fms.utils import serialization
 from torch.distributed.fsdp import fully_shard
 
+from fms_spec import fms_backend
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 
@@ -71,19 +67,9 @@ class ShardedBaseModel(SharedBaseModel):
         return rows[self.place :: self.size]
 
     def _load_fms(self):
-        path = str(self.path)
-        model = get_model("hf_pretrained", model_path=path, data_type=self.dtype, device_type="meta", distributed_strategy="none")
-        weights = serialization.load_state_dict(path, source="hf", initial_device=self.device)  # read lazily
-        architecture = infer_model_configuration(path, download_weights=False)["architecture"]
-        load = partial(
-            serialization.load_state_dict_into_model, model, weights, architecture, "hf", self.dtype, initial_device=self.device, rank=1
-        )  # fmt: skip
-        for index, layer in enumerate(model.base_model.layers):  # one at a time: no process ever holds more than one whole layer
-            load(key_prefix_filter=(f"model.layers.{index}.",))
-            fully_shard(layer.requires_grad_(False), mesh=self.mesh)
-        load()
-        model.post_init()
-        model.requires_grad_(False)
+        # One layer at a time: no process ever holds more than one whole layer.
+        split = lambda layer: fully_shard(layer.requires_grad_(False), mesh=self.mesh)  # noqa: E731
+        model = fms_backend.load(self.path, self.config, self.dtype, self.device, settle_layer=split).requires_grad_(False)
         trunk = model.base_model
         whole = {parameter for name, parameter in trunk.named_parameters() if not name.startswith("layers.")}
         fully_shard(trunk, mesh=self.mesh, ignored_params=whole)  # the root, so that the next layer is gathered during this one
@@ -131,11 +117,7 @@ class TensorParallelBaseModel(SharedBaseModel):
                 "give a parallel.group_size that divides them"
             )
         self.query_heads, self.kv_groups = heads // self.size, max(1, groups // self.size)
-        with contextlib.redirect_stdout(None):  # it prints that it does what it was asked for, in every process
-            return get_model(
-                "hf_pretrained", model_path=str(self.path), data_type=self.dtype, device_type=self.device.type,
-                distributed_strategy="tp", group=self.group,
-            )  # fmt: skip
+        return fms_backend.load(self.path, self.config, self.dtype, self.device, group=self.group)
 
     def hidden_states(self, tokens, segment_ids):
         return self._round((tokens, segment_ids))[self.place]

@@ -11,8 +11,9 @@ from pydantic import Field
 from data.continuation_store import ContinuationStore
 from data.continuation_writer import write_shards
 from data.reader import check_tokenizer, read_manifest, read_prompts
-from fms_spec.base_model import BaseModel, fingerprint, resolve_base_model
+from fms_spec.base_model import BaseModel, resolve_base_model
 from fms_spec.errors import UserError
+from fms_spec.weights import fingerprint
 from pipelines.config import BaseModelSection, GenerationSection
 from pipelines.environment import environment
 from pipelines.generation import check_context, describe_generation, make_engine

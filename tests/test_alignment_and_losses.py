@@ -16,6 +16,7 @@ class BareBase:
     """As much of a base model as the losses need."""
 
     def __init__(self):
+        self.output_cap = None
         self.output_weight = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(5))
 
 

@@ -2,11 +2,12 @@ import pytest
 import torch
 from conftest import write_model
 from fms.modules.positions import RotaryEmbedding
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fms_spec.base_model import BaseModel, fingerprint
+from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.rotary import RotaryOnce, look_up_once
+from fms_spec.weights import fingerprint
 
 BACKENDS = ["fms", "transformers"]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -59,7 +60,8 @@ def test_positions_turn_queries_and_keys_as_ibm_fms_does(scaling):
     theirs = RotaryEmbedding(8, 10_000.0, 64, 1.0, scaling)
     layer = torch.nn.Module()
     layer.position_encoder = theirs
-    look_up_once(layer, 64, torch.device("cpu"))
+    rope = {"rope_type": "default", "rope_theta": 10_000.0} | scaling
+    look_up_once(layer, LlamaConfig(hidden_size=32, num_attention_heads=4, rope_parameters=rope), torch.device("cpu"))
     assert isinstance(layer.position_encoder, RotaryOnce)
     for positions in (torch.tensor([[0, 1, 5], [63, 2, 2]]), torch.tensor([[9, 9, 10], [1, 0, 62]])):
         query, keys = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8)
@@ -92,33 +94,6 @@ def test_what_cannot_be_a_base_model_is_refused_in_one_line_that_names_it(tmp_pa
         with pytest.raises(UserError, match=message) as error:
             BaseModel(name)
         assert "\n" not in str(error.value) and name in str(error.value)
-
-
-def test_a_model_with_unusual_heads_goes_to_the_backend_that_loads_it(tmp_path):
-    directory = write_model(tmp_path / "wide_heads", head_dim=16)
-    model = BaseModel(str(directory), dtype="float32", device="cpu")
-    assert model.backend == "transformers"
-    whole = model.hidden_states(random_rows(1, 9), torch.zeros(1, 9, dtype=torch.int64))
-    torch.testing.assert_close(model.extend(random_rows(1, 9), model.new_cache(1, 9)), whole, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match="use backend=transformers"):
-        BaseModel(str(directory), backend="fms")
-
-
-def test_sliding_window_models_are_refused(tmp_path):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=16,
-    )
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="full attention"):
-        BaseModel(str(tmp_path))
 
 
 def test_a_document_over_the_context_is_refused(base_model):

@@ -44,7 +44,7 @@ def plain_loss(features, weight, targets, teacher, teacher_weight, path):
 
 def our_loss(features, weight, targets, teacher, teacher_weight, weights, dtype):
     """Of one head, its scale 1."""
-    given = (lambda _: teacher, teacher_weight) if weights.teacher else (None, None)
+    given = (lambda _: teacher, teacher_weight, None) if weights.teacher else (None, None, None)
     return SoftTargetLoss.apply([targets], *given, torch.ones(1), weights, dtype, features, weight)[0]
 
 

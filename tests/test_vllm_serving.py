@@ -8,11 +8,14 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it)")
 
 import torch
+from architectures import LLAMA3
 from conftest import chi_square, write_model
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
-from vllm_helpers import FAMILIES, SIZES, answers, counters, drafter_of, published_draft, serving, write_published
+from vllm_helpers import (
+    FAMILIES, SIZES, answers, counters, drafter_of, make_place, published_draft, serving, served_prompts, write_published,
+)  # fmt: skip
 
 from data.prompts import Prompt
 from fms_spec.base_model import BaseModel
@@ -61,6 +64,23 @@ def test_the_evaluation_against_vllm_finds_the_same_texts_and_acceptance(served,
     assert found["acceptance_length"] == pytest.approx(found["chain_acceptance_length"], rel=0.02)
     assert found["acceptance_per_position"] == pytest.approx(found["chain_acceptance_per_position"], abs=0.02)
     assert "24 of 24 equal" in capsys.readouterr().out
+
+
+def test_a_model_with_scaled_rotary_positions_says_in_vllm_what_it_was_trained_for_and_accepts_as_much(tmp_path):
+    make_place(tmp_path, ["hidden_state"], rope_parameters=LLAMA3, max_position_embeddings=512)
+    prompts = served_prompts(tmp_path)
+    base_model, _, proposer = load_for_decoding(str(tmp_path / "base_model"), tmp_path / "hidden_state", dtype="float32")
+    assert base_model.backend == "fms"
+    samples = evaluate(base_model, [Prompt(None, prompt) for prompt in prompts], {"plain": None, "speculator": proposer}, 32)
+    ours = figures(samples, "speculator", 3)
+    with serving(tmp_path / "base_model", tmp_path / "hidden_state") as llm:
+        found = answers(llm, prompts, SamplingParams(temperature=0, max_tokens=32))
+        counted = counters(llm)
+    plain = [sample.tokens[sample.prompt_length :].tolist() for sample in samples if sample.kind == "plain"]
+    assert [tokens for tokens, _ in found] == plain
+    assert ours["acceptance_length"] > 1.1
+    served = 1 + counted["spec_decode_num_accepted_tokens"] / counted["spec_decode_num_drafts"]
+    assert served == pytest.approx(ours["acceptance_length"], rel=0.02)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

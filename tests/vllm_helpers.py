@@ -39,14 +39,18 @@ checkpoint: {{every: 120}}
 """
 
 
-def make_place(place):
-    """Write base_model/, data/ with 64 documents, and a speculator of each family that knows what the base model says after them."""
-    write_model(place / "base_model", **SIZES)
+def make_place(place, families=FAMILIES, **changes):
+    """Write base_model/, data/ with 64 documents, and a speculator of each family that knows what the base model says after them.
+
+    changes: of the base model's config.
+    """
+    write_model(place / "base_model", **SIZES, **changes)
     (place / "corpus").mkdir()
     for number, words in enumerate(prompts_of(*[40] * 64)):
         (place / "corpus" / f"{number}.txt").write_text(" ".join(f"w{word - 1}" for word in words.tolist()))
     prepare(source=str(place / "corpus"), tokenizer=str(place / "base_model"), out_dir=str(place / "data"), seq_length=64, prompt_length=8)
-    for family, settings in FAMILIES.items():
+    for family in families:
+        settings = FAMILIES[family]
         (place / "run.yaml").write_text(CONFIG.format(place=place, speculator=settings))
         train(load_config(place / "run.yaml"), place / f"run-{family}", resume=False)
         export(place / f"run-{family}", place / family)

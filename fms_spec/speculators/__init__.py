@@ -10,12 +10,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fms_spec.base_model import DTYPES, fingerprint, read_config, resolve_base_model
+from fms_spec.base_model import DTYPES, read_config, resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.hub import local_directory
 from fms_spec.speculators.base import Speculator
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
 from fms_spec.speculators.mlp import MLPSpeculator
+from fms_spec.weights import fingerprint
 
 FAMILIES = {family.family: family for family in (MLPSpeculator, HiddenStateSpeculator)}
 

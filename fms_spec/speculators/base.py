@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.errors import UserError
+from fms_spec.read_out import read_out
 
 
 class Speculator(nn.Module):
@@ -33,13 +34,14 @@ class Speculator(nn.Module):
         """Take what is frozen and shared (embedding, lm_head) from the base model. Nothing of it is trained or saved."""
 
     def teacher_weight(self, base_model):
-        """The base model's lm_head on the draft vocabulary: [r, d]."""
+        """The base model's lm_head on the draft vocabulary: [r, d], or [r, d + 1]; see `read_out.with_bias`."""
         return base_model.output_weight if self.draft_ids is None else base_model.output_weight[self.draft_ids]
 
     @torch.no_grad()
     def best_base_tokens(self, base_model, states):
         """The base model's own best next token within the draft vocabulary: states [..., d] -> int64 [...]."""
-        best = F.linear(states, self.teacher_weight(base_model)).argmax(-1)
+        weight = self.teacher_weight(base_model)
+        best = F.linear(read_out(states, weight), weight).argmax(-1)
         return best if self.draft_ids is None else self.draft_ids[best]
 
     def draft_targets(self, tokens):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fms_spec.errors import UserError
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
+from fms_spec.read_out import read_out
 from fms_spec.speculators.base import Speculator
 
 
@@ -92,7 +93,7 @@ class HiddenStateSpeculator(Speculator):
         return hidden, predicted, inner
 
     def output(self, state, head):
-        return state[1] * self.state_scale, self.frozen[1]
+        return read_out(state[1] * self.state_scale, self.frozen[1]), self.frozen[1]
 
     def logits(self, state, head):
         features, weight = self.output(state, head)
@@ -107,7 +108,7 @@ class HiddenStateSpeculator(Speculator):
     def state_distance(self, features, target_states):
         """Smooth L1 between predicted and true states, in units of sigma (a few coordinates are fifty times the others): fp32 [m]."""
         scale = self.state_scale.float()
-        return F.smooth_l1_loss(features.float() / scale, target_states.float() / scale, reduction="none").mean(-1)
+        return F.smooth_l1_loss(features[:, : self.emb_dim].float() / scale, target_states.float() / scale, reduction="none").mean(-1)
 
     def saved_config(self):
         return {

@@ -1,0 +1,195 @@
+"""Proof, when a base model is loaded, that the seam computes what `transformers` computes.
+
+A few layers, with their real weights, run in fp32 on the CPU: as `transformers` runs them by itself, text by text, and as this code does,
+packed into one row, at near and far positions, and on a cache, as a text and as a tree. So the model is never held twice, only its
+embedding, its lm_head and the first layers up to the last one of a new kind, for as long as the proof takes.
+
+Shapes: n tokens, d base width, v vocabulary.
+"""
+
+import copy
+import logging
+from functools import cache as remembered
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fms_spec import fms_backend, transformers_backend
+from fms_spec.base_model import BaseModel, context_length, read_config, rope_kinds
+from fms_spec.candidates import Tree
+from fms_spec.errors import UserError
+from fms_spec.weights import fingerprint, read_entries, read_tensors, stray_files
+
+LENGTHS = (24, 17, 23)  # tokens of the texts
+WINDOW = 8  # what a window is narrowed to, so that texts are longer than it
+TOLERANCE = 1e-4  # of a state's or logits' norm; fp32 rounds to 1e-6 or so
+
+log = logging.getLogger("fms_spec")
+
+
+def settle_backend(name, path, config, backend):
+    """ "fms" or "transformers": which of them is to run a model, and is proved to compute it as it is meant.
+
+    Args:
+        config: of the model, from `read_config`. backend: as for `BaseModel`; "auto" falls back to `transformers`, and says so.
+
+    Raises:
+        UserError: tensors that are missing or left over, or no backend that was asked for computes the model.
+    """
+    for file in stray_files(path):
+        log.warning("base model %s: %s is no part of it and is not read here, but vLLM reads every *.safetensors; move it away", name, file)
+    if "longrope" in rope_kinds(config):
+        length = context_length(config)
+        log.warning(
+            "base model %s: longrope, whose short factors hold up to %d tokens; serve it with --max-model-len %d, for with more vLLM turns every "
+            "token by its long ones", name, length, length,
+        )  # fmt: skip
+    if choose_backend(name, config, backend) == "fms":
+        problem = proved(name, path, fingerprint(path), "fms")
+        if problem is None:
+            return "fms"
+        if backend == "fms":
+            raise UserError(f"base model {name}: {problem}; use backend=transformers")
+        log.warning("base model %s: %s; it runs in transformers", name, problem)
+    problem = proved(name, path, fingerprint(path), "transformers")
+    if problem:
+        raise UserError(f"base model {name}: {(config.architectures or ['unknown'])[0]} is not supported ({problem})")
+    return "transformers"
+
+
+def choose_backend(name, config, backend):
+    """What `settle_backend` tries first, from the config alone.
+
+    Raises:
+        UserError: ibm-fms was asked for and can't run it.
+    """
+    if backend == "transformers":
+        return backend
+    problem = fms_backend.unsupported(config)
+    if problem and backend == "fms":
+        raise UserError(f"base model {name}: {problem}; use backend=transformers")
+    if problem and (config.architectures or [""])[0] in fms_backend.ARCHITECTURES:
+        log.warning("base model %s: %s; it runs in transformers", name, problem)
+    return "transformers" if problem else "fms"
+
+
+@remembered
+def proved(name, path, _, backend):
+    """What keeps a backend from computing a model, or None. Remembered for a process: the fingerprint stands for the files.
+
+    Raises:
+        UserError: tensors that are missing or left over.
+    """
+    config = read_config(path)
+    check_tied(name, path, config)
+    if backend == "fms":
+        fms_backend.check_tensors(name, path, config)
+    reference = None
+    try:  # whatever an architecture that doesn't fit the seam may do
+        first = first_layers(config)
+        reference = transformers_backend.load(name, path, first, torch.float32, some_layers=True)
+        if reference._is_stateful:
+            return "its state-space layers' cache can't drop tokens"
+        # Two draws of tokens: that two experts score alike to within rounding happens in one, another computation in both.
+        answers = [texts_alone(reference, seed, context_length(config)) for seed in (0, 1)]
+        if backend == "fms":
+            reference = None  # one of the two at a time
+        model = BaseModel.__new__(BaseModel)
+        model.open(name, path, first, backend, torch.float32, "cpu", reference)
+        problem = difference(model, *answers[0]) and difference(model, *answers[1])
+    except UserError:
+        raise
+    except Exception as error:
+        problem = transformers_backend.first_line(error)
+    if problem and backend == "transformers" and not getattr(reference, "_supports_attention_backend", True):
+        return "its attention doesn't go through transformers' AttentionInterface, so it can't be held to a text or a tree"
+    return problem
+
+
+def check_tied(name, path, config):
+    """Refuse an lm_head that is there and not what the config says it is."""
+    entries, pair = read_entries(path), ("model.embed_tokens.weight", "lm_head.weight")
+    if config.tie_word_embeddings and all(key in entries for key in pair):
+        found = read_tensors(entries, pair)
+        if not torch.equal(*found.values()):
+            raise UserError(
+                f"base model {name}: config.json ties lm_head and embedding, its files hold two that differ; set tie_word_embeddings: false "
+                "or take out lm_head.weight"
+            )
+
+
+def first_layers(config):
+    """A config of the first layers up to the last one of a new kind, at least two where there are two, with narrow windows."""
+    with torch.device("meta"):
+        layers = layer_stack(AutoModelForCausalLM.from_config(config), config.num_hidden_layers)
+    listed = {key: value for key, value in vars(config).items() if isinstance(value, list) and len(value) == len(layers)}
+    kinds = []
+    for index, layer in enumerate(layers):
+        shapes = sorted((key, tuple(value.shape)) for key, value in layer.state_dict().items())
+        kinds.append(repr((shapes, [value[index] for value in listed.values()])))
+    count = max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
+    cut = copy.deepcopy(config)
+    for key, value in listed.items():
+        object.__setattr__(cut, key, value[:count])
+    cut.num_hidden_layers = min(count, len(layers))
+    if getattr(cut, "sliding_window", None):
+        cut.sliding_window = min(cut.sliding_window, WINDOW)
+    return cut
+
+
+def layer_stack(model, count):
+    """The `nn.ModuleList` of a model's `count` layers."""
+    return next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+
+
+def texts_alone(model, seed, context):
+    """(list of texts int64 [n], their first positions, the states [n, d], the logits [n, v]) of `transformers` by itself."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary, states, logits = model.get_input_embeddings().weight.shape[0], [], []
+    lengths = [min(length, context) for length in LENGTHS]
+    texts = [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
+    starts = [0, (context - lengths[1]) // 2, context - lengths[2]]
+    trunk = model.get_decoder()
+    trunk.config._attn_implementation = "eager"
+    for text, start in zip(texts, starts):
+        positions = torch.arange(start, start + len(text))[None]
+        with torch.no_grad():
+            states.append(trunk(text[None], position_ids=positions, use_cache=False).last_hidden_state[0])
+            logits.append(model(text[None], position_ids=positions, use_cache=False).logits[0])
+    return texts, starts, states, logits
+
+
+@torch.no_grad()
+def difference(model, texts, starts, states, logits):
+    """Where and by how much a `BaseModel` differs from `texts_alone`, in words; None where it doesn't."""
+    lengths = [len(text) for text in texts]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    spans = [(0, end - length, end) for end, length in zip(ends, lengths)]
+    positions = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths)])
+    packed = model.packed_states(torch.cat(texts)[None], positions[None], spans)[0]
+    cached = on_cache(model, texts[0])
+    for place, ours, theirs in [
+        ("states of packed texts", packed, torch.cat(states)),
+        ("states on a cache", cached, states[0]),
+        ("logits", model.logits(packed), torch.cat(logits)),
+    ]:
+        off = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
+        if not off <= TOLERANCE:  # NaN is none
+            backend = "this code" if model.backend == "transformers" else "ibm-fms"
+            return f"{backend} differs from transformers by {off:.1g} of the norm in the {place}"
+    return None
+
+
+def on_cache(model, text):
+    """States [n, d] of a text that is read onto a cache in three pieces, the second of them as one of a tree's two branches."""
+    third = len(text) // 3
+    cache, tree = model.new_cache(1, 2 * len(text)), Tree.full([2] + [1] * (third - 2), model.device)
+    found = [model.extend(text[None, :third], cache)[0]]
+    cache.hold([third])
+    nodes = text[third + 1 : 2 * third].repeat_interleave(2)
+    nodes[::2] = 0  # the branch that is not taken stands before the other, so that accepting moves entries
+    states = model.extend(torch.cat([text[third : third + 1], nodes])[None], cache, tree)[0]
+    path = [0, *range(2, 2 * third - 1, 2)]
+    cache.accept([path])
+    return torch.cat([*found, states[path], model.extend(text[None, 2 * third :], cache)[0]])
