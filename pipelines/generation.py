@@ -6,7 +6,7 @@ The protocol of an engine stands in data/continuation_writer.py; besides it an e
 import torch
 from tqdm import tqdm
 
-from fms_spec.base_model import read_config
+from fms_spec.base_model import context_length, read_config
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
 from fms_spec.options import Options
@@ -39,7 +39,7 @@ def check_context(base_model_dir, prompt_length, max_new_tokens):
     Raises:
         UserError: prompt and continuation together are over the base model's context.
     """
-    context = read_config(base_model_dir).max_position_embeddings
+    context = context_length(read_config(base_model_dir))
     if prompt_length + max_new_tokens > context:
         raise UserError(
             f"prompts of {prompt_length} tokens and {max_new_tokens} new tokens are over the context of {base_model_dir}, {context}; "

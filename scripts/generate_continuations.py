@@ -10,8 +10,8 @@ from pydantic import Field
 
 from data.continuation_store import ContinuationStore
 from data.continuation_writer import write_shards
-from data.reader import check_tokenizer, read_manifest, read_prompts
-from fms_spec.base_model import BaseModel, resolve_base_model
+from data.reader import check_tokenizer, check_vocabulary, read_manifest, read_prompts
+from fms_spec.base_model import BaseModel, read_config, resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.weights import fingerprint
 from pipelines.config import BaseModelSection, GenerationSection
@@ -101,10 +101,11 @@ def open_store(out_dir, data_dir, prompts, base_model, settings, seed):
     base_model: `BaseModelSection`. settings: `GenerationSection`.
 
     Raises:
-        UserError: no such base model, another tokenizer, texts over the context, a setting out of range, or shards of other settings.
+        UserError: no such base model, another tokenizer, tokens that the model lacks, texts over the context, a setting out of range, or shards of other settings.
     """
     path = resolve_base_model(base_model.name)
     check_tokenizer(read_manifest(data_dir), path)
+    check_vocabulary(data_dir, read_config(path).vocab_size)
     check_context(path, prompts.tokens.shape[1], settings.max_new_tokens)
     described = describe_generation(settings, fingerprint(path), base_model.dtype)
     return ContinuationStore(out_dir, prompts, shard_prompts=settings.batch_size, settings=described, seed=seed)
