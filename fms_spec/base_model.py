@@ -54,8 +54,8 @@ class BaseModel:
         """Load the model.
 
         Args:
-            name: directory or hub name. dtype: a key of DTYPES. backend: "fms", "transformers", or "auto" for ibm-fms where it computes what
-            `transformers` does. device: a torch device; the first GPU if there is one by default. proved: `backend` is what
+            name: directory or hub name. dtype: a key of DTYPES. backend: "fms", "transformers", or "auto" for ibm-fms where it computes
+            what `transformers` does. device: a torch device; the first GPU if there is one by default. proved: `backend` is what
             `proof.settle_backend` has said of this model.
 
         Raises:
@@ -205,9 +205,9 @@ def read_config(path):
     others = sorted(set(getattr(config, "layer_types", None) or []) - ATTENDING)
     if others or getattr(config, "attention_chunk_size", None):
         kind = others[0] if others else "chunked_attention"
-        raise UserError(f"base model {path}: only full attention and sliding windows are supported, not {kind}, whose cache can't drop tokens")
+        raise UserError(f"base model {path}: only full attention and sliding windows are supported; the cache of {kind} can't drop tokens")
     if "dynamic" in rope_kinds(config):
-        raise UserError(f"base model {path}: rope_type dynamic turns a token by the length of its text, and engines disagree how; set another")
+        raise UserError(f"base model {path}: rope_type dynamic hangs on the length of the text, and engines disagree how; set another")
     return config
 
 

@@ -54,9 +54,10 @@ def build(config, dtype, group=None):
     params |= {"activation_fn": config.hidden_act, "multiple_of": 1, "p_dropout": 0.0, "max_expected_seq_len": 1, "pad_id": -1}
     params["hidden_grow_factor"] = (config.intermediate_size + 0.5) / config.hidden_size  # it cuts the product's fraction off
     # It would split the model by itself among several processes, and says on standard output that it does what it was asked for.
+    strategy = "tp" if group else "none"
     with contextlib.redirect_stdout(None):
         return get_model(
-            architecture, variant, data_type=dtype, device_type="meta", distributed_strategy="tp" if group else "none", group=group, **params
+            architecture, variant, data_type=dtype, device_type="meta", distributed_strategy=strategy, group=group, **params
         )
 
 

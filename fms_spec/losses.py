@@ -101,8 +101,9 @@ class SoftTargetLoss(torch.autograd.Function):
 
         Args:
             targets: one int64 [m] a head (-1: none). teacher_of, teacher_weight, teacher_cap: teacher_of(head) [m, d], [r, d] and the
-            `BaseModel.output_cap`, of which the base model's logits are made; all None where no loss asks for them. scales: fp32 [h], what a head's loss is multiplied by.
-            weights: `LossWeights`. dtype: of the matrix products. inputs: each head's features [m, k], then its read-out [r, k].
+            `BaseModel.output_cap`, of which the base model's logits are made; all None where no loss asks for them. scales: fp32 [h],
+            what a head's loss is multiplied by. weights: `LossWeights`. dtype: of the matrix products. inputs: each head's features
+            [m, k], then its read-out [r, k].
         """
         features, readouts = inputs[: len(targets)], inputs[len(targets) :]
         ctx.dtypes, trained = [value.dtype for value in inputs], ctx.needs_input_grad[-len(targets) :]

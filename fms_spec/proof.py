@@ -42,8 +42,8 @@ def settle_backend(name, path, config, backend):
     if "longrope" in rope_kinds(config):
         length = context_length(config)
         log.warning(
-            "base model %s: longrope, whose short factors hold up to %d tokens; serve it with --max-model-len %d, for with more vLLM turns every "
-            "token by its long ones", name, length, length,
+            "base model %s: longrope, whose short factors hold up to %d tokens; serve it with --max-model-len %d, for with more vLLM turns "
+            "every token by its long ones", name, length, length,
         )  # fmt: skip
     if choose_backend(name, config, backend) == "fms":
         problem = proved(name, path, fingerprint(path), "fms")
@@ -114,8 +114,8 @@ def check_tied(name, path, config):
         found = read_tensors(entries, pair)
         if not torch.equal(*found.values()):
             raise UserError(
-                f"base model {name}: config.json ties lm_head and embedding, its files hold two that differ; set tie_word_embeddings: false "
-                "or take out lm_head.weight"
+                f"base model {name}: config.json ties lm_head and embedding, its files hold two that differ; set tie_word_embeddings: "
+                "false or take out lm_head.weight"
             )
 
 

@@ -20,7 +20,8 @@ def load(name, path, config, dtype, some_layers=False):
     try:
         with quiet() if some_layers else nullcontext():
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, config=whole_config(path, config), dtype=dtype, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True,
+                path, config=whole_config(path, config), dtype=dtype, output_loading_info=True, use_safetensors=True,
+                ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # of many kinds, from a missing package to a kernel that wants a GPU
         quantised = getattr(config, "quantization_config", None)
@@ -39,7 +40,7 @@ def load(name, path, config, dtype, some_layers=False):
         raise UserError(f"base model {name}: its files hold no tensor {key}, which its config.json asks for; copy or download it again")
     for key in sorted(info["unexpected_keys"]):
         if not some_layers:
-            raise UserError(f"base model {name}: tensor {key} of its files is used by no part of {type(model).__name__}; check its config.json")
+            raise UserError(f"base model {name}: {type(model).__name__} doesn't use tensor {key} of its files; check its config.json")
     return model.eval().requires_grad_(False)
 
 

@@ -88,10 +88,9 @@ def served_weights(target_model, vocab_size):
     layers = [layer for layer in target_model.modules() if isinstance(layer, VocabParallelEmbedding)]
     embeddings = [layer for layer in layers if not isinstance(layer, ParallelLMHead)]
     outputs = [layer for layer in layers if isinstance(layer, ParallelLMHead)] or embeddings  # tied
-    embedding, output, bias = (
-        whole(layer, value, vocab_size)
-        for layer, value in ((embeddings[0], embeddings[0].weight), (outputs[0], outputs[0].weight), (outputs[0], getattr(outputs[0], "bias", None)))
-    )
+    first, last = embeddings[0], outputs[0]
+    parts = ((first, first.weight), (last, last.weight), (last, getattr(last, "bias", None)))
+    embedding, output, bias = (whole(layer, value, vocab_size) for layer, value in parts)
     return SimpleNamespace(embedding_weight=embedding, output_weight=with_bias(output, bias))
 
 

@@ -47,7 +47,7 @@ def weight_files(path):
 
 
 def stray_files(path):
-    """Names of *.safetensors files that nothing here reads, and that vLLM does: those beside model.safetensors where no index says which."""
+    """Names of *.safetensors files that nothing here reads and vLLM does: those beside model.safetensors where there is no index."""
     named = {file.name for file in weight_files(path)}
     return [] if (Path(path) / INDEX).exists() else sorted({file.name for file in Path(path).glob("*.safetensors")} - named)
 

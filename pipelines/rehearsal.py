@@ -182,7 +182,8 @@ class Rehearsal:
                 tokens = torch.zeros(b, n, dtype=torch.int64)
                 self.base_model.packed_states(tokens, tokens, [(row, 0, n) for row in range(b)])
         except RuntimeError as error:  # as torch's grouped products of experts in fp32
-            raise UserError(f"base model {self.base_model.name}: no plan can be made of it: its layers don't run without data ({first_line(error)})") from error
+            problem = f"its layers don't run without data ({first_line(error)})"
+            raise UserError(f"base model {self.base_model.name}: no plan can be made of it: {problem}") from error
         return self.whole(cost)
 
     @cache

@@ -101,7 +101,8 @@ def open_store(out_dir, data_dir, prompts, base_model, settings, seed):
     base_model: `BaseModelSection`. settings: `GenerationSection`.
 
     Raises:
-        UserError: no such base model, another tokenizer, tokens that the model lacks, texts over the context, a setting out of range, or shards of other settings.
+        UserError: no such base model, another tokenizer, tokens that the model lacks, texts over the context, a setting out of range, or
+            shards of other settings.
     """
     path = resolve_base_model(base_model.name)
     check_tokenizer(read_manifest(data_dir), path)

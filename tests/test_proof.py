@@ -116,7 +116,7 @@ def test_a_damaged_set_of_files_is_refused_by_the_name_of_what_is_damaged(tmp_pa
 def test_auto_falls_back_where_ibm_fms_differs_and_says_so(tmp_path, monkeypatch, caplog):
     directory = write_model(tmp_path / "model")
     turn = rotary.RotaryOnce.adjusted_qk
-    monkeypatch.setattr(rotary.RotaryOnce, "adjusted_qk", lambda self, q, k, places, *rest, **named: turn(self, q, k, places // 2, *rest, **named))
+    monkeypatch.setattr(rotary.RotaryOnce, "adjusted_qk", lambda self, q, k, places, *_, **__: turn(self, q, k, places // 2))
     model = BaseModel(str(directory), dtype="float32", device="cpu")
     assert model.backend == "transformers"
     assert "ibm-fms differs from transformers" in caplog.text and "it runs in transformers" in caplog.text
@@ -139,7 +139,10 @@ def test_what_a_layer_asks_its_attention_for_is_missed_when_it_is_not_given(tmp_
     directory = write_architecture(tmp_path / "model", label)
     for key in (attention.PACKED, attention.CACHED):
         right = attention.AttentionInterface()[key]
-        broken = lambda *inputs, right=right, **named: right(*inputs, **named | {name: change(named[name]) if change else None})  # noqa: E731
+
+        def broken(*inputs, right=right, **named):
+            return right(*inputs, **named | {name: change(named[name]) if change else None})
+
         monkeypatch.setitem(attention.AttentionInterface._global_mapping, key, broken)
     refused(directory, "differs from transformers by .* of the norm in the states")
 
