@@ -120,10 +120,10 @@ MODELS = {
 }  # fmt: skip
 
 
-def write_architecture(directory, label, seed=0):
-    """Its config, random weights with biases and sinks that matter, and a tokenizer."""
+def write_architecture(directory, label, seed=0, **more):
+    """Its config, with `more` changed, random weights with biases and sinks that matter, and a tokenizer."""
     family, changes = MODELS[label]
-    config, changes = getattr(transformers, f"{family}Config"), SIZES | changes
+    config, changes = getattr(transformers, f"{family}Config"), SIZES | changes | more
     config = config(**changes) if "text_config" not in config.sub_configs else config(text_config=changes, vision_config=VISION)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)

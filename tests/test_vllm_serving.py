@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it)")
 
 import torch
-from architectures import LLAMA3
+from architectures import write_architecture
 from conftest import chi_square, write_model
 from transformers import AutoTokenizer
 from vllm import SamplingParams
@@ -66,11 +66,12 @@ def test_the_evaluation_against_vllm_finds_the_same_texts_and_acceptance(served,
     assert "24 of 24 equal" in capsys.readouterr().out
 
 
-def test_a_model_with_scaled_rotary_positions_says_in_vllm_what_it_was_trained_for_and_accepts_as_much(tmp_path):
-    make_place(tmp_path, ["hidden_state"], rope_parameters=LLAMA3, max_position_embeddings=512)
+@pytest.mark.parametrize("label", ["Llama 3.1, 3.2, 3.3", "Phi"])  # scaled rotary positions; a bias of the lm_head
+def test_a_model_unlike_llama_says_in_vllm_what_it_was_trained_for_and_accepts_as_much(tmp_path, label):
+    changes = SIZES | ({"num_key_value_heads": 2} if label == "Phi" else {})
+    make_place(tmp_path, ["hidden_state"], lambda directory: write_architecture(directory, label, **changes))
     prompts = served_prompts(tmp_path)
     base_model, _, proposer = load_for_decoding(str(tmp_path / "base_model"), tmp_path / "hidden_state", dtype="float32")
-    assert base_model.backend == "fms"
     samples = evaluate(base_model, [Prompt(None, prompt) for prompt in prompts], {"plain": None, "speculator": proposer}, 32)
     ours = figures(samples, "speculator", 3)
     with serving(tmp_path / "base_model", tmp_path / "hidden_state") as llm:
@@ -78,7 +79,7 @@ def test_a_model_with_scaled_rotary_positions_says_in_vllm_what_it_was_trained_f
         counted = counters(llm)
     plain = [sample.tokens[sample.prompt_length :].tolist() for sample in samples if sample.kind == "plain"]
     assert [tokens for tokens, _ in found] == plain
-    assert ours["acceptance_length"] > 1.1
+    assert ours["acceptance_length"] > 1.05  # otherwise nothing is shown
     served = 1 + counted["spec_decode_num_accepted_tokens"] / counted["spec_decode_num_drafts"]
     assert served == pytest.approx(ours["acceptance_length"], rel=0.02)
 

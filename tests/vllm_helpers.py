@@ -39,12 +39,12 @@ checkpoint: {{every: 120}}
 """
 
 
-def make_place(place, families=FAMILIES, **changes):
+def make_place(place, families=FAMILIES, write=lambda directory: write_model(directory, **SIZES)):
     """Write base_model/, data/ with 64 documents, and a speculator of each family that knows what the base model says after them.
 
-    changes: of the base model's config.
+    write: writes the base model.
     """
-    write_model(place / "base_model", **SIZES, **changes)
+    write(place / "base_model")
     (place / "corpus").mkdir()
     for number, words in enumerate(prompts_of(*[40] * 64)):
         (place / "corpus" / f"{number}.txt").write_text(" ".join(f"w{word - 1}" for word in words.tolist()))
