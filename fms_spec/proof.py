@@ -13,6 +13,7 @@ from functools import cache as remembered
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from fms_spec import fms_backend, transformers_backend
@@ -146,18 +147,19 @@ def layer_stack(model, count):
 def texts_alone(model, seed, context):
     """(list of texts int64 [n], their first positions, the states [n, d], the logits [n, v]) of `transformers` by itself."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary, states, logits = model.get_input_embeddings().weight.shape[0], [], []
-    lengths = [min(length, context) for length in LENGTHS]
+    vocabulary, lengths = model.get_input_embeddings().weight.shape[0], [min(length, context) for length in LENGTHS]
     texts = [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
     starts = [0, (context - lengths[1]) // 2, context - lengths[2]]
-    trunk = model.get_decoder()
+    rows = pad_sequence(texts, batch_first=True)  # on the right, where no token of the text sees it
+    positions = torch.tensor(starts)[:, None] + torch.arange(rows.shape[1])
+    trunk, states = model.get_decoder(), []
     trunk.config._attn_implementation = "eager"
-    for text, start in zip(texts, starts):
-        positions = torch.arange(start, start + len(text))[None]
-        with torch.no_grad():
-            states.append(trunk(text[None], position_ids=positions, use_cache=False).last_hidden_state[0])
-            logits.append(model(text[None], position_ids=positions, use_cache=False).logits[0])
-    return texts, starts, states, logits
+    hook = trunk.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
+    with torch.no_grad():
+        logits = model(rows, position_ids=positions.clamp(max=context - 1), use_cache=False).logits
+    hook.remove()
+    cut = [[part[row, :length] for row, length in enumerate(lengths)] for part in (states[0], logits)]
+    return texts, starts, *cut
 
 
 @torch.no_grad()
