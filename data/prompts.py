@@ -103,7 +103,7 @@ def read_lines(path, tokenizer_dir):
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"prompts {path}: can't be read ({problem}); give a prepared folder or a .jsonl file") from error
-    tokenizer, embedding_size = AutoTokenizer.from_pretrained(tokenizer_dir), read_embedding_size(tokenizer_dir)
+    tokenizer, embedding_size = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False), read_embedding_size(tokenizer_dir)
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

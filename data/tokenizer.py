@@ -76,7 +76,7 @@ def load_tokenizer(name):
     from transformers import AutoTokenizer  # takes seconds to import, and readers of prepared data do not need it
 
     try:
-        loaded = AutoTokenizer.from_pretrained(os.path.expanduser(name))
+        loaded = AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
         backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
         prefix, suffix = added_around(loaded)
         embedding_size = read_embedding_size(os.path.expanduser(name))

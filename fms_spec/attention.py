@@ -157,6 +157,8 @@ def _of_layer(attention):
     """An attention function of `transformers` that reads what the layer asks for; what it doesn't know, `proof` finds to be missing."""
 
     def call(module, query, keys, values, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_):
+        if attention_mask is not None:  # nobody gave it one
+            raise ValueError("its layers make attention masks of their own")
         attended = attention(query, keys, values, _asked.get(), scaling, sliding_window, softcap, s_aux)
         return attended.transpose(1, 2).contiguous(), None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fms_spec import fms_backend, transformers_backend
 from fms_spec.attention import CACHED, PACKED, asking, document_spans, span_positions
@@ -24,6 +25,7 @@ from fms_spec.weights import fingerprint, weight_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")  # of a config
+SHORTEST = 8  # tokens of a context: what `proof` needs for a text that is read in pieces
 ATTENDING = {"full_attention", "sliding_attention"}  # kinds of layers whose cache can drop tokens like any other
 
 
@@ -102,10 +104,10 @@ class BaseModel:
         self.width, self.vocab_size = self.config.hidden_size, len(weight)
         self.context_length = context_length(self.config)
         self.eos_token_ids = read_eos_token_ids(self.path, self.config)
-        over = sorted(token for token in self.eos_token_ids if token >= self.vocab_size)
-        if over:
+        outside = sorted(token for token in self.eos_token_ids if not 0 <= token < self.vocab_size)
+        if outside:
             raise UserError(
-                f"base model {self.name}: EOS token {over[0]} is over its vocabulary of {self.vocab_size}; correct eos_token_id in "
+                f"base model {self.name}: EOS token {outside[0]} is outside its vocabulary of {self.vocab_size}; correct eos_token_id in "
                 "generation_config.json or config.json"
             )
         self.packed_output = None  # see `pack`
@@ -196,19 +198,42 @@ def read_config(path):
         change with the length of the text.
     """
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"base model {path}: its config.json can't be used ({str(error).splitlines()[0]})") from error
-    missing = [name for name in NEEDED if not isinstance(getattr(config, name, None), int)]
-    if missing:
-        raise UserError(f"base model {path}: a {type(config).__name__} has no {missing[0]}; not a causal language model that is supported")
-    others = sorted(set(getattr(config, "layer_types", None) or []) - ATTENDING)
-    if others or getattr(config, "attention_chunk_size", None):
-        kind = others[0] if others else "chunked_attention"
-        raise UserError(f"base model {path}: only full attention and sliding windows are supported; the cache of {kind} can't drop tokens")
-    if "dynamic" in rope_kinds(config):
-        raise UserError(f"base model {path}: rope_type dynamic hangs on the length of the text, and engines disagree how; set another")
+        whole = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = whole.get_text_config(decoder=True)
+        config.architectures = config.architectures or whole.architectures
+        unfit = why_unfit(config)
+    except Exception as error:  # of many kinds: a config is checked by what reads it
+        raise UserError(f"base model {path}: its config.json can't be used ({transformers_backend.first_line(error)})") from error
+    if unfit:
+        raise UserError(f"base model {path}: {unfit}")
     return config
+
+
+def why_unfit(config):
+    """What in a config can't be honoured, in words, or None."""
+    missing = [name for name in NEEDED if not isinstance(getattr(config, name, None), int) or getattr(config, name) < 1]
+    if missing:
+        return f"a {type(config).__name__} with no {missing[0]}, or none that is a number from 1 on, is no causal language model"
+    if not isinstance(config.architectures or [], list):
+        return f"architectures {config.architectures} in its config.json is no list"
+    if getattr(config, "transformers_weights", None):
+        return f"transformers_weights in its config.json names {config.transformers_weights}, which engines don't read; rename the files instead"
+    if "head_dim" in (getattr(config, "per_layer_attributes", None) or ()):
+        return "its layers have heads of different widths, which the one cache doesn't hold"
+    kinds = set(getattr(config, "layer_types", None) or [])
+    others = sorted(kinds - ATTENDING) or ["chunked_attention"] * bool(getattr(config, "attention_chunk_size", None))
+    if others:
+        return f"only full attention and sliding windows are supported; the cache of {others[0]} can't drop tokens"
+    if "sliding_attention" in kinds and not getattr(config, "sliding_window", None):
+        return "its layer_types ask for sliding_attention, and it has no sliding_window"
+    for kind in rope_kinds(config):
+        if kind == "dynamic":
+            return "rope_type dynamic hangs on the length of the text, and engines disagree how; set another"
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            return f"rope_type {kind} is none that transformers knows"
+    if context_length(config) < SHORTEST:
+        return f"a context of {context_length(config)} tokens is too short"
+    return None
 
 
 def rope_kinds(config):
@@ -239,8 +264,18 @@ def default_head_width(config):
 
 
 def read_eos_token_ids(path, config):
-    """Set of end-of-sequence token ids, from generation_config.json where there is one, else from the config."""
-    file = Path(path) / "generation_config.json"
-    found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    """Set of end-of-sequence token ids, from generation_config.json where there is one, else from the config.
+
+    Raises:
+        UserError: a generation_config.json that can't be read, or ids that are no integers.
+    """
+    file, found = Path(path) / "generation_config.json", None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: can't be read ({transformers_backend.first_line(error)}); copy or download it again") from error
     found = config.eos_token_id if found is None else found
-    return set(found) if isinstance(found, list) else set() if found is None else {found}
+    found = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(token) is not int for token in found):
+        raise UserError(f"base model {path}: its eos_token_id {found} is no list of token ids; correct generation_config.json or config.json")
+    return set(found)

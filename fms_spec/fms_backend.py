@@ -1,6 +1,6 @@
 """A base model in ibm-fms: built from its `transformers` config, and its weights read layer by layer from the files that hold it.
 
-Whatever ibm-fms would silently leave out is set here or refused: a wrong number is found by `proof`, a wrong tensor by `check_tensors`.
+Whatever ibm-fms would silently leave out is set here or refused: a wrong number is found by `proof`, a wrong tensor by `misfit`.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from fms.models.hf.config_utils import _FMS_MODEL_CONFIG_REGISTRY
 from fms.utils import serialization
 from fms.utils.activation import str_to_activation
 
-from fms_spec.errors import UserError
+from fms_spec.transformers_backend import check_finite
 from fms_spec.weights import read_entries, read_tensors
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "GraniteForCausalLM", "Qwen3ForCausalLM")
@@ -28,7 +28,7 @@ def unsupported(config):
     width = config.hidden_size // config.num_attention_heads
     if architecture not in ANY_HEAD_WIDTH and (getattr(config, "head_dim", None) or width) != width:
         return f"ibm-fms's {architecture} has no head_dim of its own ({config.head_dim})"
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) is not None:
         return "ibm-fms doesn't load quantised weights here"
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"} or windowed(config):
         return "ibm-fms knows no sliding windows here"
@@ -65,30 +65,23 @@ def architecture_of(config):
     return _FMS_MODEL_CONFIG_REGISTRY.map_hf_to_fms_arch(config.architectures[0])
 
 
-def check_tensors(name, path, config):
-    """Refuse files that hold other tensors than the model has; nothing but their headers is read.
-
-    Raises:
-        UserError: a tensor that is missing, not used by the model, or of another shape.
-    """
+def misfit(path, config):
+    """What of the files' tensors doesn't fit the model as ibm-fms builds it, in words, or None; nothing but their headers is read."""
     model, entries = build(config, torch.float32), read_entries(path)
     held = {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items() if not COMPUTED.search(key)}
     try:
         found = serialization.get_adapted(architecture_of(config), "hf", held, {"model_config": model.config})
     except KeyError as error:
-        raise UserError(f"base model {name}: its files hold no {error.args[0]}; copy or download it again") from error
+        return f"the files hold no {error.args[0]}"
     own = model.state_dict()
     if model.config.tie_heads:
         own.pop("head.weight")
         found = {key: value for key, value in found.items() if key != "head.weight"}
     for key in sorted(own.keys() | found.keys()):
-        shapes = [None if key not in side else list(side[key].shape) for side in (own, found)]
-        if shapes[0] != shapes[1]:
-            wanted, there = ("no such tensor" if shape is None else f"one of {shape}" for shape in shapes)
-            raise UserError(
-                f"base model {name}: of {key} (ibm-fms's name) its config.json asks for {wanted}, its files hold {there}; "
-                "take the files and the config.json of one model"
-            )
+        wanted, there = ("none" if key not in side else f"one of {list(side[key].shape)}" for side in (own, found))
+        if wanted != there:
+            return f"of tensor {key} ibm-fms has {wanted}, the files hold {there}"
+    return None
 
 
 def load(path, config, dtype, device, group=None, settle_layer=None):
@@ -105,10 +98,11 @@ def load(path, config, dtype, device, group=None, settle_layer=None):
             of_layer[int(place[1])].append(key)
     rest = [key for key in names if not key.startswith("model.layers.")]
     for keys, layer in [*zip(of_layer, layers), (rest, None)]:
+        tensors = read_tensors(entries, keys, device)
+        check_finite(path, tensors.items())
         with torch.no_grad():
             serialization.load_state_dict_into_model(
-                model, read_tensors(entries, keys, device), architecture_of(config), "hf", dtype, "tp" if group else None,
-                initial_device=torch.device(device), rank=1,
+                model, tensors, architecture_of(config), "hf", dtype, "tp" if group else None, initial_device=torch.device(device), rank=1,
             )  # fmt: skip
         if settle_layer and layer is not None:
             settle_layer(layer)

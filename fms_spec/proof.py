@@ -20,10 +20,12 @@ from fms_spec import fms_backend, transformers_backend
 from fms_spec.base_model import BaseModel, context_length, read_config, rope_kinds
 from fms_spec.candidates import Tree
 from fms_spec.errors import UserError
-from fms_spec.weights import fingerprint, read_entries, read_tensors, stray_files
+from fms_spec.weights import read_entries, stray_files, weight_files
 
 LENGTHS = (24, 17, 23)  # tokens of the texts
 WINDOW = 8  # what a window is narrowed to, so that texts are longer than it
+FLOATS = ("F64", "F32", "F16", "BF16")
+TINY = torch.finfo(torch.float32).tiny  # a norm that may be divided by: states of nothing but zeros agree too
 TOLERANCE = 1e-4  # of a state's or logits' norm; fp32 rounds to 1e-6 or so
 
 log = logging.getLogger("fms_spec")
@@ -47,13 +49,13 @@ def settle_backend(name, path, config, backend):
             "every token by its long ones", name, length, length,
         )  # fmt: skip
     if choose_backend(name, config, backend) == "fms":
-        problem = proved(name, path, fingerprint(path), "fms")
+        problem = proved(name, path, stamp(path), "fms")
         if problem is None:
             return "fms"
         if backend == "fms":
             raise UserError(f"base model {name}: {problem}; use backend=transformers")
         log.warning("base model %s: %s; it runs in transformers", name, problem)
-    problem = proved(name, path, fingerprint(path), "transformers")
+    problem = proved(name, path, stamp(path), "transformers")
     if problem:
         raise UserError(f"base model {name}: {(config.architectures or ['unknown'])[0]} is not supported ({problem})")
     return "transformers"
@@ -67,7 +69,10 @@ def choose_backend(name, config, backend):
     """
     if backend == "transformers":
         return backend
-    problem = fms_backend.unsupported(config)
+    try:
+        problem = fms_backend.unsupported(config)
+    except (AttributeError, KeyError, TypeError) as error:  # a config that says it is of another architecture than it is
+        problem = transformers_backend.first_line(error)
     if problem and backend == "fms":
         raise UserError(f"base model {name}: {problem}; use backend=transformers")
     if problem and (config.architectures or [""])[0] in fms_backend.ARCHITECTURES:
@@ -75,21 +80,28 @@ def choose_backend(name, config, backend):
     return "transformers" if problem else "fms"
 
 
+def stamp(path):
+    """What changes when a model's files do: names, sizes and times of its config and weights."""
+    files = [path / "config.json", *weight_files(path)]
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
 @remembered
 def proved(name, path, _, backend):
-    """What keeps a backend from computing a model, or None. Remembered for a process: the fingerprint stands for the files.
+    """What keeps a backend from computing a model, or None. Remembered for a process, as long as its `stamp` stays.
 
     Raises:
-        UserError: tensors that are missing or left over.
+        UserError: tensors that are missing, left over or damaged.
     """
     config = read_config(path)
-    check_tied(name, path, config)
-    if backend == "fms":
-        fms_backend.check_tensors(name, path, config)
     reference = None
     try:  # whatever an architecture that doesn't fit the seam may do
+        check_dtypes(name, path, config)
+        if backend == "fms" and (problem := fms_backend.misfit(path, config)):
+            return problem
         first = first_layers(config)
         reference = transformers_backend.load(name, path, first, torch.float32, some_layers=True)
+        check_tied(name, reference, config)
         if reference._is_stateful:
             return "its state-space layers' cache can't drop tokens"
         # Two draws of tokens: that two experts score alike to within rounding happens in one, another computation in both.
@@ -108,22 +120,28 @@ def proved(name, path, _, backend):
     return problem
 
 
-def check_tied(name, path, config):
-    """Refuse an lm_head that is there and not what the config says it is."""
-    entries, pair = read_entries(path), ("model.embed_tokens.weight", "lm_head.weight")
-    if config.tie_word_embeddings and all(key in entries for key in pair):
-        found = read_tensors(entries, pair)
-        if not torch.equal(*found.values()):
-            raise UserError(
-                f"base model {name}: config.json ties lm_head and embedding, its files hold two that differ; set tie_word_embeddings: "
-                "false or take out lm_head.weight"
-            )
+def check_dtypes(name, path, config):
+    """Refuse quantised weights of a model whose config doesn't say that they are: they would be taken for what they are not."""
+    if getattr(config, "quantization_config", None) is None:
+        for key, entry in read_entries(path).items():
+            if key.endswith("weight") and entry.dtype not in FLOATS:
+                raise UserError(f"base model {name}: tensor {key} is {entry.dtype}, and its config.json has no quantization_config")
+
+
+def check_tied(name, model, config):
+    """Refuse an lm_head that is there and not the embedding that the config says it is: `transformers` takes it, engines don't."""
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if config.tie_word_embeddings and model._tied_weights_keys and embedding is not output and not torch.equal(embedding, output):
+        raise UserError(
+            f"base model {name}: config.json ties lm_head and embedding, its files hold two that differ; set tie_word_embeddings: "
+            "false or take the lm_head out of the files"
+        )
 
 
 def first_layers(config):
     """A config of the first layers up to the last one of a new kind, at least two where there are two, with narrow windows."""
     with torch.device("meta"):
-        layers = layer_stack(AutoModelForCausalLM.from_config(config), config.num_hidden_layers)
+        layers = layer_stack(AutoModelForCausalLM.from_config(config, trust_remote_code=False), config.num_hidden_layers)
     listed = {key: value for key, value in vars(config).items() if isinstance(value, list) and len(value) == len(layers)}
     kinds = []
     for index, layer in enumerate(layers):
@@ -141,7 +159,10 @@ def first_layers(config):
 
 def layer_stack(model, count):
     """The `nn.ModuleList` of a model's `count` layers."""
-    return next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+    found = next((part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no stack of its {count} layers")
+    return found
 
 
 def texts_alone(model, seed, context):
@@ -176,7 +197,9 @@ def difference(model, texts, starts, states, logits):
         ("states on a cache", cached, states[0]),
         ("logits", model.logits(packed), torch.cat(logits)),
     ]:
-        off = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
+        if not theirs.isfinite().all():
+            return f"transformers itself gives no finite {place}"
+        off = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=TINY)).max().item()
         if not off <= TOLERANCE:  # NaN is none
             backend = "this code" if model.backend == "transformers" else "ibm-fms"
             return f"{backend} differs from transformers by {off:.1g} of the norm in the {place}"

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -21,7 +22,7 @@ def load(name, path, config, dtype, some_layers=False):
         with quiet() if some_layers else nullcontext():
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, config=whole_config(path, config), dtype=dtype, output_loading_info=True, use_safetensors=True,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=True, trust_remote_code=False,
             )  # fmt: skip
     except Exception as error:  # of many kinds, from a missing package to a kernel that wants a GPU
         quantised = getattr(config, "quantization_config", None)
@@ -41,12 +42,20 @@ def load(name, path, config, dtype, some_layers=False):
     for key in sorted(info["unexpected_keys"]):
         if not some_layers:
             raise UserError(f"base model {name}: {type(model).__name__} doesn't use tensor {key} of its files; check its config.json")
+    check_finite(name, model.named_parameters())
     return model.eval().requires_grad_(False)
+
+
+def check_finite(name, weights):
+    """Raise UserError for a weight with a value that is no number, or infinite. weights: iterable of (name, tensor)."""
+    for key, weight in weights:
+        if weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite():
+            raise UserError(f"base model {name}: weight {key} holds values that are not finite; copy or download its files again")
 
 
 def whole_config(path, config):
     """What the files of a model that also reads images are loaded with: its own config, around that of its text part."""
-    whole = AutoConfig.from_pretrained(path)
+    whole = AutoConfig.from_pretrained(path, trust_remote_code=False)
     text = whole.get_text_config(decoder=True)
     if text is whole:
         return config
@@ -69,8 +78,8 @@ def quiet():
 
 def first_line(error):
     """What an exception says, in one line that is not too long."""
-    lines, kind = str(error).strip().splitlines(), type(error).__name__
-    return kind if not lines else lines[0][:200] if isinstance(error, ValueError) else f"{kind}: {lines[0][:200]}"
+    text, kind = " ".join(str(error).split()[:40])[:240], type(error).__name__
+    return kind if not text else text if isinstance(error, ValueError) else f"{kind}: {text}"
 
 
 def output_of(layer, config):

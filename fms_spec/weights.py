@@ -25,6 +25,21 @@ class Entry:
     end: int
 
 
+def weight_map(path):
+    """{tensor name: file name} of a directory's index.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    try:
+        found = json.loads((Path(path) / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): Path(file).name for name, file in found.items()}
+    except FileNotFoundError:
+        raise UserError(f"base model {path}: no {SINGLE} and no {INDEX} in it; save the model with save_pretrained first") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"base model {path}: its {INDEX} can't be read ({error!r}); copy or download it again") from error
+
+
 def weight_files(path):
     """The files that hold the model in a directory, as `transformers` chooses them: model.safetensors, else those that the index names.
 
@@ -34,12 +49,7 @@ def weight_files(path):
     path = Path(path)
     if (path / SINGLE).is_file():
         return [path / SINGLE]
-    try:
-        named = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except FileNotFoundError:
-        raise UserError(f"base model {path}: no {SINGLE} and no {INDEX} in it; save the model with save_pretrained first") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"base model {path}: its {INDEX} can't be read ({error!r}); copy or download it again") from error
+    named = sorted(set(weight_map(path).values()))
     missing = [name for name in named if not (path / name).is_file()]
     if missing:
         raise UserError(f"base model {path}: {INDEX} names {missing[0]}, which is not there; copy or download it again")
@@ -56,9 +66,17 @@ def read_entries(path):
     """{tensor name: `Entry`} of a model's directory, from the headers of its files.
 
     Raises:
-        UserError: as `weight_files`; a file that can't be read.
+        UserError: as `weight_files`; a file that can't be read; an index that says another file for a tensor than the one that has it.
     """
-    return {name: entry for file in weight_files(path) for name, entry in read_header(file).items()}
+    files = weight_files(path)
+    found = {file.name: read_header(file) for file in files}
+    if files[0].name != SINGLE:
+        places = weight_map(path)
+        there = [(name, file) for file, entries in found.items() for name in entries]
+        wrong = sorted(set(there) ^ set(places.items()))
+        if wrong:
+            raise UserError(f"base model {path}: {INDEX} and the files disagree on tensor {wrong[0][0]} ({wrong[0][1]}); copy them again")
+    return {name: entry for entries in found.values() for name, entry in entries.items()}
 
 
 def read_header(file):

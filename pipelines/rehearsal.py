@@ -116,7 +116,7 @@ class Weightless(BaseModel):
 
     def _load_transformers(self):
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
 
 
 def nbytes(tensors):

@@ -68,7 +68,7 @@ def run(parsed):
         raise UserError("--compare sets a speculator against plain decoding; give --speculator")
     sampling = Sampling(temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p)
     base_model, proposer = load(parsed)
-    tokenizer = AutoTokenizer.from_pretrained(base_model.path)
+    tokenizer = AutoTokenizer.from_pretrained(base_model.path, trust_remote_code=False)
     options = Options(
         max_new_tokens=parsed.max_new_tokens, min_new_tokens=parsed.min_new_tokens, tokenizer=tokenizer, sampling=sampling,
         stop=(parsed.stop,) if isinstance(parsed.stop, str) else tuple(parsed.stop), seeds=(parsed.seed,),

@@ -95,8 +95,12 @@ MODELS = {
         head_dim=16, sliding_window=16, layer_types=MIXED, intermediate_size=[64] * 3, num_kv_shared_layers=1,
         vocab_size_per_layer_input=WORDS, activation_sparsity_pattern=[0.0] * 3,
     )),
-    "Gemma 4 (text)": ("Gemma4Text", dict(
+    "Gemma 4 (text), heads of one width": ("Gemma4Text", dict(
         head_dim=16, global_head_dim=16, num_global_key_value_heads=2, sliding_window=16, layer_types=MIXED,
+        hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+    )),
+    "Gemma 4 (text), heads of two widths": ("Gemma4Text", dict(
+        head_dim=16, global_head_dim=32, num_global_key_value_heads=2, sliding_window=16, layer_types=MIXED,
         hidden_size_per_layer_input=0, num_kv_shared_layers=0,
     )),
     "VaultGemma": ("VaultGemma", dict(head_dim=16, sliding_window=16, layer_types=MIXED)),

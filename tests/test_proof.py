@@ -1,11 +1,12 @@
 """What is proved of a base model before it is used: its files, its config, its computation, and the tokens it is asked about."""
 
+import io
 import json
 import logging
 
 import pytest
 import torch
-from architectures import write_architecture
+from architectures import LLAMA3, write_architecture
 from conftest import prompts_of, tiny_speculator, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -159,10 +160,100 @@ def test_all_kinds_of_layers_are_among_those_that_are_proved(tmp_path):
     assert cut.num_hidden_layers == len(cut.layer_types) == 6 and cut.sliding_window == proof.WINDOW
 
 
-def test_eos_ids_over_the_vocabulary_are_refused(tmp_path):
+@pytest.mark.parametrize("eos, named", [([0, 96], "EOS token 96 is outside"), (-1, "EOS token -1 is outside"), ("x", "no list of token ids")])
+def test_eos_ids_that_are_no_tokens_of_the_model_are_refused(tmp_path, eos, named):
     directory = write_model(tmp_path / "model")
-    edit_json(directory / "generation_config.json", eos_token_id=[0, 96])
-    refused(directory, "EOS token 96 is over its vocabulary of 96")
+    edit_json(directory / "generation_config.json", eos_token_id=eos)
+    refused(directory, named)
+
+
+def test_a_generation_config_that_is_cut_is_named(tmp_path):
+    directory = write_model(tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"eos_')
+    refused(directory, "generation_config.json: can't be read")
+
+
+ODD_CONFIGS = {
+    "heads that don't divide the width": dict(num_attention_heads=3),
+    "no heads": dict(num_attention_heads=0),
+    "no layers": dict(num_hidden_layers=0),
+    "a number that is a text": dict(hidden_size="32"),
+    "an unknown activation": dict(hidden_act="nonsense"),
+    "an unknown rope": dict(rope_scaling={"rope_type": "su", "factor": 2.0}),
+    "a rope that grows": dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+    "windows without a width": dict(layer_types=["sliding_attention"] * 2),
+    "other weights by another name": dict(transformers_weights="other.safetensors"),
+    "no such architecture": dict(architectures={"a": 1}),
+    "no context": dict(max_position_embeddings=2),
+    "no vocabulary": dict(vocab_size=0),
+    "an encoder": dict(model_type="bert", architectures=["BertForMaskedLM"]),
+    "an encoder and a decoder": dict(model_type="bart", architectures=["BartForConditionalGeneration"]),
+    "no such dtype": dict(dtype="float7"),
+    "key-value heads that don't divide the heads": dict(num_key_value_heads=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD_CONFIGS)
+def test_a_config_that_can_not_be_is_refused_in_one_line(tmp_path, case):
+    directory = write_model(tmp_path / "model")
+    edit_json(directory / "config.json", **ODD_CONFIGS[case])
+    refused(directory, "base model")
+
+
+def test_an_old_config_says_the_same_as_a_new_one(tmp_path):
+    tokens = prompts_of(60)[0][None]
+    found = []
+    for name, rope in [("new", dict(rope_parameters=LLAMA3)), ("old", dict(rope_parameters=None, rope_theta=5e5, rope_scaling={
+        ("type" if key == "rope_type" else key): value for key, value in LLAMA3.items() if key != "rope_theta"
+    }))]:  # fmt: skip
+        directory = write_model(tmp_path / name)
+        edit_json(directory / "config.json", **rope)
+        model = BaseModel(str(directory), dtype="float32", device="cpu", backend="fms")
+        found.append(model.hidden_states(tokens, torch.zeros_like(tokens)))
+    torch.testing.assert_close(*found)
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, monkeypatch):
+    directory = write_model(tmp_path / "model")
+    (directory / "configuration_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass XConfig: pass\n")
+    edit_json(directory / "config.json", model_type="x", auto_map={"AutoConfig": "configuration_x.XConfig"})
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    refused(directory, "config.json can't be used")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_are_no_numbers_are_named_wherever_they_are(tmp_path, backend):
+    directory = write_model(tmp_path / "model", num_hidden_layers=4)
+    edit_weights(directory, lambda tensors: tensors["model.layers.3.mlp.up_proj.weight"].fill_(float("nan")))
+    refused(directory, "model.layers.3.mlp.up_proj.weight holds values that are not finite", backend=backend)
+
+
+def test_a_model_that_changes_on_disk_is_proved_again(tmp_path):
+    directory = write_model(tmp_path / "model")
+    BaseModel(str(directory), dtype="float32", device="cpu")
+    edit_json(directory / "config.json", num_hidden_layers=1)
+    refused(directory, r"layers\.1")
+
+
+def test_quantised_weights_that_the_config_keeps_quiet_about_are_refused(tmp_path):
+    directory = write_model(tmp_path / "model", num_hidden_layers=4)
+    name = "model.layers.3.mlp.up_proj.weight"
+    edit_weights(directory, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    refused(directory, "F8_E4M3")
+
+
+def test_an_index_that_says_another_file_than_the_one_that_has_a_tensor_is_refused(tmp_path):
+    directory = write_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="20KB")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    name = next(name for name, file in index["weight_map"].items() if file == first)
+    index["weight_map"][name] = last
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(directory, f"disagree on tensor {name}")
 
 
 def test_a_prompt_with_a_token_over_the_vocabulary_is_refused_before_any_work(base_model):
