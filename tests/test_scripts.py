@@ -28,11 +28,9 @@ def place(tmp_path_factory, corpus_dir):
     (directory / "corpus").symlink_to(corpus_dir)
     write_model(directory / "base_model")
     write_model(directory / "other_model", seed=1)
-    (directory / "windowed").mkdir()
-    (directory / "windowed/config.json").write_text(
-        '{"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}'
-    )
-    (directory / "windowed/model.safetensors").write_bytes(b"no weights: refused before they are looked at")
+    (directory / "recurrent").mkdir()
+    (directory / "recurrent/config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
+    (directory / "recurrent/model.safetensors").write_bytes(b"no weights: refused before they are looked at")
     (yaml,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (directory / "first.yaml").write_text(yaml)
     return directory
@@ -122,7 +120,7 @@ def test_the_readmes_torchrun_line_trains_with_two_processes(place):
         ("scripts.benchmark report --results=first.yaml --out=new", "first.yaml, line 1"),
         ("scripts.benchmark report --results=first.yaml", "--out is required"),
         ("scripts.doctor --verbose", "--verbose"),
-        ("scripts.generate --base_model=windowed --prompt=w1", "sliding windows"),
+        ("scripts.generate --base_model=recurrent --prompt=w1", "base model recurrent"),
         ("scripts.benchmark speed --base_model=base_model", "give one of decode"),
         ("scripts.benchmark", "give one of decode"),
         ("scripts.quickstart --out_dir=base_model", "base_model holds other files"),
