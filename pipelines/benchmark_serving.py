@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from fms_spec.base_model import read_config, read_eos_token_ids, resolve_base_model
+from fms_spec.base_model import context_length, read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.hub import local_directory
 from fms_spec.loading import load_for_decoding
 from fms_spec.vllm_plugin import METHOD
@@ -34,7 +34,7 @@ def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
         "ngram": {"method": "ngram", "num_speculative_tokens": tokens, **LOOKUP},
         "speculator": attached(speculator, tokens),
     }
-    length = length_of(lines, new_tokens, tokens)
+    length = length_of(lines, new_tokens, tokens, read_config(resolve_base_model(name)))
     engines = {way: start_vllm(resolve_base_model(name), dtype, length, speculative_config=found, disable_log_stats=False)
                for way, found in speculations.items()}  # fmt: skip
     try:
@@ -77,7 +77,7 @@ def serve(name, speculator, lines, new_tokens, tokens, dtype):
     config = read_config(path)
     ends = [token for token in read_eos_token_ids(path, config) if token < config.vocab_size]
     engine = start_vllm(
-        path, dtype, length_of(lines, new_tokens, tokens), speculative_config=attached(speculator, tokens), disable_log_stats=False
+        path, dtype, length_of(lines, new_tokens, tokens, config), speculative_config=attached(speculator, tokens), disable_log_stats=False
     )
     try:
         # Ends as ours do, whatever the tokenizer calls its EOS.
@@ -93,9 +93,13 @@ def attached(speculator, tokens):
     return {"method": METHOD, "model": str(local_directory("speculator", speculator)), "num_speculative_tokens": tokens}
 
 
-def length_of(lines, new_tokens, tokens):
-    """Room to draft to the end of every line: vLLM drafts nothing that might not fit."""
-    return max(map(len, lines)) + new_tokens + tokens
+def length_of(lines, new_tokens, tokens, config):
+    """vLLM's max_model_len: room for the drafts behind the last step's drafts, where the context has it.
+
+    Once the longest text of a batch has no such room, vLLM drafts for none of them, and counts old drafts again: 305 drafts of 12 texts
+    of 48 tokens where 290 were due, acceptance length 1.86 for 1.99.
+    """
+    return min(max(map(len, lines)) + new_tokens + 2 * tokens + 1, context_length(config))
 
 
 def warm_up(engines, line):
