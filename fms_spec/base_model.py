@@ -256,11 +256,7 @@ def attention_heads(config):
 
 def head_width(config):
     """Coordinates of one attention head."""
-    return getattr(config, "head_dim", None) or default_head_width(config)
-
-
-def default_head_width(config):
-    return config.hidden_size // config.num_attention_heads
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def read_eos_token_ids(path, config):
