@@ -52,9 +52,10 @@ def test_a_packed_text_is_the_same_in_blocks_of_queries_of_any_size(tmp_path, mo
         torch.testing.assert_close(model.hidden_states(tokens, segments), right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", [2, 16])  # a tree deeper than its window, and one within it
 @pytest.mark.parametrize("label", ASKING)
-def test_a_batch_of_unequal_texts_says_what_each_says_alone(tmp_path, label):
-    model = BaseModel(str(write_architecture(tmp_path / "model", label)), dtype="float32", device="cpu")
+def test_a_batch_of_unequal_texts_says_what_each_says_alone(tmp_path, label, window):
+    model = BaseModel(str(write_architecture(tmp_path / "model", label, sliding_window=window)), dtype="float32", device="cpu")
     prompts, options = prompts_of(3, 40, 17, 60), Options(max_new_tokens=30, ignore_eos=True)
     alone = [decode(model, [prompt], Options(max_new_tokens=34, ignore_eos=True))[0][0].tokens for prompt in prompts]
     texts = [prompt.tolist() + tokens for prompt, tokens in zip(prompts, alone)]
