@@ -4,7 +4,6 @@ The base model is frozen, so what it writes never depends on the speculator: sha
 Shapes: p prompts of a shard, m tokens of a continuation.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -17,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data.files import cannot_write, write_whole
 from data.manifest import MANIFEST, reason, shown
 from data.tables import column, shard_entry
 from fms_spec.errors import UserError, first_difference
+from fms_spec.files import cannot_write, locked, write_whole
 
 FINISH_REASONS = ("stop", "length")
 # Head 0 sees the state at the end of the prompt and the first token after it, and predicts the second: fewer teach nothing.
@@ -212,23 +211,6 @@ class Claim:
         if not self._lock.closed:
             Path(self._lock.name).unlink(missing_ok=True)
             self._lock.close()
-
-
-def locked(path):
-    """`path` opened and locked for this process alone, or None if another one holds it."""
-    while True:
-        lock = open(path, "ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder removes the file before it lets go: a lock on a removed file excludes nobody, so it is sought again.
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                return lock
-        except BlockingIOError:
-            lock.close()
-            return None
-        except FileNotFoundError:
-            pass
-        lock.close()
 
 
 def readable(path, read):

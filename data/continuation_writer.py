@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from data.files import write_whole
+from fms_spec.files import write_whole
 
 POLL_SECONDS = 0.2  # between looks at what others have written
 STATUS_SECONDS = 5  # between status files, where no shard is finished

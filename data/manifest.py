@@ -1,10 +1,10 @@
 """The manifest of a prepared folder: what it was made from and what it must hold. It is written last."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from fms_spec.errors import UserError
+from fms_spec.files import sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -51,12 +51,6 @@ def shown(value):
 def reason(error):
     """What a library's error says, on one line and short enough for a message of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def sha256_of(path):
-    """Hexadecimal sha256 of a file's bytes, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sizes(data_dir, shards):

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data.manifest import reason, sha256_of
+from data.manifest import reason
 from fms_spec.errors import UserError
+from fms_spec.files import sha256_of
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 PARQUET = ".parquet"

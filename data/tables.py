@@ -5,7 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.manifest import FORMAT_VERSION, sha256_of
+from data.manifest import FORMAT_VERSION
+from fms_spec.files import sha256_of
 
 # A shard holds at most 64 MiB of tokens: a reader keeps one in memory. It is written in row groups of 4 MiB.
 SHARD_BYTES = 64 * 2**20

@@ -1,0 +1,123 @@
+"""Files that are believed later: written whole or not at all, and told from damaged ones; folders that one process owns."""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+
+from fms_spec.errors import UserError
+
+OWNER = ".owner"  # in a folder that one process writes: whose it is; locked for as long as it is
+
+
+def write_whole(path, content):
+    """Write bytes so that the file is there whole or not at all, even after a power failure; makes the folder.
+
+    Raises:
+        UserError: the folder or the file cannot be written; no partial file is left.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+            sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def write_json(path, value):
+    """`write_whole` of a JSON value, indented."""
+    write_whole(Path(path), (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path, mend):
+    """The JSON value in a file. mend: what to do about one that can't be read.
+
+    Raises:
+        UserError: missing, damaged or no JSON; names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        problem = getattr(error, "strerror", None) or "it may be cut short or damaged"
+        raise UserError(f"{path}: can't be read ({problem}); {mend}") from None
+
+
+def sync(path):
+    """Have a file's contents, or a folder's names, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path):
+    """Hexadecimal sha256 of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cannot_write(path, error):
+    """The `UserError` for an `OSError` while `path` was written."""
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); make room or mend the folder, then start again")
+
+
+def locked(path):
+    """`path` opened and locked for this process alone, or None if another one holds it; raises OSError where it can't be made.
+
+    The lock is let go by the system when the process ends, however it ends.
+    """
+    while True:
+        lock = open(path, "ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder removes the file before it lets go: a lock on a removed file excludes nobody, so it is sought again.
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                return lock
+        except BlockingIOError:
+            lock.close()
+            return None
+        except FileNotFoundError:
+            pass
+        lock.close()
+
+
+@contextmanager
+def owned(folder):
+    """Hold `folder`, made if it is missing, for this process alone; one that was made here and is still empty in the end is removed again.
+
+    Raises:
+        UserError: another process holds it (says which, and on which host), or it can't be written.
+    """
+    folder = Path(folder)
+    try:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(folder / OWNER)
+        if lock is None:
+            holder = (folder / OWNER).read_text(encoding="utf-8") or "another process"
+            raise UserError(f"{folder}: {holder} is writing there; wait for it, or give another folder")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock.flush()
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    try:
+        yield
+    finally:
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.close()
+        for place in made:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
