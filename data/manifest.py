@@ -1,5 +1,6 @@
 """The manifest of a prepared folder: what it was made from and what it must hold. It is written last."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -27,6 +28,17 @@ def read_manifest(data_dir):
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; run scripts.prepare_data again")
     return manifest
+
+
+def data_fingerprint(data_dir):
+    """Hash (hex, 32 characters) of what a prepared folder holds: of its tables' checksums, not of the names its source went by.
+
+    Raises:
+        UserError: as read_manifest.
+    """
+    manifest = read_manifest(data_dir)
+    held = json.dumps([manifest["inputs"], manifest["tables"]], sort_keys=True)
+    return hashlib.sha256(held.encode()).hexdigest()[:32]
 
 
 def table_of(manifest, data_dir, name):

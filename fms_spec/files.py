@@ -4,12 +4,14 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 from contextlib import contextmanager
 from pathlib import Path
 
 from fms_spec.errors import UserError
 
+PARTIAL = re.compile(r"\..+\.\d+\.partial")  # what write_whole is writing: .NAME.PROCESS.partial
 OWNER = ".owner"  # in a folder that one process writes: whose it is; locked for as long as it is
 
 
@@ -111,6 +113,8 @@ def owned(folder):
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         lock.flush()
+        for name in filter(PARTIAL.fullmatch, os.listdir(folder)):  # of an owner that was killed
+            (folder / name).unlink()
     except OSError as error:
         raise cannot_write(folder, error) from None
     try:

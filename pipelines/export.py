@@ -4,9 +4,10 @@ import json
 import shlex
 
 from fms_spec.errors import UserError
+from fms_spec.files import read_json
 from fms_spec.speculators import from_config, save_speculator
 from fms_spec.vllm_plugin import METHOD, TRIED
-from pipelines.checkpoint import load_weights, whole_checkpoints
+from pipelines.checkpoint import damage, load_weights, newest_checkpoint
 
 CARD = """---
 library_name: fms-spec
@@ -50,14 +51,15 @@ def export(checkpoint, out_dir):
     if out_dir.exists():
         raise UserError(f"{out_dir} exists already; give a new out_dir")
     if (checkpoint / "checkpoints").is_dir():
-        found = whole_checkpoints(checkpoint / "checkpoints")
+        found = newest_checkpoint(checkpoint / "checkpoints")
         if not found:
             raise UserError(f"{checkpoint} has no whole checkpoint yet; let the run reach its first one")
-        checkpoint = found[-1]
-    try:
-        config = json.loads((checkpoint / "speculator.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/step-N or RUN") from error
+        checkpoint = found
+    elif not (checkpoint / "speculator.json").is_file():
+        raise UserError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/step-N or RUN")
+    elif problem := damage(checkpoint):
+        raise UserError(f"checkpoint {checkpoint} is damaged ({problem}); give another one, or RUN for the newest whole one")
+    config = read_json(checkpoint / "speculator.json", "give another checkpoint")
     speculator = from_config(config)
     load_weights(checkpoint, speculator)
     partial = out_dir.with_name(out_dir.name + ".partial")

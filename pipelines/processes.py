@@ -5,6 +5,7 @@ Started by torchrun (or anything that sets the same variables); without one, a r
 
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,10 +19,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fms_spec.errors import UserError
+from pipelines.stopping import STOPPED, Stopped
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 WATCH_SECONDS = 1  # between looks for an error of another process
 SILENCE_SECONDS = 60  # of a process, after which it counts as gone; a collective would wait for it for hours
+GO_ON = "what was saved is kept, start the run again with --resume"
 PATIENCE = timedelta(hours=2)  # of a collective: one process may be writing continuations while the others wait
 
 
@@ -54,6 +57,14 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, flag):
+        """Whether `flag` is true in any process; asks over the CPU, and waits for no device."""
+        if not self._store:
+            return flag
+        asked = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
+
     def wait_for_all(self):
         """Return when every process is here."""
         if self._store:
@@ -65,38 +76,63 @@ class Processes:
         return self._store.compare_set("error", "", mine).decode() == mine
 
     def watch(self):
-        """End this process when another one has told of an error, or has been silent; said once on each node."""
+        """End this process when another one has told of an error, is gone, or has been silent; said once on each node."""
+        self._store.set(f"process {self.rank}", str(os.getpid()))
+        self._watcher = threading.Thread(target=self._look, daemon=True)
+        self._watcher.start()
 
-        def look():
-            neighbour, heard, since = (self.rank + 1) % self.count, None, time.monotonic()
+    def _look(self):
+        neighbour, heard, since = (self.rank + 1) % self.count, None, time.monotonic()
+        try:
             for beat in itertools.count():
                 if self._store.check(["error"]):
-                    break
+                    return self._end_with_the_first()
                 self._store.set(f"beat {self.rank}", str(beat))
                 last = self._store.get(f"beat {neighbour}") if self._store.check([f"beat {neighbour}"]) else None
                 if last != heard:
                     heard, since = last, time.monotonic()
+                for gone in self._gone():
+                    self._end(f"process {gone} is gone without a word: killed, or the machine had no memory left; {GO_ON}")
                 if time.monotonic() - since > SILENCE_SECONDS:  # as one that was killed on another node is
-                    message = f"nothing was heard of process {neighbour} for {SILENCE_SECONDS} s; its node's log may say why"
-                    if self.report(message):
-                        print(f"error: process {self.rank}: {message}", file=sys.stderr, flush=True)
-                        os._exit(1)
+                    self._end(f"nothing was heard of process {neighbour} for {SILENCE_SECONDS} s; its node's log may say why; {GO_ON}")
                 if self._leaving.wait(WATCH_SECONDS):
                     return
-            rank, message = self._store.get("error").decode().split(" ", 1)
-            if int(rank) == self.rank:
-                return  # it ends by itself
-            if self.local_rank == 0 and int(rank) // self.local_count != self.rank // self.local_count:
-                print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
+        except (dist.DistError, RuntimeError):
+            if not self._leaving.is_set():
+                if self.local_rank == 0:
+                    print(f"error: process {self.rank}: the launcher of this run is gone; {GO_ON}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _gone(self):
+        """Ranks of this node's processes that have ended without telling of an error or of their end."""
+        first = self.rank - self.local_rank
+        for rank in range(first, first + self.local_count):
+            if self._store.check([f"process {rank}"]) and not self._store.check([f"left {rank}"]):
+                try:
+                    os.kill(int(self._store.get(f"process {rank}")), 0)
+                except ProcessLookupError:
+                    yield rank
+
+    def _end(self, message):
+        """End this process with an error that it found out; only the first to tell of one prints it."""
+        if self.report(message):
+            print(f"error: {message}", file=sys.stderr, flush=True)
             os._exit(1)
 
-        self._watcher = threading.Thread(target=look, daemon=True)
-        self._watcher.start()
+    def _end_with_the_first(self):
+        """End this process because one, maybe itself, has told of an error."""
+        rank, message = self._store.get("error").decode().split(" ", 1)
+        if int(rank) == self.rank:
+            return  # it ends by itself
+        if self.local_rank == 0 and int(rank) // self.local_count != self.rank // self.local_count:
+            print(f"error: process {rank}: {message}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def leave(self):
         """End the watch: a thread that still speaks to the store when Python ends would abort the process."""
         self._leaving.set()
         self._watcher.join()
+        self._store.set(f"left {self.rank}", "")
 
 
 @contextmanager
@@ -119,10 +155,16 @@ def joined():
     if rank:  # one progress bar is enough
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     processes.watch()
+    # The launcher asks all to end as soon as one is gone: time for the watch to say which. Within the training loop, see stopping.
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(3 * WATCH_SECONDS, os._exit, [STOPPED]).start())
     try:
         yield processes
         processes.wait_for_all()
         processes.leave()
+    except Stopped:
+        processes.wait_for_all()
+        processes.leave()
+        raise
     except UserError as error:
         first = processes.report(str(error))
         processes.leave()
@@ -130,8 +172,8 @@ def joined():
             sys.exit(1)
         raise UserError(f"process {rank}: {error}" if rank else str(error)) from error
     except Exception as error:
-        # A broken connection is only the echo of an error elsewhere, which may not have been told yet.
-        time.sleep(2 * WATCH_SECONDS if isinstance(error, RuntimeError) else 0)
+        # A broken connection is only the echo of an error elsewhere, which may not have been told yet, or of a process that is gone.
+        time.sleep(3 * WATCH_SECONDS if isinstance(error, RuntimeError) else 0)
         if processes.report(f"{type(error).__name__}: {error}"):
             traceback.print_exc()
         sys.stderr.flush()

@@ -1,31 +1,59 @@
 """run.json: what a run is, written once, and compared before the run is gone on with."""
 
-import json
+import sys
 
 from fms_spec.errors import UserError, first_difference
+from fms_spec.files import OWNER, read_json, write_json
+from pipelines.checkpoint import checkpoints
+
+RECORD = "run.json"
 
 
-def check_out_dir(out_dir, config, resume, processes):
-    """Refuse an out_dir that can't be this run's, before any work; processes: how many there are.
+def check_out_dir(out_dir, config, resume, processes, inputs):
+    """Refuse an out_dir that can't be this run's, before any work.
+
+    processes: how many there are. inputs: what tells the base model's weights and the data from others, {name: text}.
 
     Raises:
         UserError: it holds another run, a run that wasn't asked to be resumed, or other files.
     """
-    record = out_dir / "run.json"
-    if record.is_file():
-        found = json.loads(record.read_text())
-        difference = first_difference(
-            what_decides(found["config"], found["processes"]), what_decides(config.model_dump(mode="json"), processes)
+    found = read_record(out_dir)
+    if found is None:
+        if out_dir.exists() and not out_dir.is_dir():
+            raise UserError(f"{out_dir} is a file; give another out_dir")
+        names = {path.name for path in out_dir.iterdir()} - {OWNER, RECORD} if out_dir.exists() else set()
+        if names and not (resume and checkpoints(out_dir / "checkpoints")):
+            raise UserError(f"{out_dir} holds other files ({min(names)}); give an empty or new out_dir")
+        if names:
+            print(f"warning: {out_dir / RECORD} is lost; it is taken for a run with this config", file=sys.stderr)
+        return
+    now = what_decides(config.model_dump(mode="json"), processes) | inputs
+    difference = first_difference(what_decides(found["config"], found["processes"]) | found["inputs"], now)
+    if difference:
+        key, before, now = difference
+        raise UserError(
+            f"{out_dir} holds a run with another {key} ({before!r}, now {now!r}); give another out_dir, or the same one to resume"
         )
-        if difference:
-            key, before, now = difference
-            raise UserError(
-                f"{out_dir} holds a run with another {key} ({before!r}, now {now!r}); give another out_dir, or the same config to resume"
-            )
-        if not resume:
-            raise UserError(f"{out_dir} holds a run already; add --resume to go on with it, or give another out_dir")
-    elif out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} holds other files; give an empty or new out_dir")
+    if not resume:
+        raise UserError(f"{out_dir} holds a run already; add --resume to go on with it, or give another out_dir")
+
+
+def read_record(out_dir):
+    """A run's record as a dict; None where there is none, or an empty one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    record = out_dir / RECORD
+    if not record.is_file() or not record.stat().st_size:
+        return None
+    mend = "copy it back, or remove it and resume with the config that the run was started with"
+    found = read_json(record, mend)
+    try:
+        what_decides(found["config"], found["processes"]) | found["inputs"]
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{record}: no record of a run; {mend}") from None
+    return found
 
 
 def what_decides(config, processes):
@@ -42,10 +70,8 @@ def what_decides(config, processes):
     return {key: value for key, value in config.items() if key != "parallel"} | phases | {"generation": generation}
 
 
-def claim_out_dir(out_dir, config, processes, environment):
-    """Write run.json (resolved config, processes, versions, git revision, command), unless the run has one from its first start."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    record = out_dir / "run.json"
-    if not record.is_file():
-        made_by = {"config": config.model_dump(mode="json"), "processes": processes} | environment
-        record.write_text(json.dumps(made_by, indent=2) + "\n")
+def claim_out_dir(out_dir, config, processes, inputs, environment):
+    """Write run.json (resolved config, processes, inputs, versions, git revision, command), unless the run has one from its first start."""
+    if read_record(out_dir) is None:
+        made_by = {"config": config.model_dump(mode="json"), "processes": processes, "inputs": inputs} | environment
+        write_json(out_dir / RECORD, made_by)

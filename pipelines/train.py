@@ -15,10 +15,11 @@ from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.proposers import DraftShape
 from fms_spec.speculators import describe
-from pipelines.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, whole_checkpoints
+from pipelines.checkpoint import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint, whole_checkpoints
 from pipelines.metrics import Metrics, Stopwatch
 from pipelines.processes import Processes
 from pipelines.schedule import learning_rate_factor
+from pipelines.stopping import Stopped, stopping
 
 
 class Trainer:
@@ -47,13 +48,14 @@ class Trainer:
         self.watch = Stopwatch()
         self.tokens = 0  # positions trained on, in both phases
         self.logged = {}  # phase -> device tensors since the last log line, read only when logged
+        self.log_lines = 0  # of metrics.jsonl when the run was saved
 
     def resume(self):
         """Go on from the newest whole checkpoint, if there is one; returns the step."""
-        found = whole_checkpoints(self.out_dir / "checkpoints")
+        found = newest_checkpoint(self.out_dir / "checkpoints", self.processes)
         if found:
-            progress = load_checkpoint(found[-1], self.speculator, self.optimizer)
-            self.step, self.tokens = progress["step"], progress["tokens"]
+            progress = load_checkpoint(found, self.speculator, self.optimizer)
+            self.step, self.tokens, self.log_lines = progress["step"], progress["tokens"], progress["log_lines"]
             self.watch = Stopwatch(progress["seconds"])
             for phase, state in progress["batches"].items():
                 self.batches[phase].load_state_dict(state)
@@ -62,7 +64,7 @@ class Trainer:
     def save(self):
         """Write a checkpoint of this moment; returns its directory."""
         progress = {
-            "step": self.step, "tokens": self.tokens, "seconds": self.watch.seconds,
+            "step": self.step, "tokens": self.tokens, "seconds": self.watch.seconds, "log_lines": self.metrics.lines,
             "batches": {phase: batches.state_dict() for phase, batches in self.batches.items()},
         }  # fmt: skip
         with self.watch.measure("checkpoint"):
@@ -75,36 +77,54 @@ class Trainer:
         """Run the schedule to its end; returns the last checkpoint's directory.
 
         profiler: a `torch.profiler.profile` that has been started; told of every step.
+
+        Raises:
+            Stopped: the process got SIGTERM; the step it was at is finished and saved. Of several processes all stop at the same step.
         """
-        config, total = self.config, self.schedule.steps
-        metrics = Metrics(self.out_dir, self.step, keeps=self.processes.main)
-        saved = None
-        with tqdm(total=total, initial=self.step, desc="train", unit="step", dynamic_ncols=True, mininterval=1) as bar:
+        total, saved = self.schedule.steps, None
+        self.metrics = Metrics(self.out_dir, self.step, self.log_lines, keeps=self.processes.main)
+        with stopping() as stop, tqdm(total=total, initial=self.step, desc="train", unit="step", dynamic_ncols=True, mininterval=1) as bar:
             while self.step < total:
                 phase, step_in_phase = self.schedule.phase(self.step)
                 try:
-                    micro_batches = self.next_batches(phase)
-                except UserError:
-                    self.save_finished(metrics)
+                    with stop.waiting(alone=self.processes.count == 1):
+                        micro_batches = self.next_batches(phase)
+                except (UserError, Stopped) as reason:
+                    self.save_finished()
+                    self.tell(reason)
                     raise
                 self.train_step(phase, step_in_phase, micro_batches)
                 self.step += 1
                 bar.update()
                 if profiler:
                     profiler.step()
-                last = self.step == total
-                saving = self.step % config.checkpoint.every == 0 or last
-                if self.step % config.log_every == 0 or saving:  # so that what is saved has been seen to be finite
-                    values = self.read_log()
-                    metrics.write(self.step, values)
-                    bar.set_postfix({name: f"{value:.3f}" for name, value in values.items() if name.endswith("/loss")})
-                if self.make_validation and (self.step % config.validation.every == 0 or last):
-                    with self.watch.measure("validation"):
-                        metrics.write(self.step, self.validate())
-                if saving:
-                    saved = self.save()
-        metrics.close()
+                stopped = self.processes.any(stop.asked) and self.step < total
+                saved = self.finish_step(bar, stopped) or saved
+                if stopped:
+                    self.tell(Stopped())
+                    raise Stopped
+        self.metrics.close()
         return saved or whole_checkpoints(self.out_dir / "checkpoints")[-1]
+
+    def finish_step(self, bar, stopped):
+        """Log, validate and save what is due after a step; returns the checkpoint's directory if one was written."""
+        config, last = self.config, self.step == self.schedule.steps
+        saving = self.step % config.checkpoint.every == 0 or last or stopped
+        if self.step % config.log_every == 0 or saving:  # so that what is saved has been seen to be finite
+            values = self.read_log()
+            self.metrics.write(self.step, values)
+            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items() if name.endswith("/loss")})
+        if self.make_validation and (self.step % config.validation.every == 0 or last):
+            with self.watch.measure("validation"):
+                self.metrics.write(self.step, self.validate())
+        return self.save() if saving else None
+
+    def tell(self, reason):
+        """Close the log, and say so where the reason is that the run was asked to stop."""
+        self.metrics.close()
+        if isinstance(reason, Stopped) and self.processes.main:
+            saved = f"step {self.step} of {self.schedule.steps} is saved" if self.step else "before its first step"
+            tqdm.write(f"stopped by SIGTERM, {saved}; add --resume to go on", file=sys.stderr)
 
     def next_batches(self, phase):
         """The next step's micro-batches. If one can't be had, the UserError leaves the batches where the step before left them."""
@@ -112,7 +132,7 @@ class Trainer:
         try:
             with self.watch.measure("data"):
                 return [next(batches) for _ in range(getattr(self.config, phase).accumulate)]
-        except UserError:
+        except (UserError, Stopped):
             batches.load_state_dict(position)
             raise
         finally:
@@ -120,7 +140,7 @@ class Trainer:
                 self.watch.seconds[part] = self.watch.seconds.get(part, 0.0) + seconds - before[part]
                 self.watch.seconds["data"] -= seconds - before[part]
 
-    def save_finished(self, metrics):
+    def save_finished(self):
         """Keep what has been trained when the run can't go on; its reason stays the one that is told, even if this fails too.
 
         Of several processes one alone can't: a checkpoint is written by all.
@@ -129,7 +149,7 @@ class Trainer:
             return
         try:
             if self.logged:  # so that what is saved has been seen to be finite
-                metrics.write(self.step, self.read_log())
+                self.metrics.write(self.step, self.read_log())
             if self.step and not checkpoint_path(self.out_dir / "checkpoints", self.step).exists():
                 self.save()
         except (UserError, OSError) as error:

@@ -12,6 +12,7 @@ from data.python_sources import copy_python_sources
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.proposers import DraftShape
+from pipelines.checkpoint import newest_checkpoint, read_progress
 from pipelines.config import load_config
 from pipelines.environment import environment
 from pipelines.evaluate import evaluate, losslessness, report, settle, usual_ways
@@ -134,7 +135,7 @@ def decode_prompts(load, prompts):
 
 def write_report(out, config, seconds):
     """Write report.json and print it as a table."""
-    progress = json.loads(sorted((out / "run/checkpoints").glob("step-*"))[-1].joinpath("progress.json").read_text())
+    progress = read_progress(newest_checkpoint(out / "run/checkpoints"))
     steps = config.schedule.build().phase_steps()
     # A run that was stopped and resumed took longer than its last start; the checkpoints carry the seconds of all of them.
     seconds = seconds | {"training": max(seconds["training"], sum(progress["seconds"].values()))}

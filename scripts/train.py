@@ -6,15 +6,19 @@ On several GPUs or nodes: torchrun --nproc_per_node=8 -m scripts.train ...
 import os
 import shlex
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import cache, partial
 from pathlib import Path
 
 from data.continuations import Continuations
 from data.dealing import Share
+from data.manifest import data_fingerprint
 from data.reader import RowReader, read_manifest, read_prompts, read_token_counts
 from data.supply import Ahead, Alongside, Awaited, Inline, Led
+from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
+from fms_spec.files import owned
+from fms_spec.weights import fingerprint
 from pipelines.build import SAMPLE_ROWS, build_speculator
 from pipelines.compiled import check_compiler, compile_base_model, compile_heads
 from pipelines.config import load_config
@@ -110,11 +114,26 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None):
     profiled = profiled_steps(profile, config.schedule.steps) if profile else None
     if config.hidden_state_cache and processes.count > processes.local_count:
         raise UserError("hidden_state_cache: true is for one node, whose processes map the same files; turn it off on several")
-    if processes.main:
-        check_out_dir(out_dir, config, resume, processes.count)
     if config.compile:
         check_compiler()
-    processes.wait_for_all()  # before anyone writes there
+    with owned(out_dir) if processes.main else nullcontext():
+        inputs = inputs_of(config)
+        if processes.main:
+            check_out_dir(out_dir, config, resume, processes.count, inputs)
+        processes.wait_for_all()  # before anyone writes there
+        return train_in(out_dir, config, inputs, processes, profiled)
+
+
+def inputs_of(config):
+    """What tells the base model's weights and the prepared data from others of the same name."""
+    return {
+        "base_model_fingerprint": fingerprint(resolve_base_model(config.base_model.name)),
+        "data_fingerprint": data_fingerprint(config.data.dir),
+    }
+
+
+def train_in(out_dir, config, inputs, processes, profiled):
+    """`train` in a folder that is this run's alone; inputs: as `inputs_of`."""
     rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
     prompts = read_prompts(config.data.dir, limit=config.data.prompts)
     folder = config.data.continuations or out_dir / "continuations"
@@ -122,7 +141,7 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None):
     load = cache(partial(load_base_model, config, processes))
     with closing(open_supply(config, store, out_dir, load, processes)) as supply:
         continuations = Continuations(store, supply, config.phase2.batch_size)
-        trainer = put_together(config, out_dir, load(), rows, prompts, continuations, processes)
+        trainer = put_together(config, out_dir, load(), rows, prompts, continuations, inputs, processes)
         step = trainer.resume()
         if step and processes.main:
             print(f"going on from step {step}")
@@ -166,7 +185,7 @@ def alongside(config, store, rows, words, out_dir):
     return Alongside(store, rows, Producers(command, environments, out_dir / "producers"))
 
 
-def put_together(config, out_dir, base_model, rows, prompts, continuations, processes=Processes()):
+def put_together(config, out_dir, base_model, rows, prompts, continuations, inputs, processes):
     """The `Trainer` of a run, whose out_dir is claimed when all it needs is there."""
     sample = next(RowReader(config.data.dir, batch_size=SAMPLE_ROWS, seed=config.seed))
     speculator = build_speculator(config, base_model, read_token_counts(config.data.dir), sample)
@@ -181,7 +200,7 @@ def put_together(config, out_dir, base_model, rows, prompts, continuations, proc
         own = own_prompts(held_out, base_model, processes)
         validation = partial(Validation, base_model, own, config.validation.max_new_tokens, config.speculator.n_predict)
     if processes.main:
-        claim_out_dir(out_dir, config, processes.count, environment())
+        claim_out_dir(out_dir, config, processes.count, inputs, environment())
     processes.wait_for_all()
     asked = config.phase1.loss.only_accepted or config.phase2.loss.only_accepted
     best_tokens = partial(speculator.best_base_tokens, base_model) if asked else None

@@ -146,10 +146,14 @@ def test_producers_that_cannot_work_end_the_run_with_their_own_words_and_another
 
 
 def test_the_first_error_is_told_even_if_no_checkpoint_can_be_written_either(tmp_path, config_file, monkeypatch, capfd):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fsync = os.fsync
 
-    monkeypatch.setattr(os, "fsync", full)  # as checkpoints do
+    def full(file):
+        if any(name in os.readlink(f"/proc/self/fd/{file}") for name in ("continuations", "checkpoints")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="continuations-00000.parquet: cannot be written"):
         train(config_file(**SMALL | {"checkpoint.every": 14}), tmp_path / "run", resume=False)
     assert "up to step 5 is not saved: checkpoint" in capfd.readouterr().err
