@@ -95,6 +95,18 @@ def locked(path):
         lock.close()
 
 
+def owner_of(folder):
+    """Who holds a folder with `owned` at this moment, as text; None if nobody does."""
+    try:
+        with open(Path(folder) / OWNER, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (Path(folder) / OWNER).read_text(encoding="utf-8") or "another process"
+    except OSError:
+        pass
+    return None
+
+
 @contextmanager
 def owned(folder):
     """Hold `folder`, made if it is missing, for this process alone; one that was made here and is still empty in the end is removed again.
@@ -108,8 +120,7 @@ def owned(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder / OWNER)
         if lock is None:
-            holder = (folder / OWNER).read_text(encoding="utf-8") or "another process"
-            raise UserError(f"{folder}: {holder} is writing there; wait for it, or give another folder")
+            raise UserError(f"{folder}: {owner_of(folder) or 'another process'} is writing there; wait for it, or give another folder")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         lock.flush()

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ PACKAGES = ("fms-spec", "torch", "ibm-fms", "transformers", "datasets", "pyarrow
 def environment():
     """{command, git_revision, versions, device}; revision and versions are None where there are none."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_revision": git_revision(),
         "versions": {name: installed(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": device(),

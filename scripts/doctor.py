@@ -1,6 +1,7 @@
-"""Say what is installed, what will work, and why the rest won't: python -m scripts.doctor"""
+"""Say what is installed, what will work, and why the rest won't: python -m scripts.doctor [--run=DIR]"""
 
 import sys
+from pathlib import Path
 
 from pipelines.doctor import examine
 from pipelines.tables import print_findings
@@ -9,11 +10,22 @@ from scripts.cli import arguments, main
 
 @arguments
 class Arguments:
-    """Look at this machine and this environment, and say what works here; exit code 1 where something that is installed is broken."""
+    """Look at this machine and this environment, and say what works here; exit code 1 where something is broken.
+
+    Args:
+        run: look at this run's out_dir instead: how far it is, which of its files are damaged, and how to go on with it.
+    """
+
+    run: str | None = None
 
 
 def run(parsed):
-    findings = examine()
+    if parsed.run is None:
+        findings = examine()
+    else:
+        from pipelines.run_state import examine_run  # with it comes transformers, which may be what is broken
+
+        findings = examine_run(Path(parsed.run))
     print_findings(findings)
     sys.exit(any(finding.state == "broken" for finding in findings))
 

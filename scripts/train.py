@@ -15,6 +15,7 @@ from data.dealing import Share
 from data.manifest import data_fingerprint
 from data.reader import RowReader, read_manifest, read_prompts, read_token_counts
 from data.supply import Ahead, Alongside, Awaited, Inline, Led
+from data.tables import TOKEN_BYTES
 from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.files import owned
@@ -33,6 +34,7 @@ from pipelines.producers import Producers
 from pipelines.profiling import profiled_steps, profiling
 from pipelines.run_record import check_out_dir, claim_out_dir
 from pipelines.shared_base_model import SharedBaseModel
+from pipelines.space import check_space
 from pipelines.states import FILL_ROWS, HiddenStates
 from pipelines.tables import print_plan
 from pipelines.train import Trainer
@@ -199,12 +201,15 @@ def put_together(config, out_dir, base_model, rows, prompts, continuations, inpu
         held_out = read_prompts(config.data.dir, "held_out").tokens[-config.validation.prompts :]
         own = own_prompts(held_out, base_model, processes)
         validation = partial(Validation, base_model, own, config.validation.max_new_tokens, config.speculator.n_predict)
+    length = prompts.tokens.shape[1] + config.generation.max_new_tokens
     if processes.main:
+        texts, state = len(prompts) * length, base_model.width * base_model.dtype.itemsize
+        kept = state * (len(rows) * rows.seq_length + texts) if config.hidden_state_cache else 0
+        check_space(out_dir, speculator, config.checkpoint.keep, kept, texts * TOKEN_BYTES)
         claim_out_dir(out_dir, config, processes.count, inputs, environment())
     processes.wait_for_all()
     asked = config.phase1.loss.only_accepted or config.phase2.loss.only_accepted
     best_tokens = partial(speculator.best_base_tokens, base_model) if asked else None
-    length = prompts.tokens.shape[1] + config.generation.max_new_tokens
     states = {
         "phase1": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase1"), rows.table_rows, rows.seq_length, len(rows)),
         "phase2": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase2"), len(prompts), length, len(prompts)),

@@ -17,9 +17,11 @@ from conftest import write_config
 from safetensors.torch import load_file
 
 from fms_spec.errors import UserError
+from fms_spec.files import owned
 from pipelines.checkpoint import checkpoints, newest_checkpoint
 from pipelines.export import export
 from pipelines.metrics import Metrics
+from pipelines.run_state import examine_run
 from pipelines.stopping import STOPPED
 from scripts.train import train
 
@@ -122,6 +124,37 @@ def test_a_renamed_checkpoint_is_not_believed_to_be_of_another_step(finished, ru
     (run / "checkpoints/step-00000008").rename(run / "checkpoints/step-00000099")
     with pytest.raises(UserError, match="it is of step 8"):
         train(finished[0], run, resume=True)
+
+
+def test_a_run_that_has_no_room_says_so_before_it_writes(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 10**5, 10**5))
+    with pytest.raises(UserError, match="GB more are needed .*10 checkpoints.*free"):
+        train(finished[0], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_doctor_says_of_a_run_how_far_it_is_what_is_damaged_and_how_to_go_on(run, data_dir, capsys):
+    def told():
+        return {finding.name: (finding.state, finding.detail) for finding in examine_run(run)}
+
+    first = told()
+    assert {state for state, _ in first.values()} == {"works"}
+    assert list(first)[:5] == ["run.json", "step-00000002", "step-00000004", "step-00000006", "step-00000008"]
+    assert "step 8 of 9 is saved" in first["to go on"][1] and str(data_dir) in first["data"][1] and "2 shards" in first["continuations"][1]
+    flip(run / "checkpoints/step-00000006" / FILES[0])
+    cut(run / "continuations/continuations-00001.parquet")
+    (run / "metrics.jsonl").write_text("")
+    with owned(run):
+        second = told()
+    assert [name for name, (state, _) in second.items() if state == "broken"] == ["step-00000006", "metrics.jsonl", "continuations"]
+    assert "sha256" in second["step-00000006"][1] and "lines" in second["metrics.jsonl"][1] and "00001" in second["continuations"][1]
+    assert f"process {os.getpid()} on" in second["to go on"][1]
+    for checkpoint in checkpoints(run / "checkpoints"):
+        empty(checkpoint / "checksums.json")
+    (run / "run.json").write_text("{")
+    assert told()["to go on"][0] == told()["run.json"][0] == "broken"
+    with pytest.raises(UserError, match="holds no run"):
+        examine_run(run / "continuations")
 
 
 class Evil:

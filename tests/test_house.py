@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "fms_spec": {"fms_spec"},
     "data": {"data", "fms_spec"},
-    "pipelines": {"pipelines", "fms_spec"},
+    "pipelines": {"pipelines", "data", "fms_spec"},
     "scripts": {"scripts", "pipelines", "data", "fms_spec"},
 }
 

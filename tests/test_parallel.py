@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -152,15 +153,32 @@ def test_a_run_is_not_gone_on_with_where_its_steps_would_be_other_ones(place, sh
     assert len(errors) == 1 and "accumulate x processes (4, now 2)" in errors[0]
 
 
-@pytest.mark.parametrize("how, message", [("mistake", "a shard is damaged"), ("bug", "ValueError: a bug"), ("killed", None)])
+@pytest.mark.parametrize("how, message", [("mistake", "a shard is damaged"), ("bug", "ValueError: a bug"), ("killed", "process 1 is gone without a word")])
 def test_the_end_of_one_process_ends_all_within_seconds_and_its_error_is_told_once(place, how, message):
     code, output = run_jobs(place, 2, [job(place, how, **settings(2, **WAYS[2]["shard"])) | {"fails": how}])
     assert code == 1
-    if message:
-        assert sum(message in line for line in output.splitlines()) == 1, output
+    assert sum(message in line for line in output.splitlines()) == 1, output
     assert not [rank for rank in range(2) if Path(f"/proc/{(place / how).with_suffix(f'.{rank}').read_text()}").exists()]
     seconds = time.time() - (place / how / "metrics.jsonl").stat().st_mtime  # since the second step was logged
     assert seconds < 30
+
+
+@pytest.mark.parametrize("sign, said", [(signal.SIGTERM, "stopped by SIGTERM, step "), (signal.SIGKILL, "the launcher of this run is gone")])
+def test_a_launcher_that_is_asked_to_end_has_the_step_saved_and_one_that_is_killed_ends_all(place, sign, said):
+    name = f"launcher-{sign.name}"
+    long = {"schedule.steps": 2000, "checkpoint.every": 1000, "validation.prompts": 0}
+    process = launch(place, ["--standalone", "--nproc_per_node=2"], [job(place, name, **settings(2, **long)) | {"fails": "never"}])
+    log, deadline = place / name / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(sign)
+    output, _ = process.communicate(timeout=60)
+    assert sum(said in line for line in output.splitlines()) == 1, output
+    pids = [Path(f"/proc/{(place / name).with_suffix(f'.{rank}').read_text()}") for rank in range(2)]
+    while any(pid.exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(pid.exists() for pid in pids)
+    assert len(whole_checkpoints(place / name / "checkpoints")) == (sign == signal.SIGTERM)
 
 
 def test_two_nodes_with_a_copy_each_train_as_one_process_does_and_an_error_is_told_on_both(place, alone):
