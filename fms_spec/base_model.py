@@ -4,6 +4,7 @@ Shapes: b batch, n tokens, d base width, v vocabulary.
 """
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -267,7 +268,7 @@ def read_eos_token_ids(path, config):
     """
     file, found = Path(path) / "generation_config.json", None
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if os.path.lexists(file) else None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: can't be read ({transformers_backend.first_line(error)}); copy or download it again") from error
     found = config.eos_token_id if found is None else found

@@ -96,7 +96,7 @@ def proved(name, path, _, backend):
     config = read_config(path)
     reference = None
     try:  # whatever an architecture that doesn't fit the seam may do
-        check_dtypes(name, path, config)
+        check_entries(name, path, config)
         if backend == "fms" and (problem := fms_backend.misfit(path, config)):
             return problem
         first = first_layers(config)
@@ -120,10 +120,14 @@ def proved(name, path, _, backend):
     return problem
 
 
-def check_dtypes(name, path, config):
-    """Refuse quantised weights of a model whose config doesn't say that they are: they would be taken for what they are not."""
+def check_entries(name, path, config):
+    """Refuse quantised weights of a model whose config doesn't say that they are, and more layers than tensors, before they are built."""
+    entries = read_entries(path)
+    if config.num_hidden_layers > len(entries):
+        layers = f"its config.json asks for {config.num_hidden_layers} layers, and its files hold {len(entries)} tensors"
+        raise UserError(f"base model {name}: {layers}; take both from one model")
     if getattr(config, "quantization_config", None) is None:
-        for key, entry in read_entries(path).items():
+        for key, entry in entries.items():
             if key.endswith("weight") and entry.dtype not in FLOATS:
                 raise UserError(f"base model {name}: tensor {key} is {entry.dtype}, and its config.json has no quantization_config")
 

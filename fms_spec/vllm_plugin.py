@@ -88,18 +88,19 @@ def check(settings):
         settings: `SpeculativeConfig`. Its draft model becomes a local directory, downloaded where it was a hub name.
 
     Raises:
-        UserError: more tokens asked than there are heads, another base model, other sizes, or a split that leaves the heads without what
-        they share with the base model.
+        UserError: more tokens asked than there are heads, another base model, other sizes, altered weights, or a split that
+        leaves the heads without what they share with the base model.
     """
     from fms_spec.errors import UserError
     from fms_spec.hub import local_directory
-    from fms_spec.speculators import HiddenStateSpeculator, check_base_model, read_speculator_config
+    from fms_spec.speculators import HiddenStateSpeculator, check_base_model, check_weights, read_speculator_config
 
     draft, target = settings.draft_model_config, settings.target_model_config
     draft.model = str(local_directory("speculator", draft.model, revision=draft.revision))
     config = read_speculator_config(draft.model)
     sizes = (target.get_hidden_size(), target.get_vocab_size())
     check_base_model(draft.model, config, target.model, fingerprint_of(target), sizes)
+    check_weights(draft.model, config)
     if settings.num_speculative_tokens > config["n_predict"]:
         asked = f"num_speculative_tokens {settings.num_speculative_tokens}"
         raise UserError(f"{asked}: speculator {draft.model} has {config['n_predict']} heads; ask for at most as many")

@@ -1,13 +1,21 @@
 """From a training checkpoint to a directory that can be served: weights, config, and a model card that says how."""
 
+import hashlib
 import json
+import os
 import shlex
+import shutil
+import sys
+from contextlib import contextmanager
+
+import torch
 
 from fms_spec.errors import UserError
-from fms_spec.files import read_json
-from fms_spec.speculators import from_config, save_speculator
+from fms_spec.files import cannot_write, owned, owner_of, read_json, sync
+from fms_spec.speculators import Description, check_config, from_config, save_speculator
 from fms_spec.vllm_plugin import METHOD, TRIED
 from pipelines.checkpoint import damage, load_weights, newest_checkpoint
+from pipelines.metrics import read_lines
 
 CARD = """---
 library_name: fms-spec
@@ -46,27 +54,81 @@ def export(checkpoint, out_dir):
     """Write the speculator of a checkpoint, or of a run's newest one, in the base model's dtype; returns `out_dir`.
 
     Raises:
-        UserError: no checkpoint there, one cut short, or an out_dir that exists.
+        UserError: no checkpoint there, a damaged one, or an out_dir that exists or can't be written.
     """
-    if out_dir.exists():
-        raise UserError(f"{out_dir} exists already; give a new out_dir")
-    if (checkpoint / "checkpoints").is_dir():
-        found = newest_checkpoint(checkpoint / "checkpoints")
-        if not found:
-            raise UserError(f"{checkpoint} has no whole checkpoint yet; let the run reach its first one")
-        checkpoint = found
-    elif not (checkpoint / "speculator.json").is_file():
-        raise UserError(f"{checkpoint} is no checkpoint of a run; give RUN/checkpoints/step-N or RUN")
-    elif problem := damage(checkpoint):
-        raise UserError(f"checkpoint {checkpoint} is damaged ({problem}); give another one, or RUN for the newest whole one")
-    config = read_json(checkpoint / "speculator.json", "give another checkpoint")
-    speculator = from_config(config)
-    load_weights(checkpoint, speculator)
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    save_speculator(partial, speculator, config)
-    (partial / "README.md").write_text(model_card(speculator, config, checkpoint, out_dir))
-    partial.rename(out_dir)
+    checkpoint, config = find_checkpoint(checkpoint)
+    with appearing(out_dir) as partial:
+        speculator = read_weights(checkpoint, config)
+        card = model_card(speculator, config, checkpoint, out_dir)
+        save_speculator(partial, speculator, config)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return out_dir
+
+
+def find_checkpoint(path):
+    """(directory of a whole checkpoint, its speculator.json) of a checkpoint or a run.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if (path / "checkpoints").is_dir():
+        found = newest_checkpoint(path / "checkpoints")
+        if not found:
+            raise UserError(f"{path} has no whole checkpoint yet; let the run reach its first one")
+        path = found
+    elif not (path / "speculator.json").is_file():
+        raise UserError(f"{path} is no checkpoint of a run; give RUN/checkpoints/step-N or RUN")
+    elif problem := damage(path):
+        raise UserError(f"checkpoint {path} is damaged ({problem}); give another one, or RUN for the newest whole one")
+    file = path / "speculator.json"
+    return path, check_config(read_json(file, "give another checkpoint"), file, Description)
+
+
+def read_weights(checkpoint, config):
+    """The speculator of a checkpoint, fp32, on the CPU; raises UserError where its files hold less than its config asks for."""
+    with torch.device("meta"):
+        speculator = from_config(config)
+    asked = sum(value.nbytes for value in speculator.state_dict().values())
+    if asked > sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")):
+        raise UserError(f"checkpoint {checkpoint}: its speculator.json asks for {asked:,} bytes of weights that aren't there; take another")
+    speculator.to_empty(device="cpu")
+    load_weights(checkpoint, speculator)
+    return speculator
+
+
+@contextmanager
+def appearing(out_dir):
+    """A folder of a private name beside `out_dir` that takes its name when it is whole, and is gone where that fails.
+
+    Raises:
+        UserError: `out_dir` exists, or can't be written.
+    """
+    own = ".export-" + hashlib.sha256(out_dir.name.encode()).hexdigest()[:12]  # the name may be as long as names can be
+    partial = out_dir.with_name(f"{own}-{os.getpid()}")
+    try:
+        try:
+            out_dir.lstat()  # a link that leads nowhere is there too
+        except FileNotFoundError:
+            pass
+        else:
+            raise UserError(f"{out_dir} exists already; give a new out_dir")
+        for stale in out_dir.parent.glob(f"{own}-*"):
+            if owner_of(stale) is None:  # it was killed
+                shutil.rmtree(stale)
+        with owned(partial):
+            try:
+                yield partial
+                for file in partial.iterdir():
+                    sync(file)
+            except BaseException:
+                for file in partial.iterdir():
+                    file.unlink()
+                raise
+        sync(partial)
+        partial.rename(out_dir)
+        sync(out_dir.parent)
+    except OSError as error:
+        raise cannot_write(out_dir, error) from None
 
 
 def model_card(speculator, config, checkpoint, out_dir):
@@ -83,17 +145,30 @@ def model_card(speculator, config, checkpoint, out_dir):
 
 
 def training_facts(checkpoint):
-    """What the checkpoint and the run around it say of the training, as Markdown."""
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    hours = sum(progress["seconds"].values()) / 3600
-    facts = [f"- {progress['step']} steps over {progress['tokens']:,} positions, in {hours:.2f} hours"]
-    run = checkpoint.parent.parent
-    if (run / "run.json").is_file():
-        record = json.loads((run / "run.json").read_text())
-        facts.append(f"- fms-spec {record['versions']['fms-spec']}, revision {record['git_revision']}, on {record['device']}")
-    if (run / "metrics.jsonl").is_file():
-        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-            if line["step"] == progress["step"] and "validation/acceptance_length" in line:
-                length = line["validation/acceptance_length"]
-                facts.append(f"- acceptance length of a chain of all heads, greedy, on held-out prompts of the training data: {length:.2f}")
-    return "\n".join(facts)
+    """What the checkpoint and the run around it say of the training, as Markdown; what can't be read is left out, and told on stderr."""
+    run, facts = checkpoint.parent.parent, []
+    for file, tell in ((checkpoint / "progress.json", progress), (run / "run.json", origin), (run / "metrics.jsonl", acceptance)):
+        if not file.exists():
+            continue
+        try:
+            facts += tell(file, checkpoint)
+        except (UserError, AttributeError, LookupError, TypeError, ValueError):
+            print(f"warning: {file}: can't be used, and the model card leaves it out", file=sys.stderr)
+    return "\n".join(f"- {fact}" for fact in facts)
+
+
+def progress(file, _):
+    found = read_json(file, "")
+    hours = sum(found["seconds"].values()) / 3600
+    return [f"{found['step']} steps over {found['tokens']:,} positions, in {hours:.2f} hours"]
+
+
+def origin(file, _):
+    record = read_json(file, "")
+    return [f"fms-spec {record['versions']['fms-spec']}, revision {record['git_revision']}, on {record['device']}"]
+
+
+def acceptance(file, checkpoint):
+    step, key = int(checkpoint.name.removeprefix("step-")), "validation/acceptance_length"
+    lengths = [line[key] for line in read_lines(file) if line["step"] == step and key in line]
+    return [f"acceptance length of a chain of all heads, greedy, on held-out prompts of the training data: {found:.2f}" for found in lengths]

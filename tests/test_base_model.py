@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from conftest import write_model
@@ -90,6 +92,14 @@ def test_what_cannot_be_a_base_model_is_refused_in_one_line_that_names_it(tmp_pa
     whole = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     cases[str(cut)] = "model.safetensors: can't be read"
+    deep = write_model(tmp_path / "deep")
+    config = json.loads((deep / "config.json").read_text())
+    (deep / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))  # building so many would not end
+    cases[str(deep)] = "asks for 1000000000 layers, and its files hold 21 tensors"
+    folder = write_model(tmp_path / "folder")
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").mkdir()
+    cases[str(folder)] = "generation_config.json: can't be read"
     for name, message in cases.items():
         with pytest.raises(UserError, match=message) as error:
             BaseModel(name)

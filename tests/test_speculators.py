@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fms_spec.errors import UserError
+from fms_spec.files import sha256_of
 from fms_spec.proposers import DraftShape, Step
-from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator, describe, load_speculator, save_speculator
+from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator, check_speculator, describe, load_speculator, save_speculator
 
 
 def mlp(base_model, **changes):
@@ -25,6 +26,25 @@ def hidden_state(base_model, n_predict=3):
         torch.nn.init.normal_(trunk.out.bias)
     speculator.attach(base_model)
     return speculator
+
+
+def edit_config(directory, **values):
+    """Change config.json's values; None takes one out."""
+    file = directory / "config.json"
+    changed = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
+
+
+def save_published(directory, speculator, base_model):
+    """A directory whose weights carry no sha256, as published ones."""
+    save_speculator(directory, speculator, describe(speculator, base_model))
+    edit_config(directory, weights_sha256=None)
+
+
+def refused(directory, base_model, match):
+    with pytest.raises(UserError, match=match) as error:
+        load_speculator(directory, base_model)
+    assert "\n" not in str(error.value)
 
 
 def propose(speculator, hidden, tokens):
@@ -98,7 +118,7 @@ def test_the_published_layout_has_the_published_names(tmp_path, base_model):
 
 def test_a_tied_file_that_repeats_its_shared_weights_loads_too_unless_the_repeats_differ(tmp_path, base_model):
     speculator = mlp(base_model)
-    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    save_published(tmp_path, speculator, base_model)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     for part in ("emb", "proj", "head", "ln"):
@@ -126,21 +146,75 @@ def test_a_speculator_is_refused_for_another_base_model_by_name(tmp_path, base_m
 
 def test_damaged_speculators_are_refused_in_one_line(tmp_path, base_model):
     speculator = mlp(base_model)
-    description = describe(speculator, base_model)
-    save_speculator(tmp_path, speculator, description)
+    save_published(tmp_path, speculator, base_model)
+    description = json.loads((tmp_path / "config.json").read_text())
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    whole, tensors = file.read_bytes(), load_file(file)
+    whole, tensors, emb = file.read_bytes(), load_file(file), "speculator.emb.0.weight"
     cases = [
         (lambda: file.write_bytes(whole[:-100]), "model.safetensors: can't be read"),
         (lambda: save_file({k: v for k, v in tensors.items() if "proj.1" not in k}, file), "proj.1.weight is missing"),
-        (lambda: save_file(tensors | {"speculator.emb.0.weight": torch.zeros(3, 3)}, file), "emb.0.weight is"),
+        (lambda: save_file(tensors | {emb: torch.zeros(3, 3)}, file), "emb.0.weight is"),
+        (lambda: save_file(tensors | {"extra": torch.zeros(3)}, file), "extra has no place"),
+        (lambda: save_file(tensors | {emb: tensors[emb].int()}, file), "emb.0.weight is torch.int32"),
+        (lambda: save_file(tensors | {emb: tensors[emb] / 0}, file), "not finite"),
         (lambda: file.unlink(), "no \\*.safetensors"),
         (lambda: config.write_text(json.dumps(description | {"model_type": "medusa"})), "medusa"),
         (lambda: config.write_text("{"), "can't be read"),
+        (lambda: config.write_text("[]"), "config.json: no config of a speculator"),
         (lambda: config.unlink(), "no config.json"),
-    ]
+    ]  # fmt: skip
     for damage, message in cases:
         damage()
-        with pytest.raises(UserError, match=message) as error:
-            load_speculator(tmp_path, base_model)
-        assert "\n" not in str(error.value)
+        refused(tmp_path, base_model, message)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_one_flipped_bit_of_exported_weights_is_refused_by_their_files_name(tmp_path, base_model, place):
+    speculator = hidden_state(base_model)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    file = tmp_path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    file.write_bytes(content)
+    refused(tmp_path, base_model, "model.safetensors: altered since the export")
+    with pytest.raises(UserError, match="model.safetensors: altered"):  # before the base model is loaded
+        check_speculator(tmp_path, base_model.name)
+
+
+def test_weights_that_the_config_does_not_name_are_not_read(tmp_path, base_model):
+    speculator = hidden_state(base_model)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    save_file({"trunks.0.mix.weight": torch.zeros(1)}, tmp_path / "z.safetensors")
+    load_speculator(tmp_path, base_model)
+    edit_config(tmp_path, weights_sha256={"../model.safetensors": sha256_of(tmp_path / "model.safetensors")})
+    refused(tmp_path, base_model, "config.json: no config of a speculator .weights_sha256")
+
+
+WRONG_VALUES = [
+    ("width", "16"), ("width", 10**12), ("width", 0), ("width", 12.5), ("width", True), ("inner_dim", -1), ("draft_vocab_size", 10**12),
+    ("n_predict", 10**9), ("n_predict", 0), ("emb_dim", None), ("model_type", ["x"]), ("base_model_fingerprint", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", WRONG_VALUES)
+def test_a_value_of_a_config_that_can_not_be_is_refused_by_its_key(tmp_path, base_model, key, value):
+    speculator = hidden_state(base_model)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    edit_config(tmp_path, **{key: value})
+    refused(tmp_path, base_model, f"config.json: .*{key}")
+
+
+def test_sizes_larger_than_the_files_are_refused_before_memory_is_asked_for(tmp_path, base_model):
+    speculator = hidden_state(base_model)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    edit_config(tmp_path, width=2**24, inner_dim=2**24)  # 10**15 bytes for a matrix
+    refused(tmp_path, base_model, "the file says .*the config .*16777216")
+
+
+def test_a_draft_vocabulary_of_tokens_that_the_base_model_lacks_is_refused(tmp_path, base_model):
+    save_published(tmp_path, hidden_state(base_model), base_model)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for wrong in (tensors["draft_ids"] + base_model.vocab_size, tensors["draft_ids"] - 1, tensors["draft_ids"].flip(0)):
+        save_file(tensors | {"draft_ids": wrong}, file)
+        refused(tmp_path, base_model, "draft_ids: no ascending tokens")

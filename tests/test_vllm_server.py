@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,6 +48,12 @@ def test_a_speculator_that_does_not_fit_is_refused_before_anything_is_loaded(tmp
     write_published(tmp_path / "published", tied=True, vocabulary=50)
     with pytest.raises(ValueError, match="fits a base model of width 64 and vocabulary 50, .* has 64 and 96"):
         configure(served, tmp_path / "published")
+    altered = shutil.copytree(served / "hidden_state", tmp_path / "altered") / "model.safetensors"
+    content = bytearray(altered.read_bytes())
+    content[-1] ^= 1
+    altered.write_bytes(content)
+    with pytest.raises(ValueError, match=f"speculator weights {altered}: altered since the export"):
+        configure(served, altered.parent)
 
 
 def test_other_methods_keep_vllms_own_drafters_and_untried_versions_are_left_alone_in_one_line(tmp_path):

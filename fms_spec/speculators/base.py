@@ -6,12 +6,27 @@ Alignment, the same in training and decoding: h_t is the base model's state afte
 seen h_t and the tokens x_{t+1} ... x_{t+1+i}, and predicts x_{t+2+i}.
 """
 
+from typing import Annotated
+
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.errors import UserError
 from fms_spec.read_out import read_out
+
+
+Size = Annotated[int, Field(ge=1, le=2**24)]  # a matrix of two such can be counted in 64 bits
+
+
+class Sizes(BaseModel):
+    """What a family's constructor takes from config.json; other keys stand beside them."""
+
+    model_config = ConfigDict(strict=True)
+    emb_dim: Size
+    vocab_size: Size
+    n_predict: int = Field(ge=1, le=64)
 
 
 class Speculator(nn.Module):
@@ -23,6 +38,7 @@ class Speculator(nn.Module):
 
     family: str  # config.json's model_type
     architecture: str  # config.json's only entry under architectures
+    sizes: type[Sizes]
     n_predict: int
     draft_ids: torch.Tensor | None  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
 
@@ -73,7 +89,7 @@ class Speculator(nn.Module):
 
     @classmethod
     def from_config(cls, config):
-        """Build an untrained one from a config.json's values; raises UserError for what is missing."""
+        """Build an untrained one from a config.json's values; raises pydantic's ValidationError for wrong ones."""
         raise NotImplementedError
 
     def published_state(self):
@@ -81,7 +97,7 @@ class Speculator(nn.Module):
         return self.state_dict()
 
     def load_published_state(self, tensors):
-        """Load what `published_state` wrote.
+        """Take the tensors that `published_state` wrote as one's own, on their device.
 
         Raises:
             UserError: a tensor that is missing, unknown or of another shape.
@@ -92,7 +108,7 @@ class Speculator(nn.Module):
             wanted = list(own[key].shape) if key in own else "not expected"
             if found != wanted:
                 raise UserError(f"speculator tensor {key}: the file says {found}, the config {wanted}; export it again")
-        self.load_state_dict(tensors)
+        self.load_state_dict(tensors, assign=True)
 
     def heads(self, hidden, tokens, counts):
         """Training forward: yield each head's (features, weight).

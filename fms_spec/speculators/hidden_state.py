@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from fms_spec.errors import UserError
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 from fms_spec.read_out import read_out
-from fms_spec.speculators.base import Speculator
+from fms_spec.speculators.base import Size, Sizes, Speculator
 
 
 def rms(x):
@@ -50,6 +50,12 @@ class Trunk(nn.Module):
         return self.out(y), y
 
 
+class HiddenStateSizes(Sizes):
+    draft_vocab_size: Size
+    width: Size
+    inner_dim: Size
+
+
 class HiddenStateSpeculator(Speculator):
     """See the module's formulas.
 
@@ -57,7 +63,7 @@ class HiddenStateSpeculator(Speculator):
         emb_dim: d. vocab_size: of the base model. draft_ids: int64 [r], ascending. state_scale: sigma, [d]. width: w. inner_dim: f.
     """
 
-    family, architecture = "hidden_state_speculator", "HiddenStateSpeculator"
+    family, architecture, sizes = "hidden_state_speculator", "HiddenStateSpeculator", HiddenStateSizes
 
     def __init__(self, emb_dim, vocab_size, draft_ids, state_scale, n_predict=3, width=768, inner_dim=1536):
         super().__init__()
@@ -118,9 +124,11 @@ class HiddenStateSpeculator(Speculator):
 
     @classmethod
     def from_config(cls, config):
-        missing = [name for name in ("emb_dim", "vocab_size", "draft_vocab_size", "n_predict", "width", "inner_dim") if name not in config]
-        if missing:
-            raise UserError(f"speculator config lacks {missing[0]}, which every {cls.family} has")
-        draft_ids = torch.zeros(config["draft_vocab_size"], dtype=torch.int64)
-        sizes = {name: config[name] for name in ("n_predict", "width", "inner_dim")}
-        return cls(config["emb_dim"], config["vocab_size"], draft_ids, torch.ones(config["emb_dim"]), **sizes)
+        sizes = cls.sizes.model_validate(config).model_dump()
+        draft_ids = torch.zeros(sizes.pop("draft_vocab_size"), dtype=torch.int64)
+        return cls(draft_ids=draft_ids, state_scale=torch.ones(sizes["emb_dim"]), **sizes)
+
+    def load_published_state(self, tensors):
+        super().load_published_state(tensors)
+        if self.draft_ids[0] < 0 or self.draft_ids[-1] >= self.vocab_size or (self.draft_ids.diff() <= 0).any():
+            raise UserError(f"speculator tensor draft_ids: no ascending tokens of a vocabulary of {self.vocab_size}; export it again")

@@ -6,13 +6,14 @@ Formulas (D base width, d inner width, n heads, V vocabulary; s_w = 0.5^(0.5/n),
 """
 
 import math
+import re
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.errors import UserError
-from fms_spec.speculators.base import Speculator
+from fms_spec.speculators.base import Size, Sizes, Speculator
 
 EPS = 1e-6
 
@@ -22,10 +23,17 @@ def rms(x):
     return F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
 
 
+class MLPSizes(Sizes):
+    inner_dim: Size
+    # Both flags are absent from the oldest published configs, which are untied and unscaled.
+    tie_weights: bool = False
+    scale_input: bool = False
+
+
 class MLPSpeculator(Speculator):
     """Published MLP speculator. Tied: one E, one W, one (g, b); P_0 (D -> d) stands apart and P_1 serves all later heads."""
 
-    family, architecture = "mlp_speculator", "MLPSpeculatorPreTrainedModel"
+    family, architecture, sizes = "mlp_speculator", "MLPSpeculatorPreTrainedModel", MLPSizes
     draft_ids = None
 
     def __init__(self, emb_dim, vocab_size, n_predict=3, inner_dim=4096, tie_weights=True, scale_input=True):
@@ -66,12 +74,7 @@ class MLPSpeculator(Speculator):
     @classmethod
     def from_config(cls, config):
         """Build from a published config.json."""
-        names = ("emb_dim", "vocab_size", "n_predict", "inner_dim", "tie_weights", "scale_input")
-        missing = [name for name in names[:4] if name not in config]
-        if missing:
-            raise UserError(f"speculator config lacks {missing[0]}, which the published MLP layout has")
-        # Both flags are absent from the oldest published configs, which are untied and unscaled.
-        return cls(**{"tie_weights": False, "scale_input": False} | {name: config[name] for name in names if name in config})
+        return cls(**cls.sizes.model_validate(config).model_dump())
 
     def published_state(self):
         """Tensors under the published keys; tied weights are kept once, at index 0 (and proj.1)."""
@@ -85,10 +88,10 @@ class MLPSpeculator(Speculator):
         """
         own = self.state_dict()
         for key, value in tensors.items():
-            name = key.removeprefix("speculator.")
-            part, index, rest = name.split(".", 2)
-            target = name
-            if self.tie_weights:
+            name = target = key.removeprefix("speculator.")
+            numbered = re.fullmatch(r"(\w+)\.(\d+)\.(\w+)", name)
+            if self.tie_weights and numbered:
+                part, index, rest = numbered.groups()
                 target = f"{part}.{min(int(index), 1) if part == 'proj' else 0}.{rest}"
             if target not in own:
                 raise UserError(f"speculator tensor {key} has no place in a {self.n_predict}-head MLP speculator")
@@ -102,7 +105,7 @@ class MLPSpeculator(Speculator):
         missing = [name for name in self.state_dict() if f"speculator.{name}" not in tensors]
         if missing:
             raise UserError(f"speculator tensor speculator.{missing[0]} is missing from the file")
-        self.load_state_dict(own)
+        self.load_state_dict(own, assign=True)
 
 
 class GainAndShift(nn.Module):
