@@ -9,7 +9,7 @@ class Marks:
     """Marks the ends of parts of a step and adds up the seconds between them; on a GPU by events, read only when asked for."""
 
     def __init__(self, device):
-        self.gpu = device.type == "cuda"
+        self.device, self.gpu = device, device.type == "cuda"
         self.marks = []
         self.mark("start")
 
@@ -17,7 +17,7 @@ class Marks:
         """The part that began with the last mark ends here."""
         if self.gpu:
             moment = torch.cuda.Event(enable_timing=True)
-            moment.record()
+            moment.record(torch.cuda.current_stream(self.device))  # torch's own choice is the first GPU's, not this one's
         else:
             moment = time.perf_counter()
         self.marks.append((part, moment))
@@ -25,7 +25,7 @@ class Marks:
     def seconds(self):
         """{part: seconds}."""
         if self.gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         spent = {}
         for (_, before), (part, after) in zip(self.marks, self.marks[1:]):
             elapsed = before.elapsed_time(after) / 1000 if self.gpu else after - before

@@ -241,10 +241,10 @@ def added_memory(kernel, shape, dtype_name, device):
     run(kernel_case(shape, DTYPES[dtype_name], device, shape.heads, FEW))
     case = kernel_case(shape, DTYPES[dtype_name], device, shape.heads, shape.tokens)
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         run(case)
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = resident_peak()

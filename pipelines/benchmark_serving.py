@@ -35,7 +35,8 @@ def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
         "speculator": attached(speculator, tokens),
     }
     length = length_of(lines, new_tokens, tokens, read_config(resolve_base_model(name)))
-    engines = {way: start_vllm(resolve_base_model(name), dtype, length, speculative_config=found, disable_log_stats=False)
+    share = 0.9 / len(speculations)  # they are there together
+    engines = {way: start_vllm(resolve_base_model(name), dtype, length, share, speculative_config=found, disable_log_stats=False)
                for way, found in speculations.items()}  # fmt: skip
     try:
         warm_up(engines, lines[0])

@@ -5,12 +5,14 @@ replicate is a shard dimension of one, so there is one path for all settings.
 """
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from fms_spec.base_model import BaseModel, read_config, resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.proof import settle_backend
+from pipelines.processes import PATIENCE
 from pipelines.shared_base_model import ShardedBaseModel, TensorParallelBaseModel
 
 
@@ -33,9 +35,18 @@ def group_size(kind, settings, processes):
 
 
 def mesh_of(size, processes):
-    """A ("replicate", "shard") mesh whose copies are split over `size` neighbouring processes."""
+    """A ("replicate", "shard") mesh whose copies are split over `size` neighbouring processes.
+
+    Its groups are made here: those that torch makes for a mesh give up after its own ten or thirty minutes.
+    """
+    ranks = torch.arange(processes.count).view(-1, size)
+    group_of = lambda line: dist.group.WORLD if len(line) == processes.count else dist.new_group(line, timeout=PATIENCE)  # noqa: E731
+    groups = []
+    for lines in (ranks.T.tolist(), ranks.tolist()):
+        made = [group_of(line) for line in lines]  # every process has to make all of them
+        groups += [group for group, line in zip(made, lines) if processes.rank in line]
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return init_device_mesh(kind, (processes.count // size, size), mesh_dim_names=("replicate", "shard"))
+    return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def load_base_model(config, processes):

@@ -16,6 +16,7 @@ from pipelines.parallel import group_size
 from pipelines.rehearsal import nbytes, rehearsal_of
 from pipelines.states import FILL_ROWS
 from pipelines.train import loss_weights
+from pipelines.vllm_engine import GPU_OVERHEAD
 
 HEADROOM = 1.1  # a plan fits with a tenth of the memory to spare: its figures are right to within 15%
 WHOLE = ("framework", "base: layers", "base: embeddings", "kept", "KV cache")  # few large blocks, taken once: the allocator adds nothing
@@ -159,8 +160,9 @@ class Plan:
     def generation(self):
         """Parts of writing continuations in the trainer's own process."""
         settings = self.config.generation
-        if settings.engine == "vllm":  # in processes of its own; on a GPU its share of the device is gone while it runs
-            return {"vLLM": int(settings.memory_share * self.device.memory) if self.device.heap == 1 else 0}
+        if settings.engine == "vllm":  # in processes of its own; on a GPU it takes what is free, and no less than this
+            base, cache = self.run.base_model, self.decoding(1, settings.max_new_tokens)["KV cache"]
+            return {"vLLM": GPU_OVERHEAD + base.layer_bytes + base.other_bytes + cache if self.device.heap == 1 else 0}
         return self.decoding(self.decoded_rows(), settings.max_new_tokens)
 
     def decoded_rows(self):

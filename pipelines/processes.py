@@ -21,7 +21,13 @@ from tqdm import tqdm
 from fms_spec.errors import UserError
 from pipelines.stopping import STOPPED, Stopped
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+# All that torchrun sets but OMP_NUM_THREADS, which may be the user's own. With some of them left vLLM waits for a launcher for ever.
+LAUNCHER_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_SIGNALS_TO_HANDLE", "TORCHELASTIC_TIMER_FILE",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)  # fmt: skip
 WATCH_SECONDS = 1  # between looks for an error of another process
 SILENCE_SECONDS = 60  # of a process, after which it counts as gone; a collective would wait for it for hours
 GO_ON = "what was saved is kept, start the run again with --resume"
@@ -135,6 +141,22 @@ class Processes:
         self._store.set(f"left {self.rank}", "")
 
 
+def take_gpu(processes):
+    """Make this process's GPU the one that torch means by "cuda"; nothing where there is none.
+
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return
+    found, count = torch.cuda.device_count(), processes.local_count
+    if count > found:
+        raise UserError(
+            f"{count} processes on a machine with {found} GPUs: start at most {found}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    torch.cuda.set_device(processes.local_rank)
+
+
 @contextmanager
 def joined():
     """The `Processes` of this run, for as long as it runs; an error of one ends all within seconds, and is told once.
@@ -145,8 +167,6 @@ def joined():
     if "RANK" not in os.environ:
         yield Processes()
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The launcher's own store outlives any one of the processes, so that the last words of the first are still to be read.
     store, rank, count = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -158,6 +178,7 @@ def joined():
     # The launcher asks all to end as soon as one is gone: time for the watch to say which. Within the training loop, see stopping.
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(3 * WATCH_SECONDS, os._exit, [STOPPED]).start())
     try:
+        take_gpu(processes)
         yield processes
         processes.wait_for_all()
         processes.leave()

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from fms_spec.errors import UserError
@@ -45,7 +46,8 @@ class Producers:
         """Called while a shard is missing: start those that have ended.
 
         Raises:
-            UserError: one has died DEATHS times without writing a shard; says why and where its log is.
+            UserError: one has ended with an error of its own, which another start would meet again, as an engine that can't start; or has
+                died DEATHS times without writing a shard. Says why and where its log is.
         """
         for number, process in enumerate(self.processes):
             if process is None or process.poll() is None:
@@ -53,9 +55,11 @@ class Producers:
             wrote = self._status(number).get("shards", 0)
             self.deaths[number] = 1 if wrote else self.deaths[number] + 1
             log = self._file(number, "log")
+            error, last = last_words(log.read_bytes()[self._log_starts[number] :])
+            if process.returncode == 1 and error:
+                raise UserError(f"producer {number}: {error}; its log is {log}")
             if self.deaths[number] == DEATHS:
-                reason = last_words(log.read_bytes()[self._log_starts[number] :])
-                raise UserError(f"producer {number} ended {DEATHS} times without a shard: {reason}; its log is {log}")
+                raise UserError(f"producer {number} ended {DEATHS} times without a shard: {last}; its log is {log}")
             tqdm.write(f"producer {number} ended (code {process.returncode}); starting it again, its log is {log}", file=sys.stderr)
             end_group(process, signal.SIGKILL)
             self.processes[number] = None
@@ -108,6 +112,32 @@ class Producers:
             return {}
 
 
+def own_devices(asked, trainers):
+    """CUDA_VISIBLE_DEVICES of each producer: those of `asked`, where "" takes the next GPU that no trainer uses; as asked without a GPU.
+
+    asked: `generation.producer_devices`. trainers: processes on this machine, which use the first GPUs that torch sees, one each.
+
+    Raises:
+        UserError: a trainer's GPU is asked for, or none is left.
+    """
+    if not torch.cuda.is_available():
+        return asked
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    seen = [device.strip() for device in seen.split(",")]
+    taken, named = seen[:trainers], [device.strip() for devices in asked for device in devices.split(",")]
+    shared = sorted(set(taken) & set(named))
+    if shared:
+        raise UserError(f"generation.producer_devices: GPU {shared[0]} is a trainer's, which use {', '.join(taken)}; give others")
+    free = iter([device for device in seen if device not in taken + named])
+    found = [devices or next(free, None) for devices in asked]
+    if None in found:
+        raise UserError(
+            f"generation.mode=alongside: {trainers} trainers and {len(asked)} producers want a GPU each, and there are {len(seen)}; start "
+            "fewer, or set generation.mode=inline or ahead"
+        )
+    return found
+
+
 def end_group(process, sign):
     """Send a signal to a producer and to all it started."""
     try:
@@ -117,10 +147,10 @@ def end_group(process, sign):
 
 
 def last_words(log):
-    """The last line that tells of an error in a log's bytes, or its last line."""
-    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    """(what a log's bytes say of a user's mistake, or None; their last line)."""
+    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()] or ["it printed nothing"]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["it printed nothing"])[-1]
+    return (errors or [None])[-1], lines[-1]
 
 
 def end_with_parent(parent):

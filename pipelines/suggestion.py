@@ -31,7 +31,7 @@ def median_seconds(works, device):
             start = time.perf_counter()
             work()
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 

@@ -29,13 +29,16 @@ class Trainer:
         config: `RunConfig`. speculator: fp32 weights, on the base model's device. batches: {phase: iterator of `Batch` with
         state_dict and load_state_dict}. supply: where phase 2's continuations come from; `seconds`, {part: seconds} that it took inside the
         batches, and `figures()`, {metric: number}. states: {phase: `HiddenStates`}. validation: a function that makes the `Validation`,
-        called when it is first needed, or None. out_dir: of the run, already claimed with `claim_out_dir`. processes: `Processes`; each
-        trains on batches of its own, and gradients are added up where the speculator is shared (`parallel.share_speculator`).
+        called when it is first needed, or None. out_dir: of the run, already claimed with `claim_out_dir`. device_metrics: `DeviceMetrics`.
+        processes: `Processes`; each trains on batches of its own, and gradients are added up where the speculator is shared
+        (`parallel.share_speculator`).
     """
 
-    def __init__(self, config, base_model, speculator, batches, supply, states, out_dir, validation=None, processes=Processes()):
+    def __init__(
+        self, config, base_model, speculator, batches, supply, states, out_dir, device_metrics, validation=None, processes=Processes()
+    ):
         self.config, self.base_model, self.speculator = config, base_model, speculator
-        self.processes = processes
+        self.processes, self.device_metrics = processes, device_metrics
         self.batches, self.supply, self.states, self.out_dir, self.make_validation = batches, supply, states, out_dir, validation
         self.schedule = config.schedule.build()
         self.phase_steps = self.schedule.phase_steps()
@@ -224,16 +227,18 @@ class Trainer:
         """Means since the last log line, as plain numbers: the only place where the host waits for the device."""
         values = {}
         for phase, lines in self.logged.items():
-            mean = torch.stack(lines).mean(0)
-            self.processes.add_up(mean[: self.speculator.n_predict])
-            *losses, count, norm, factor = mean.tolist()
+            with self.watch.measure("device"):  # what was queued on a GPU in the parts above, until it is done
+                mean = torch.stack(lines).mean(0)
+                self.processes.add_up(mean[: self.speculator.n_predict])
+                *losses, count, norm, factor = mean.tolist()
             self.tokens += round(count * len(lines))
             if not math.isfinite(sum(losses) + norm):
                 raise UserError(f"{phase}: the loss is not finite at step {self.step}; lower optimizer.lr in a new run")
             values |= {f"{phase}/loss": sum(losses), f"{phase}/grad_norm": norm, f"{phase}/lr": factor * self.config.optimizer.lr}
             values |= {f"{phase}/loss_head_{i}": loss for i, loss in enumerate(losses)}
-        self.logged = {}
+        steps, self.logged = {phase: len(lines) for phase, lines in self.logged.items()}, {}
         spent = sum(self.watch.seconds.values())
+        values |= self.device_metrics.figures(steps)
         values |= {f"time_share/{part}": seconds / spent for part, seconds in self.watch.seconds.items()}
         values |= self.supply.figures()
         return values | {"tokens": self.tokens, "tokens_per_s": self.tokens / spent}

@@ -204,7 +204,8 @@ def run_continuations(parsed):
     check_tokenizer(read_manifest(parsed.prompts), path)
     prompts = read_prompts(parsed.prompts).tokens
     check_context(path, prompts.shape[1], parsed.max_tokens)
-    settings = GenerationSection(max_new_tokens=parsed.max_tokens, temperature=parsed.temperature, top_k=parsed.top_k)
+    sampling = {"temperature": parsed.temperature, "top_k": parsed.top_k}
+    settings = GenerationSection(max_new_tokens=parsed.max_tokens, memory_share=0.5, **sampling)  # the other ways share the GPU
     lines = benchmark_continuations(parsed.base_model, parsed.dtype, parsed.backend, prompts, settings)
     write_lines("continuations", lines, parsed.out)
 

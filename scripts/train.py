@@ -23,6 +23,7 @@ from fms_spec.weights import fingerprint
 from pipelines.build import SAMPLE_ROWS, build_speculator
 from pipelines.compiled import check_compiler, compile_base_model, compile_heads
 from pipelines.config import load_config
+from pipelines.device_metrics import DeviceMetrics
 from pipelines.devices import find_device
 from pipelines.environment import environment
 from pipelines.generation import make_engine
@@ -30,7 +31,7 @@ from pipelines.group_engine import GroupEngine
 from pipelines.parallel import load_base_model, own_prompts, share_speculator
 from pipelines.plan import Plan, Ranks, Sizes, verdict
 from pipelines.processes import Processes, joined
-from pipelines.producers import Producers
+from pipelines.producers import Producers, own_devices
 from pipelines.profiling import profiled_steps, profiling
 from pipelines.run_record import check_out_dir, claim_out_dir
 from pipelines.shared_base_model import SharedBaseModel
@@ -167,7 +168,7 @@ def open_supply(config, store, out_dir, load, processes=Processes()):
     if settings.mode == "ahead":
         return Ahead(store, rows, shlex.join(["python", *words]))
     if settings.mode == "alongside":
-        return alongside(config, store, rows, words, out_dir) if processes.main else Awaited(store)
+        return alongside(config, store, rows, words, out_dir, processes.local_count) if processes.main else Awaited(store)
     if processes.count > 1 and settings.engine == "vllm":
         raise UserError("generation.mode=inline: vLLM can't run inside one of several trainers; set alongside or ahead, or engine=embedded")
     prompt_length = store.prompts.tokens.shape[1]
@@ -178,11 +179,12 @@ def open_supply(config, store, out_dir, load, processes=Processes()):
     return Inline(store, rows, make, processes.count)
 
 
-def alongside(config, store, rows, words, out_dir):
-    """Producers of the run's continuations, one for each of `producer_devices`."""
+def alongside(config, store, rows, words, out_dir, trainers):
+    """Producers of the run's continuations, one for each of `producer_devices`, beside so many trainers on this machine."""
     settings = config.generation
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environments = [{"PYTHONPATH": path} | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) for device in settings.producer_devices]
+    devices = own_devices(settings.producer_devices, trainers)
+    environments = [{"PYTHONPATH": path} | ({"CUDA_VISIBLE_DEVICES": device} if device else {}) for device in devices]
     command = [sys.executable, *words, f"--ahead={settings.shards_ahead}"]
     return Alongside(store, rows, Producers(command, environments, out_dir / "producers"))
 
@@ -215,7 +217,9 @@ def put_together(config, out_dir, base_model, rows, prompts, continuations, inpu
         "phase2": HiddenStates(base_model, best_tokens, cache_dir(config, out_dir, "phase2"), len(prompts), length, len(prompts)),
     }
     batches = {name: Share(source, processes.rank, processes.count) for name, source in (("phase1", rows), ("phase2", continuations))}
-    return Trainer(config, base_model, speculator, batches, continuations.supply, states, out_dir, validation, processes)
+    sizes = Sizes(rows.seq_length, prompts.tokens.shape[1], len(rows), len(prompts))
+    device_metrics = DeviceMetrics(config, sizes, processes, base_model.device)
+    return Trainer(config, base_model, speculator, batches, continuations.supply, states, out_dir, device_metrics, validation, processes)
 
 
 def fill_cache(config, trainer, processes):

@@ -23,6 +23,21 @@ from pipelines.config import load_config
 WORDS = 96
 
 
+def pytest_configure(config):
+    """Hide GPUs from all tests, and what they start, but those of `pytest -m gpu`: they are of exact figures, or many processes."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing has asked torch for a GPU yet
+
+
+def need_vllm():
+    """Skip a module of tests where no vLLM is installed that runs without a GPU."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it)")
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("this vLLM needs a GPU, and pytest -m gpu tries it there", allow_module_level=True)
+
+
 def write_tokenizer(directory, words=WORDS):
     vocabulary = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(words - 2)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

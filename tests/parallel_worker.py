@@ -10,9 +10,13 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+from torch.distributed import distributed_c10d
+
 from fms_spec.errors import UserError
 from pipelines.config import load_config
 from pipelines.processes import joined
+from pipelines.producers import Producers
 from pipelines.train import Trainer
 from scripts.cli import fail
 from scripts.train import train
@@ -37,6 +41,15 @@ def fail_in_the_third_step(how):
     Trainer.train_step = failing
 
 
+def found_around(folder):
+    """What a producer of this process sees in its environment, and how long each of its groups waits for the others, in seconds."""
+    producers = Producers([sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"], [{}], folder)
+    producers.start()
+    producers.processes[0].wait()
+    waits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in distributed_c10d._world.pg_map]
+    return {"environment": json.loads((folder / "producer-0.log").read_text().splitlines()[-1]), "waits": waits}
+
+
 def main(jobs):
     with joined() as processes:
         for job in jobs:
@@ -54,6 +67,10 @@ def main(jobs):
                 if value.dim()
             )
             (Path(job["out_dir"]) / f"held-{processes.rank}.json").write_text(json.dumps(held))
+        if processes.main:
+            folder = Path(jobs[-1]["out_dir"]).with_suffix(".around")
+            found = found_around(folder)
+            (folder / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

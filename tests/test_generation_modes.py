@@ -21,7 +21,7 @@ from fms_spec.errors import UserError
 from pipelines.checkpoint import whole_checkpoints
 from pipelines.config import GenerationSection
 from pipelines.generation import EmbeddedEngine
-from pipelines.producers import Producers
+from pipelines.producers import Producers, own_devices
 from scripts.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -133,13 +133,14 @@ def test_on_a_full_disk_a_run_keeps_what_it_has_trained_and_ends_with_the_same_b
 
 
 def test_producers_that_cannot_work_end_the_run_with_their_own_words_and_another_mode_resumes_it(
-    tmp_path, config_file, inline, monkeypatch
+    tmp_path, config_file, inline, monkeypatch, capfd
 ):
     failing = ["-c", "import sys; print('error: no room on the device', file=sys.stderr); sys.exit(1)"]
     with monkeypatch.context() as patched:
         patched.setattr(scripts.train, "command_of", lambda *_: failing)
-        with pytest.raises(UserError, match="producer 0 ended 3 times without a shard: no room on the device; its log is .*producer-0.log"):
+        with pytest.raises(UserError, match="producer 0: no room on the device; its log is .*producer-0.log"):
             train(config_file(**ALONGSIDE), tmp_path / "run", resume=False)
+    assert "starting it again" not in capfd.readouterr().err
     assert whole_checkpoints(tmp_path / "run/checkpoints")[-1].name == "step-00000005"
     train(config_file(**SMALL), tmp_path / "run", resume=True)
     assert weights_of(tmp_path / "run", tmp_path) == inline[1] and losses(tmp_path / "run") == losses(inline[0])
@@ -201,6 +202,24 @@ def test_stopped_producers_leave_neither_children_nor_zombies(tmp_path):
     producers.stop()
     wait_for(lambda: not any(alive(process) for process in started), seconds=5)
     assert len(started) == 4 and not Path(f"/proc/{started[0]}").exists() and not Path(f"/proc/{started[2]}").exists()
+
+
+def test_producers_on_a_machine_with_gpus_get_gpus_that_no_trainer_uses(tmp_path, config_file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert own_devices([""], trainers=1) == ["1"] and own_devices(["", "3", ""], trainers=1) == ["1", "3", "2"]
+    assert own_devices(["2,3"], trainers=2) == ["2,3"]
+    with pytest.raises(UserError, match="producer_devices: GPU 1 is a trainer's, which use 0, 1"):
+        own_devices(["3", "1,2"], trainers=2)
+    with pytest.raises(UserError, match="4 trainers and 1 producers want a GPU each, and there are 4"):
+        own_devices([""], trainers=4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7")
+    assert own_devices([""], trainers=1) == ["7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    with pytest.raises(UserError, match="set generation.mode=inline or ahead"):
+        train(config_file(**ALONGSIDE), tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()
 
 
 def alive(process):

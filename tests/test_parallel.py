@@ -21,7 +21,7 @@ from pipelines.checkpoint import whole_checkpoints
 from pipelines.config import ParallelSection
 from pipelines.export import export
 from pipelines.parallel import group_size
-from pipelines.processes import Processes
+from pipelines.processes import PATIENCE, Processes, take_gpu
 from scripts.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +110,30 @@ def test_any_number_of_processes_in_every_way_of_sharing_trains_as_one_does_over
     assert [line[:2] for line in found] == [line[:2] for line in alone] and any(key == "phase2/loss" for _, key, _ in found)
     for (step, key, value), (_, _, expected) in zip(found, alone):
         assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), f"{key} at step {step}"
+
+
+def test_every_group_of_every_way_waits_as_long_as_continuations_may_take(shared):
+    for last in ("shard2", "cached4"):  # the last runs of their starts, after which the groups of all are there
+        waits = json.loads((shared / f"{last}.around/found.json").read_text())["waits"]
+        assert len(waits) > 1 and set(waits) == {PATIENCE.total_seconds()}
+
+
+def test_a_producer_of_one_of_several_processes_sees_nothing_of_their_launcher(shared):
+    seen = json.loads((shared / "cached4.around/found.json").read_text())["environment"]
+    assert set(seen) - set(os.environ) <= {"PYTHONPATH", "OMP_NUM_THREADS"} and "PATH" in seen
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    processes, chosen = Processes(), []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    processes.count, processes.local_count, processes.local_rank = 4, 2, 1
+    take_gpu(processes)
+    assert chosen == [1]
+    processes.local_count = 4
+    with pytest.raises(UserError, match="4 processes on a machine with 2 GPUs: start at most 2"):
+        take_gpu(processes)
 
 
 def test_what_is_sharded_is_held_in_parts(shared):

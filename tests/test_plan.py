@@ -15,6 +15,7 @@ from fms_spec.errors import UserError
 from pipelines.config import load_config
 from pipelines.devices import CPU_FRAMEWORK, CPU_HEAP, DEVICES, Device, find_device
 from pipelines.plan import Plan, Ranks, Sizes, mend, verdict
+from pipelines.vllm_engine import GPU_OVERHEAD
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 CPU = Device("cpu", 64e9, 1e11, 1e10, 1e9, framework=CPU_FRAMEWORK, heap=CPU_HEAP)
@@ -85,6 +86,12 @@ def test_what_the_verdict_names_makes_the_run_fit(llama, size, processes, share)
     assert not plan.fits and mended.fits and f"with {' '.join(words)} it fits" in verdict(plan)
     applied = Plan(llama(size, **dict(word.split("=") for word in words)), Sizes(), plan.ranks, plan.device)
     assert applied.fits and applied.peak == mended.peak
+
+
+def test_vllm_in_the_trainers_process_needs_the_weights_once_more_and_takes_the_rest_only_if_it_is_free(llama):
+    plan = Plan(llama("8B", **{"generation.engine": "vllm"}), Sizes(), Ranks(), DEVICES["h100"])
+    row = 2 * 32 * 8 * 128 * 2 * (64 + 256)  # keys and values, layers, groups, head width, bytes, tokens
+    assert plan.fits and plan.moments["generation"]["vLLM"] == pytest.approx(2 * LLAMAS["8B"][1] + row + GPU_OVERHEAD, rel=0.001)
 
 
 def test_a_run_that_no_setting_makes_fit_is_told_what_it_takes(llama):

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import need_vllm
 
-pytest.importorskip("vllm", reason="vLLM is not installed (make install installs it)")
+need_vllm()
 
 import psutil
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from test_house import ROOT
 from data.prepare import prepare
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
+from fms_spec.errors import UserError
 from fms_spec.options import Options
 from pipelines.config import GenerationSection, load_config
 from pipelines.vllm_engine import VLLMEngine
@@ -84,6 +86,14 @@ def test_an_engine_that_is_killed_is_started_again_and_no_row_is_lost(place, cap
     assert [row.tolist() for index in range(2) for row in found[index][0]] == [text.tokens for text in expected]
     assert [reason for index in range(2) for reason in found[index][1]] == [text.finish_reason for text in expected]
     assert "vLLM died" in capfd.readouterr().err
+
+
+def test_an_engine_that_cannot_run_the_model_is_started_once_and_ends_the_run_with_a_line(tmp_path, config_file):
+    config = config_file(**{"generation.engine": "vllm", "generation.mode": "alongside"})  # heads of 8
+    with pytest.raises(UserError, match="producer 0: vLLM died in its first step; its log above says why; its log is .*producer-0.log"):
+        train(config, tmp_path / "run", resume=False)
+    log = (tmp_path / "run/producers/producer-0.log").read_text()
+    assert "head_dim=8" in log and "starting it again" not in log and log.count("error: vLLM") == 1
 
 
 def test_the_benchmark_puts_all_ways_side_by_side_at_each_batch(place, tmp_path):

@@ -16,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import need_vllm
 
-pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it)")
+need_vllm()
 
 from conftest import write_model
 from openai import APIConnectionError, OpenAI

@@ -4,8 +4,9 @@ import json
 import os
 
 import pytest
+from conftest import need_vllm
 
-pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it)")
+need_vllm()
 
 import torch
 from architectures import write_architecture

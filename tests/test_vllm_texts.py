@@ -1,8 +1,9 @@
 """Base models in the real vLLM, an oracle that shares no code with this one's: the texts are the same."""
 
 import pytest
+from conftest import need_vllm
 
-pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it)")
+need_vllm()
 
 from architectures import write_architecture
 from conftest import prompts_of
