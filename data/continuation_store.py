@@ -5,36 +5,35 @@ Shapes: p prompts of a shard, m tokens of a continuation.
 """
 
 import hashlib
-import io
 import json
 import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from data.manifest import MANIFEST, reason, shown
-from data.tables import column, shard_entry
+from data.continuation_shard import REWRITE, read_made_by, read_shard, shard_bytes
+from data.manifest import MANIFEST, Count, Known, Shard, check_seed, checked, shown
+from data.tables import shard_entry
 from fms_spec.errors import UserError, first_difference
-from fms_spec.files import cannot_write, locked, write_whole
+from fms_spec.files import cannot_write, locked, read_json, write_whole
 
-FINISH_REASONS = ("stop", "length")
 # Head 0 sees the state at the end of the prompt and the first token after it, and predicts the second: fewer teach nothing.
 USEFUL_TOKENS = 2
 READER = "reader.json"
-REWRITE = "delete it: it will be written again"
 
-SCHEMA = pa.schema(
-    [
-        column("prompt_id", pa.int64(), "number of the prompt in the prompt table", "count from 0"),
-        column("prompt", pa.list_(pa.int32()), "the prompt", "token id"),
-        column("continuation", pa.list_(pa.int32()), "what the base model wrote after it", "token id"),
-        column("finish_reason", pa.string(), "stop: ended by itself; length: cut at the asked length", "word"),
-    ]
-)
+
+class ShardsManifest(Known):
+    made_by: dict
+    rows: Count
+    tokens: Count
+    shards: list[Shard]
+
+
+class ReaderPlace(Known):
+    shards_begun: Count
 
 
 class ContinuationStore:
@@ -51,8 +50,10 @@ class ContinuationStore:
             name, the sampling. Kept in each shard.
 
         Raises:
-            UserError: there are no prompts, a size is not positive, or the folder holds other files or shards of other settings.
+            UserError: there are no prompts, a size is not positive, the seed is not from 0 to 2^63 - 1, or the folder holds other files
+                or shards of other settings.
         """
+        check_seed(seed, f"seed {seed}")
         if not len(prompts):
             raise UserError("the prompt table is empty, no document is long enough; prepare with a smaller --prompt_length")
         if shard_prompts < 1:
@@ -88,8 +89,7 @@ class ContinuationStore:
         Raises:
             UserError: the file cannot be read or was written with other settings; names the file and the setting.
         """
-        table = self._table(index)
-        ids, *lists = (table.column(name) for name in ("prompt_id", "prompt", "continuation"))
+        ids, *lists, _ = self._table(index).columns
         prompts, continuations = ([part.values.to_numpy().astype(np.int64) for part in column] for column in lists)
         return [row for row in zip(ids.to_pylist(), prompts, continuations) if len(row[2]) >= USEFUL_TOKENS]
 
@@ -101,20 +101,14 @@ class ContinuationStore:
         """
         if self.has(index):
             return None
-        path = self.out_dir / f".{self.path(index).name}.lock"
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            lock = locked(path)
-        except OSError as error:
-            raise cannot_write(path, error) from None
+        lock = self._lock(self.path(index).name)
         if lock is None:
             return None
         claim = Claim(self, index, lock)
         if self.has(index):  # written while the lock was sought
             claim.release()
             return None
-        for stale in self.out_dir.glob(f".{self.path(index).name}.*.partial"):  # of a writer that was killed: we hold its lock now
-            stale.unlink(missing_ok=True)
+        remove_partials(lock)
         return claim
 
     def finish(self, environment):
@@ -125,6 +119,7 @@ class ContinuationStore:
         Raises:
             UserError: a shard cannot be read, or the manifest cannot be written.
         """
+        self.sweep()
         if not all(map(self.has, range(self.shard_count))):
             return None
         shards = [shard_entry(self.path(index), len(self.block(index)[1])) for index in range(self.shard_count)]
@@ -138,19 +133,30 @@ class ContinuationStore:
             finish_reasons.update(table.column("finish_reason").to_pylist())
         counts = {"rows": len(self.prompts), "tokens": tokens, "finish_reasons": dict(finish_reasons)}
         manifest = {"made_by": self.made_by, **counts, "shards": shards, "environment": environment}
-        write_whole(self.out_dir / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+        self._write(MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         return manifest
+
+    def sweep(self):
+        """Remove the locks and half-written files of processes that were killed; in a folder that may only be read, they stay."""
+        with suppress(OSError):
+            for path in sorted({*self.out_dir.glob(".*.lock"), *map(self._lock_path, (MANIFEST, READER))}):
+                lock = locked(path)
+                if lock:
+                    remove_partials(lock)
+                    let_go(lock)
 
     def post_place(self, place):
         """Tell writers how many shards of the first epoch the reader has begun."""
-        write_whole(self.out_dir / READER, json.dumps({"shards_begun": place}).encode())
+        self._write(READER, json.dumps({"shards_begun": place}))
 
     def reader_place(self):
         """What `post_place` told last; 0 before."""
-        try:
-            return json.loads((self.out_dir / READER).read_text())["shards_begun"]
-        except FileNotFoundError:
+        path = self.out_dir / READER
+        if not path.exists():
             return 0
+        place = read_json(path, "delete it")
+        checked(ReaderPlace, place, path, "delete it")
+        return place["shards_begun"]
 
     def _check_folder(self):
         """Raise UserError if the folder holds other files, or its manifest or a shard was made with other settings."""
@@ -162,19 +168,47 @@ class ContinuationStore:
             raise UserError(f"{self.out_dir} holds other files ({foreign[0]}); give an empty or new folder for the continuations")
         manifest = self._manifest()
         if manifest:
-            self._refuse_others(self.out_dir / MANIFEST, manifest.get("made_by"))
+            self._refuse_others(self.out_dir / MANIFEST, manifest["made_by"])
         for index in filter(self.has, range(self.shard_count)):
-            self._refuse_others(self.path(index), readable(self.path(index), lambda path: made_by_of(pq.read_schema(path))))
+            self._refuse_others(self.path(index), read_made_by(self.path(index)))
 
     def _manifest(self):
         path = self.out_dir / MANIFEST
-        return readable(path, lambda path: json.loads(path.read_bytes())) if path.exists() else None
+        if not path.exists():
+            return None
+        manifest = read_json(path, REWRITE)
+        checked(ShardsManifest, manifest, path, REWRITE)
+        return manifest
 
     def _table(self, index):
-        """A shard's whole table, checked to be of these settings."""
-        table = readable(self.path(index), pq.read_table)
-        self._refuse_others(self.path(index), readable(self.path(index), lambda _: made_by_of(table.schema)))
+        """A shard's whole table, checked to be of these settings and prompts."""
+        path, (prompts, ids) = self.path(index), self.block(index)
+        table, made_by = read_shard(path)
+        self._refuse_others(path, made_by)
+        if table.column("prompt_id").to_pylist() != ids.tolist() or table.column("prompt").to_pylist() != prompts.tolist():
+            raise UserError(f"{path}: holds other prompts than shard {index} of these; {REWRITE}")
         return table
+
+    def _lock_path(self, name):
+        return self.out_dir / f".{name}.lock"
+
+    def _lock(self, name):
+        """The sole right to write a file of the folder, or None if another process has it."""
+        path = self._lock_path(name)
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            return locked(path)
+        except OSError as error:
+            raise cannot_write(path, error) from None
+
+    def _write(self, name, text):
+        """Write a file of the folder, unless another process is just writing it."""
+        lock = self._lock(name)
+        if lock:
+            try:
+                write_whole(self.out_dir / name, text.encode())
+            finally:
+                let_go(lock)
 
     def _refuse_others(self, path, made_by):
         difference = first_difference(made_by, self.made_by)
@@ -193,7 +227,7 @@ class Claim:
     def write(self, continuations, finish_reasons):
         """Write the shard so that it is there whole or not at all, and end the claim.
 
-        continuations: p 1-D int64 tensors; finish_reasons: p of FINISH_REASONS.
+        continuations: p 1-D int64 tensors; finish_reasons: p of continuation_shard.FINISH_REASONS.
 
         Raises:
             ValueError: not as many as there are prompts, or an unknown finish reason.
@@ -209,33 +243,17 @@ class Claim:
     def release(self):
         """End the claim; more than once does nothing more."""
         if not self._lock.closed:
-            Path(self._lock.name).unlink(missing_ok=True)
-            self._lock.close()
+            let_go(self._lock)
 
 
-def readable(path, read):
-    """`read(path)`, with what can go wrong in a damaged file as a UserError that names it."""
-    try:
-        return read(path)
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read, it may be cut short ({reason(error)}); {REWRITE}") from None
+def let_go(lock):
+    """End a lock of `locked` and remove its file."""
+    Path(lock.name).unlink(missing_ok=True)
+    lock.close()
 
 
-def made_by_of(schema):
-    """The settings that a shard's schema carries."""
-    return json.loads(schema.metadata[b"made_by"])
-
-
-def shard_bytes(prompt_ids, prompts, continuations, finish_reasons, made_by):
-    """One shard as the bytes of a Parquet file: prompt_ids int64 [p], prompts int64 [p, length], the rest as in `Claim.write`."""
-    if not len(prompt_ids) == len(continuations) == len(finish_reasons):
-        raise ValueError(f"{len(prompt_ids)} prompts, {len(continuations)} continuations, {len(finish_reasons)} finish reasons")
-    if not set(finish_reasons) <= set(FINISH_REASONS):
-        raise ValueError(f"finish reasons are {FINISH_REASONS}, got {sorted(set(finish_reasons))}")
-    continued = [continuation.tolist() for continuation in continuations]
-    columns = [prompt_ids.tolist(), prompts.tolist(), continued, list(finish_reasons)]
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA)]
-    schema = SCHEMA.with_metadata({"made_by": json.dumps(made_by, sort_keys=True)})
-    file = io.BytesIO()
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, compression="zstd")
-    return file.getvalue()
+def remove_partials(lock):
+    """Remove what was left half-written of the file that `lock` is for, by processes that were killed: we hold it now."""
+    path = Path(lock.name)
+    for stale in path.parent.glob(f"{path.name.removesuffix('.lock')}.*.partial"):
+        stale.unlink(missing_ok=True)

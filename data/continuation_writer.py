@@ -30,6 +30,7 @@ def write_shards(store, engine, indices, ahead=None, status=None):
     Raises:
         UserError: a shard or the status cannot be written. No claim outlives an exception.
     """
+    store.sweep()
     writer = ShardWriter(store, engine, indices, ahead)
     # One shard takes one step of the embedded engine, which has a bar of its own.
     with tqdm(total=len(indices), desc="continuations", unit="shard", disable=len(indices) == 1, dynamic_ncols=True) as bar:

@@ -4,15 +4,16 @@ import fcntl
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.manifest import MANIFEST, check_sizes, read_manifest, shown
 from fms_spec.errors import UserError, first_difference
+from fms_spec.files import cannot_write
 
 # Written first, with the inputs, and removed last: a folder with this file and without a manifest is half-written, and ours.
 MARKER = "incomplete.json"
-OURS = re.compile(rf"(rows|prompts)-\w+-\d+\.parquet|token_counts\.parquet|{re.escape(MANIFEST)}\.partial|{re.escape(MARKER)}")
+OURS = re.compile(rf"(rows|prompts)-\w+-\d+\.parquet|token_counts\.parquet|\.?{re.escape(MANIFEST)}(\.\d+)?\.partial|{re.escape(MARKER)}")
 
 
 def finished_set(out_dir, inputs):
@@ -22,15 +23,20 @@ def finished_set(out_dir, inputs):
         UserError: `out_dir` holds a set of other inputs, or anything that is not ours.
     """
     folder = Path(out_dir)
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        raise UserError(f"out_dir {out_dir}: is a file; give another --out_dir")
-    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        if not os.path.lexists(folder):
+            return None
+        if not folder.is_dir():
+            raise UserError(f"out_dir {out_dir}: is a file, or a link to none; give another --out_dir")
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise cannot_write(out_dir, error) from None
     if MANIFEST in names:
         manifest = read_manifest(out_dir)
         refuse_other_inputs(out_dir, manifest["inputs"], inputs)
         check_sizes(out_dir, [shard for table in manifest["tables"].values() for shard in table["shards"]])
+        with suppress(OSError):  # left by a process that was killed in between; where the folder may only be read, it stays
+            (folder / MARKER).unlink(missing_ok=True)
         return manifest
     foreign = [name for name in names if not OURS.fullmatch(name)]
     if foreign or (names and MARKER not in names):
@@ -38,7 +44,9 @@ def finished_set(out_dir, inputs):
     if MARKER in names:
         try:
             started = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        except ValueError:  # killed while writing the marker, before any data
+        except OSError as error:
+            raise cannot_write(folder / MARKER, error) from None
+        except (ValueError, RecursionError):  # killed while writing the marker, before any data
             return None
         refuse_other_inputs(out_dir, started, inputs)
     return None
@@ -57,7 +65,7 @@ def refuse_other_inputs(out_dir, old, new):
 
 def refuse_inside(out_dir, source):
     """Raise UserError if `out_dir` lies in the source folder: the next run would read its own output."""
-    root, out = Path(source).expanduser().resolve(), Path(out_dir).resolve()
+    root, out = (Path(os.path.realpath(path)) for path in (os.path.expanduser(source), out_dir))
     if root.is_dir() and out.is_relative_to(root):
         raise UserError(f"out_dir {out_dir}: lies inside the source {source}; give an --out_dir outside of it")
 
@@ -70,7 +78,7 @@ def writing(out_dir, inputs):
         UserError: the folder cannot be written, the disk is full, or another process is writing it.
     """
     folder = Path(out_dir)
-    existed = folder.exists()
+    existed = os.path.exists(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / MARKER, "a+", encoding="utf-8") as marker:
@@ -92,7 +100,7 @@ def writing(out_dir, inputs):
                 if not existed and not any(folder.iterdir()):
                     folder.rmdir()
                 raise
-            (folder / MARKER).unlink()
+            (folder / MARKER).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror or error})") from None
 
@@ -102,13 +110,3 @@ def remove_ours(folder, keep=None):
     for entry in folder.iterdir():
         if OURS.fullmatch(entry.name) and entry.name != keep:
             entry.unlink()
-
-
-def write_manifest(folder, manifest):
-    """Write the manifest so that it is there whole or not at all."""
-    partial = folder / f"{MANIFEST}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(folder / MANIFEST)

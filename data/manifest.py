@@ -2,32 +2,100 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from fms_spec.errors import UserError
-from fms_spec.files import sha256_of
+from fms_spec.files import read_json, sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+AGAIN = "remove the folder and run scripts.prepare_data again"
+
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+PlainName = Annotated[str, StringConstraints(pattern=r"^[\w-]+\.parquet$")]  # of that folder: no other leads out of it
+
+
+class Known(BaseModel):
+    """What a JSON file of ours must say of something; more is let pass."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Shard(Known):
+    file: PlainName
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+
+
+class Table(Known):
+    rows: Count
+    shards: list[Shard]
+
+    @model_validator(mode="after")
+    def rows_add_up(self):
+        assert self.rows == sum(shard.rows for shard in self.shards), "its rows are not those of its shards"
+        return self
+
+
+class Inputs(Known):
+    format_version: Literal[FORMAT_VERSION]
+    seq_length: Annotated[int, Field(ge=2)]
+    prompt_length: Annotated[int, Field(ge=1)]
+
+
+class TokenizerIdentity(Known):
+    name: str
+    sha256: Sha256
+
+
+class Manifest(Known):
+    inputs: Inputs
+    tokenizer: TokenizerIdentity
+    tables: dict[str, Table]
 
 
 def read_manifest(data_dir):
     """The manifest of a folder written by scripts.prepare_data, as a dict.
 
     Raises:
-        UserError: there is none (never prepared, or half-written), or it is of another format.
+        UserError: there is none (never prepared, or half-written), or it is damaged or of another format.
     """
     path = Path(data_dir) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{data_dir}: no {MANIFEST}, so it is half-written or not prepared; run scripts.prepare_data") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); prepare the data again into another folder") from None
-    version = manifest.get("inputs", {}).get("format_version") if isinstance(manifest, dict) else None
+    if not os.path.exists(path):
+        raise UserError(f"{data_dir}: no {MANIFEST}, so it is half-written or not prepared; run scripts.prepare_data")
+    manifest = read_json(path, AGAIN)
+    inputs = manifest.get("inputs") if isinstance(manifest, dict) else None
+    version = inputs.get("format_version") if isinstance(inputs, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; run scripts.prepare_data again")
+        raise UserError(f"{path}: format version {shown(version)}, this code reads {FORMAT_VERSION}; run scripts.prepare_data again")
+    checked(Manifest, manifest, path, AGAIN)
     return manifest
+
+
+def checked(model, value, path, mend):
+    """Check the JSON value of a file with a pydantic model.
+
+    Raises:
+        UserError: it is of another shape; names the file and the place.
+    """
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise UserError(f"{path}: {place}: {reason(first['msg'])}, so it is damaged or altered; {mend}") from None
+
+
+def check_seed(seed, place):
+    """Raise UserError for a seed that is not from 0 to 2^63 - 1; place: where it was given."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"{place}: a seed must be from 0 to 2^63 - 1")
 
 
 def data_fingerprint(data_dir):
@@ -74,11 +142,10 @@ def check_sizes(data_dir, shards):
     for shard in shards:
         path = Path(data_dir) / shard["file"]
         if not path.is_file():
-            raise UserError(f"{path}: missing; remove the folder and run scripts.prepare_data again")
+            raise UserError(f"{path}: missing; {AGAIN}")
         if path.stat().st_size != shard["bytes"]:
             raise UserError(
-                f"{path}: {path.stat().st_size} bytes where the manifest says {shard['bytes']} (cut short or altered); "
-                "remove the folder and run scripts.prepare_data again"
+                f"{path}: {path.stat().st_size} bytes where the manifest says {shard['bytes']} (cut short or altered); {AGAIN}"
             )
 
 
@@ -86,9 +153,13 @@ def check_contents(data_dir, shard):
     """Compare a shard's sha256 with the manifest.
 
     Raises:
-        UserError: it was altered; names it.
+        UserError: it was altered, or can't be read; names it.
     """
     check_sizes(data_dir, [shard])
     path = Path(data_dir) / shard["file"]
-    if sha256_of(path) != shard["sha256"]:
-        raise UserError(f"{path}: altered since it was prepared (sha256); remove the folder and run scripts.prepare_data again")
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); mend its permissions or its disk") from None
+    if found != shard["sha256"]:
+        raise UserError(f"{path}: altered since it was prepared (sha256); {AGAIN}")

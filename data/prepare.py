@@ -4,6 +4,7 @@ The documents are tokenised once into a file on disk (documents.DocumentSpool); 
 """
 
 import heapq
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -15,12 +16,13 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.documents import DocumentSpool, choose_held_out, missing_prefix, pack
-from data.folder import finished_set, refuse_inside, write_manifest, writing
-from data.manifest import FORMAT_VERSION
+from data.folder import finished_set, refuse_inside, writing
+from data.manifest import FORMAT_VERSION, MANIFEST, check_seed
 from data.sources import Skipped, open_source
 from data.tables import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
 from data.tokenizer import encode_documents, load_tokenizer, refuse_unknown, use_threads
 from fms_spec.errors import UserError
+from fms_spec.files import write_whole
 
 # Each random choice has a stream of its own, so that e.g. asking for prompts of another length does not reorder the rows.
 READING, HOLDING_OUT, SHUFFLING, PROMPTING = range(4)
@@ -38,7 +40,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name, smallest in dict(seq_length=2, prompt_length=1, held_out=0, seed=0).items():
+        check_seed(self.seed, f"--seed={self.seed}")
+        for name, smallest in dict(seq_length=2, prompt_length=1, held_out=0).items():
             if getattr(self, name) < smallest:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least {smallest}")
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
@@ -96,7 +99,7 @@ def prepare(*, source, tokenizer, out_dir, workers=None, **settings):
             "tokenizer": loaded.identity(),
             "tables": tables,
         }
-        write_manifest(folder, manifest)
+        write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
     if skipped.first:
         print(f"warning: {skipped}", file=sys.stderr)
     rate = spool.token_count / (time.monotonic() - started)
@@ -183,7 +186,11 @@ def write_tables(folder, spool, source, tokenizer, settings):
             raise UserError(f"only {found} tokens to train on, less than one row of --seq_length={settings.seq_length}; lower it")
         tables[f"rows-{split}"] = rows
         used = documents[: rows["documents"]]
-        tables[f"prompts-{split}"] = write_prompts(folder, split, used, spool, source, settings, about, tokenizer.prefix, number)
+        prompts = write_prompts(folder, split, used, spool, source, settings, about, tokenizer.prefix, number)
+        if prompts["rows"] == 0:
+            longest = int(spool.lengths[used].max()) - 1
+            raise UserError(f"--prompt_length={settings.prompt_length}: no document is so long, the longest has {longest} tokens; lower it")
+        tables[f"prompts-{split}"] = prompts
     tables["token_counts"] = write_token_counts(folder, counts, about)
     return tables
 

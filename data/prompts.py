@@ -1,6 +1,7 @@
 """Prompts to evaluate with: held-out ones of a prepared folder, or the lines of a JSONL file. Shapes: n tokens of a prompt."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def load_prompts(path, tokenizer_dir, limit=None):
     path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: must be at least 1")
-    if path.is_dir():
+    if os.path.isdir(path):
         tokenizer, held_out = check_tokenizer(read_manifest(path), tokenizer_dir), read_prompts(path, "held_out").tokens
         refuse_unknown(held_out, tokenizer.embedding_size, tokenizer.backend, f"prompts {path}")
         prompts = [Prompt(None, tokens) for tokens in held_out]
@@ -99,7 +100,7 @@ def read_lines(path, tokenizer_dir):
     """The Prompt or Chat of each line of a JSONL file; blank lines are passed over."""
     try:
         # not splitlines(): it also cuts at U+2028 and the like, which JSON allows within a text
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"prompts {path}: can't be read ({problem}); give a prepared folder or a .jsonl file") from error
@@ -126,7 +127,7 @@ def read_fields(line, place):
     """(prompt, turns, category) of a line; None where it has none, and one of the first two is always None."""
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error}); write one JSON object on each line") from error
     fields = [entry.get(name) for name in ("prompt", "turns", "category")] if isinstance(entry, dict) else [None] * 3
     prompt, turns, category = fields

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data.manifest import check_contents, check_sizes, read_manifest, table_of
+from data.manifest import AGAIN, check_contents, check_seed, check_sizes, read_manifest, reason, table_of
 from data.tokenizer import check_tokenizer
 from fms_spec.batch import Batch
 from fms_spec.errors import UserError
@@ -41,8 +41,10 @@ class RowReader:
         rows: read only so many, drawn from the whole table by the seed, in every epoch the same ones; None reads all.
 
         Raises:
-            UserError: the folder is half-written, lacks the split, has no rows in it, or a shard is missing or cut short.
+            UserError: the folder is half-written, lacks the split, has no rows in it, a shard is missing, cut short or not what the
+                manifest says, or the seed is not from 0 to 2^63 - 1.
         """
+        check_seed(seed, f"seed {seed}")
         self.data_dir, self.split, self.batch_size, self.seed = Path(data_dir), split, batch_size, seed
         self.manifest = read_manifest(data_dir)
         table = table_of(self.manifest, data_dir, f"rows-{split}")
@@ -52,6 +54,8 @@ class RowReader:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
         self.shards = [shard for shard in table["shards"] if shard["rows"]]
         check_sizes(data_dir, self.shards)
+        for shard in self.shards:
+            check_footer(self.data_dir / shard["file"], shard["rows"], self.seq_length)
         sizes = np.array([shard["rows"] for shard in self.shards])
         self.table_rows, self._first_rows = int(sizes.sum()), np.cumsum(sizes) - sizes
         if rows is not None and not 1 <= rows <= self.table_rows:
@@ -165,6 +169,22 @@ class RowShard:
         return self.tokens[rows].astype(np.int64), np.cumsum(begins, axis=1, dtype=np.int32)
 
 
+def check_footer(path, row_count, seq_length):
+    """Compare a shard's own figures with the manifest's, which memory is taken by.
+
+    Raises:
+        UserError: they differ, or the file can't be read; names it.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            rows, kind = file.metadata.num_rows, file.schema_arrow.field("tokens").type
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise UserError(f"{path}: can't be read ({reason(error)}); {AGAIN}") from None
+    if rows != row_count or getattr(kind, "list_size", None) != seq_length or kind.value_type != pa.int32():
+        asked = f"{row_count} rows of {seq_length} tokens"
+        raise UserError(f"{path}: holds {rows} rows of {kind}, the manifest says {asked}, so one of them was altered; {AGAIN}")
+
+
 def read_prompts(data_dir, split="train", limit=None):
     """The prompt table of a split, as Prompts; only the first `limit` (the documents were shuffled), None for all.
 
@@ -207,7 +227,10 @@ def check_vocabulary(data_dir, vocab_size):
 
 def read_table(data_dir, name):
     """All shards of a table, checked against the manifest, as one Arrow table."""
-    shards = table_of(read_manifest(data_dir), data_dir, name)["shards"]
-    for shard in shards:
+    entry = table_of(read_manifest(data_dir), data_dir, name)
+    for shard in entry["shards"]:
         check_contents(data_dir, shard)
-    return pa.concat_tables([pq.read_table(Path(data_dir) / shard["file"]) for shard in shards])
+    table = pa.concat_tables([pq.read_table(Path(data_dir) / shard["file"]) for shard in entry["shards"]])
+    if len(table) != entry["rows"]:
+        raise UserError(f"{data_dir}: {name} has {len(table)} rows, the manifest says {entry['rows']}, so it was altered; {AGAIN}")
+    return table

@@ -3,9 +3,7 @@
 import shlex
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from data.continuation_shard import read_shard
 from data.manifest import check_contents, data_fingerprint, read_manifest
 from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
@@ -101,9 +99,9 @@ def about_continuations(folder):
     shards, rows = sorted(folder.glob("continuations-*.parquet")), 0
     for path in shards:
         try:
-            rows += len(pq.read_table(path, page_checksum_verification=True))
-        except (OSError, pa.ArrowException):
-            return Finding("continuations", "broken", f"{path} can't be read; delete it: it will be written again")
+            rows += len(read_shard(path)[0])
+        except UserError as error:
+            return Finding("continuations", "broken", str(error))
     return Finding("continuations", "works", f"{folder}: {len(shards)} shards, {rows:,} texts")
 
 

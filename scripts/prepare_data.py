@@ -11,12 +11,13 @@ class Arguments:
     """Tokenise, shuffle and pack a corpus for training; the same inputs give the same bytes.
 
     Args:
-        source: a folder (recursive, without hidden files), a glob, a text, .jsonl, .jsonl.gz or .parquet file, or
-            a Hub dataset name[:config[:split]].
+        source: a folder (recursive, without hidden files), a glob, a file, or a Hub dataset name[:config[:split]]. Files are texts, or
+            tables with a document in each row: .jsonl, .ndjson, .json, .csv and .tsv, also packed as .gz, .bz2, .xz or .zst,
+            .parquet, .arrow and .feather. A folder has texts or tables, and of tables in splits its train split is read.
         tokenizer: the base model's folder or Hub name; each piece of a document in a row, and each prompt, begins as it begins a text.
         out_dir: where to write; nothing of another set is ever overwritten.
         seq_length: tokens of a packed row.
-        text_column: the column of .jsonl, .parquet and datasets that holds the text.
+        text_column: the column of tables and datasets that holds the text.
         prompt_length: tokens of a prompt for continuations.
         held_out: how many documents to keep out of training, for evaluation.
         max_tokens: stop after so many packed tokens; reads no more of the source than that takes.

@@ -183,6 +183,37 @@ def test_the_manifest_comes_when_every_shard_is_there_and_says_what_they_hold(tm
     assert store.finish({"command": "anew"})["tokens"] == 30
 
 
+def test_a_manifest_or_place_of_another_shape_is_named(tmp_path):
+    store = open_store(tmp_path)
+    write_shards(store, Engine(), range(3))
+    manifest = store.finish({})
+    shards = [{**manifest["shards"][0], "file": "../out.parquet"}]
+    for content in ("", "[]", "3", "{}", "[" * 100_000, json.dumps(manifest | {"shards": 3}), json.dumps(manifest | {"shards": shards})):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match="manifest.json: .*delete it: it will be written again") as caught:
+            open_store(tmp_path)
+        assert "\n" not in str(caught.value)
+    for content in ("", "[]", '{"shards_begun": -1}', '{"shards_begun": "1"}'):
+        (tmp_path / "reader.json").write_text(content)
+        with pytest.raises(UserError, match="reader.json: .*delete it"):
+            store.reader_place()
+
+
+def test_what_killed_processes_left_is_removed_and_what_living_ones_hold_is_not(tmp_path):
+    store, other = open_store(tmp_path), open_store(tmp_path)
+    claim = other.claim(0)
+    for name in ("continuations-00001.parquet", "manifest.json", "reader.json"):
+        (tmp_path / f".{name}.lock").touch()
+        (tmp_path / f".{name}.123.partial").touch()
+    (tmp_path / ".continuations-00000.parquet.456.partial").touch()
+    assert store.finish({}) is None
+    assert sorted(hidden_files(tmp_path)) == [".continuations-00000.parquet.456.partial", ".continuations-00000.parquet.lock"]
+    claim.release()
+    write_shards(store, Engine(), range(3))
+    store.post_place(1)
+    assert store.finish({}) and hidden_files(tmp_path) == []
+
+
 class SlowProducers:
     """Writes the missing shard when it has been asked for `patience` times."""
 

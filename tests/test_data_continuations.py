@@ -115,6 +115,46 @@ def test_a_shard_that_cannot_be_read_is_named_with_the_mend(tmp_path):
     assert len(next(store(tmp_path)).tokens) == 3
 
 
+def test_a_flipped_byte_of_a_shard_is_noticed_or_changes_nothing(tmp_path):
+    shards = open_store(tmp_path)
+    write_shards(shards, Engine(), [0])
+    whole, path = shards.path(0).read_bytes(), shards.path(0)
+    rows = [[part if isinstance(part, int) else part.tolist() for part in row] for row in shards.read(0)]
+    noticed = 0
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            assert [[part if isinstance(part, int) else part.tolist() for part in row] for row in shards.read(0)] == rows
+        except UserError as error:
+            assert "continuations-00000.parquet: " in str(error) and "\n" not in str(error)
+            noticed += 1
+    assert noticed > 100
+
+
+def test_a_shard_of_other_prompts_is_refused_and_one_from_before_there_were_checksums_is_read(tmp_path):
+    shards = open_store(tmp_path)
+    write_shards(shards, Engine(), [0, 1])
+    table = pq.read_table(shards.path(0))
+    before = len(shards.read(0))
+    pq.write_table(table.replace_schema_metadata({"made_by": table.schema.metadata[b"made_by"]}), shards.path(0))
+    assert len(shards.read(0)) == before
+    shards.path(1).rename(shards.path(0))
+    with pytest.raises(UserError, match="continuations-00000.parquet: holds other prompts than shard 0 of these; delete it"):
+        shards.read(0)
+    shards.path(0).unlink()
+    shards.path(0).mkdir()
+    with pytest.raises(UserError, match="continuations-00000.parquet: cannot be read"):
+        open_store(tmp_path)
+
+
+def test_any_seed_that_is_a_date_or_more_is_taken_and_others_are_refused(tmp_path):
+    for seed in (20261126, 2**63 - 1):
+        assert len(next(store(tmp_path / str(seed), seed=seed)).tokens) == 3
+    for seed in (-1, 2**63):
+        with pytest.raises(UserError, match=f"seed {seed}: a seed must be from 0 to"):
+            open_store(tmp_path, seed=seed)
+
+
 def test_a_position_of_another_shard_size_or_no_prompts_is_refused(tmp_path):
     with pytest.raises(UserError, match="shard_prompts 4, not 5"):
         store(tmp_path, shard_prompts=5).load_state_dict(store(tmp_path).state_dict())

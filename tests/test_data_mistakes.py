@@ -91,7 +91,7 @@ def test_a_parquet_file_cut_short_is_named(tmp_path):
     pq.write_table(pa.table({"text": ["w1 w2"] * 100}), path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    assert "a.parquet: not a whole Parquet file" in refused(tmp_path, path)
+    assert "a.parquet: cannot be read, it may be cut short" in refused(tmp_path, path)
     path.write_bytes(whole[:4] + bytes(60) + whole[64:])  # the footer is whole, the pages are not
     assert "a.parquet: cannot be read, it may be cut short" in refused(tmp_path, path)
 
@@ -125,7 +125,9 @@ def test_more_held_out_documents_than_there_are_is_refused(tmp_path, corpus):
     assert "only 0 different documents have the 21 tokens of a prompt" in refused(tmp_path, corpus, held_out=1, prompt_length=21)
 
 
-@pytest.mark.parametrize("setting", [{"seed": -1}, {"seq_length": 1}, {"prompt_length": 0}, {"held_out": -1}, {"workers": 0}])
+@pytest.mark.parametrize(
+    "setting", [{"seed": -1}, {"seed": 2**63}, {"seq_length": 1}, {"prompt_length": 0}, {"held_out": -1}, {"workers": 0}]
+)
 def test_a_setting_out_of_range_is_named(tmp_path, corpus, setting):
     assert f"--{[*setting][0]}=" in refused(tmp_path, corpus, **setting)
 
@@ -183,9 +185,30 @@ def test_an_out_dir_that_is_a_file_or_cannot_be_made_is_refused(tmp_path):
     assert (tmp_path / "prepared").read_text() == "mine"
 
 
+def test_an_out_dir_that_no_path_leads_to_is_refused_in_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for out in ("loop", "dangling", "loop/below", "x" * 300):
+        with pytest.raises(UserError) as caught:
+            prepare_small(tmp_path, out=out)
+        assert out in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_an_empty_folder_may_be_written(tmp_path):
     (tmp_path / "prepared").mkdir()
     assert (prepare_small(tmp_path) / "manifest.json").exists()
+
+
+def test_what_a_process_left_that_was_killed_in_its_last_moment_is_removed(tmp_path):
+    out = prepare_small(tmp_path)
+    (out / "incomplete.json").write_text((out / "manifest.json").read_text())
+    prepare_small(tmp_path)
+    assert not (out / "incomplete.json").exists()
+    inputs = json.loads((out / "manifest.json").read_text())["inputs"]
+    (out / "incomplete.json").write_text(json.dumps(inputs))
+    (out / "manifest.json").rename(out / ".manifest.json.123.partial")
+    prepare_small(tmp_path)
+    assert not [path.name for path in out.iterdir() if "partial" in path.name or "incomplete" in path.name]
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):

@@ -36,7 +36,7 @@ def test_packing_begins_every_piece_with_the_prefix_fills_the_rows_and_loses_not
 
 
 def test_a_document_in_a_row_is_what_serving_reads_of_it_and_its_end(tmp_path):
-    out = prepare_small(tmp_path, [[1, 2, 3], [4, 5], [BOS, 6, 7, 8], [BOS, BOS, 9]], template=TEMPLATE, seq_length=17)
+    out = prepare_small(tmp_path, [[1, 2, 3], [4, 5], [BOS, 6, 7, 8], [BOS, BOS, 9]], template=TEMPLATE, seq_length=17, prompt_length=3)
     ((tokens, starts),) = rows_of(out)
     served = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     expected = [[*served(text).input_ids, EOS] for text in ("w1 w2 w3", "w4 w5", "w6 w7 w8", "w9")]
@@ -102,7 +102,7 @@ def test_the_prefix_is_part_of_the_tokenizers_identity_and_no_prefix_leaves_it_a
 
 
 def test_a_tokenizer_may_end_a_text_with_eos_which_a_document_has_once_and_with_nothing_else(tmp_path):
-    out = prepare_small(tmp_path, [[1, 2, 3]], template="<s> $A <eos>", seq_length=5)
+    out = prepare_small(tmp_path, [[1, 2, 3]], template="<s> $A <eos>", seq_length=5, prompt_length=3)
     assert rows_of(out) == [([BOS, 1, 2, 3, EOS], [0])]
     with pytest.raises(UserError, match="tokenizer .*: ends a text with <unk> <eos>, where only its EOS token may stand; mend its"):
         load_tokenizer(write_tokenizer(tmp_path / "other", template="<s> $A <unk> <eos>"))

@@ -58,7 +58,7 @@ def test_packing_keeps_every_token_in_order_and_starts_mark_the_documents(docume
 def test_each_document_is_found_whole_in_the_rows_with_its_end_of_text_token(documents, seed):
     with tempfile.TemporaryDirectory() as folder:
         one_row = sum(len(document) + 1 for document in documents)
-        out = prepare_small(Path(folder), documents, seq_length=one_row, seed=seed)
+        out = prepare_small(Path(folder), documents, seq_length=one_row, prompt_length=1, seed=seed)
         assert sorted(pieces_of(rows_of(out))) == sorted([*document, EOS] for document in documents)
 
 
@@ -230,7 +230,7 @@ def test_hidden_files_are_no_documents(tmp_path):
 def test_text_that_utf8_cannot_spell_is_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "w1 w2 w3"}\n{"text": "w1 \\ud800 w2"}\n')
     tokenizer = write_tokenizer(tmp_path / "t")
-    manifest = prepare(source=str(tmp_path / "a.jsonl"), tokenizer=tokenizer, out_dir=str(tmp_path / "out"), seq_length=4)
+    manifest = prepare(source=str(tmp_path / "a.jsonl"), tokenizer=tokenizer, out_dir=str(tmp_path / "out"), seq_length=4, prompt_length=3)
     assert manifest["source"]["documents_read"] == 1 and manifest["source"]["skipped"] == {"not UTF-8": 1}
 
 

@@ -82,7 +82,7 @@ def test_a_half_written_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="format version 0"):
         read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text('{"inputs"')
-    with pytest.raises(UserError, match="manifest.json: cannot be read"):
+    with pytest.raises(UserError, match="manifest.json: can't be read.*run scripts.prepare_data again"):
         read_manifest(tmp_path)
 
 
@@ -115,9 +115,57 @@ def test_an_altered_shard_is_refused_when_it_is_read(tmp_path, name):
         read.get(name, lambda: read_token_counts(out))()
 
 
-def test_a_table_of_prompts_may_be_empty(tmp_path):
-    prompts = read_prompts(prepare_small(tmp_path, prompt_length=30))
-    assert len(prompts) == 0 and prompts.tokens.shape == (0, 30)
+SHARD = ("tables", "rows-train", "shards", 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("tables",), None), (("tables",), []), (("inputs",), []), (("tokenizer",), None), (("tables", "rows-train"), []),
+        ((*SHARD, "sha256"), None), ((*SHARD, "rows"), 20), ((*SHARD, "rows"), -1), ((*SHARD, "rows"), "42"), ((*SHARD, "bytes"), 1.5),
+        (("tables", "rows-train", "rows"), 10**12), (("inputs", "seq_length"), "16"), (("inputs", "seq_length"), 0),
+        ((*SHARD, "file"), "../rows-train-00000.parquet"), ((*SHARD, "file"), "/rows-train-00000.parquet"),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_shape_or_with_names_that_lead_out_of_the_folder_is_refused_naming_the_place(tmp_path, place, value):
+    out = prepare_small(tmp_path)
+    manifest = read_manifest(out)
+    inner = manifest
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="manifest.json: (tables|inputs|tokenizer|format).*run scripts.prepare_data again") as caught:
+        RowReader(out, batch_size=1, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_of_the_manifest_that_the_shards_do_not_have_are_refused_before_memory_is_taken_by_them(tmp_path):
+    out = prepare_small(tmp_path)
+    manifest = read_manifest(out)
+    for rows, length in ((10**12, 16), (manifest["tables"]["rows-train"]["rows"], 10**12)):
+        table = manifest["tables"]["rows-train"]
+        table["rows"] = table["shards"][0]["rows"] = rows
+        manifest["inputs"]["seq_length"] = length
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="rows-train-00000.parquet: holds 52 rows of .* the manifest says"):
+            RowReader(out, batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b'"inputs"', b'{"inputs": 3}', b"\xff", b"[" * 100_000, None])
+def test_a_manifest_that_is_none_is_named(tmp_path, content):
+    path = tmp_path / "manifest.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="manifest.json: .*run scripts.prepare_data again"):
+        read_manifest(tmp_path)
+
+
+def test_any_seed_that_is_a_date_or_more_reads_and_others_are_refused(prepared):
+    for seed in (20261126, 2**63 - 1):
+        assert len(next(RowReader(prepared, batch_size=3, seed=seed)).row_ids) == 3
+    for seed in (-1, 2**63):
+        with pytest.raises(UserError, match=f"seed {seed}: a seed must be from 0 to"):
+            RowReader(prepared, batch_size=3, seed=seed)
 
 
 def test_token_counts_are_those_of_the_train_rows(prepared):

@@ -23,7 +23,8 @@ def write_base_model(folder, embedding, template=None):
 def prepare_with(tmp_path, documents, embedding, template=None):
     """Prepare with the tokenizer of a base model of such a config."""
     tokenizer = write_base_model(tmp_path / "base", embedding, template)
-    prepare(source=write_corpus(tmp_path / "corpus", documents), tokenizer=tokenizer, out_dir=str(tmp_path / "out"), seq_length=16)
+    source = write_corpus(tmp_path / "corpus", documents)
+    prepare(source=source, tokenizer=tokenizer, out_dir=str(tmp_path / "out"), seq_length=16, prompt_length=4)
 
 
 @pytest.mark.parametrize("embedding", [{"vocab_size": UNKNOWN}, {"text_config": {"vocab_size": UNKNOWN}}])
@@ -83,7 +84,7 @@ def test_a_prompt_with_a_token_that_the_embedding_lacks_is_refused_by_its_line(t
 
 
 def test_a_prepared_folders_prompts_are_refused_for_a_base_model_that_lacks_one_of_their_tokens(tmp_path):
-    out = prepare_small(tmp_path, [[1, 2, 3, UNKNOWN]] + distinct_documents(4, 3), held_out=1, prompt_length=4, seq_length=8)
+    out = prepare_small(tmp_path, [[1, UNKNOWN] * 5, [2, UNKNOWN] * 5], held_out=1, prompt_length=4, seq_length=8)
     assert len(load_prompts(out, str(tmp_path / "tokenizer"))) == 1
     with pytest.raises(UserError, match="prepared: token '<unk>' has id 51, .* embedding 51; "):
         load_prompts(out, write_base_model(tmp_path / "base", {"vocab_size": UNKNOWN}))

@@ -70,6 +70,11 @@ def test_a_prompt_text_is_continued_as_it_stands_and_blank_lines_are_passed_over
     assert all(ids.dtype == torch.int64 and ids.dim() == 1 for ids in tokens)
 
 
+def test_a_byte_order_mark_before_the_first_line_is_passed_over(tmp_path, plain_tokenizer):
+    (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "w1"}\n')
+    assert load_prompts(tmp_path / "p.jsonl", plain_tokenizer)[0].tokens([]).tolist() == words(1)
+
+
 def test_a_line_separator_within_a_text_does_not_end_its_line(tmp_path, plain_tokenizer):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w1\u2028w2"}\n{"prompt": "w3\x85w4"}\n', encoding="utf-8")
     prompts = load_prompts(tmp_path / "p.jsonl", plain_tokenizer)
