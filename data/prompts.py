@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from data.reader import check_tokenizer, read_manifest, read_prompts
-from data.tokenizer import encode_prompt, read_embedding_size, refuse_unknown
+from data.tokenizer import encode_prompt, read_embedding_size, refuse_unknown, served_tokenizer
 from fms_spec.errors import UserError
 
 
@@ -104,7 +103,7 @@ def read_lines(path, tokenizer_dir):
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"prompts {path}: can't be read ({problem}); give a prepared folder or a .jsonl file") from error
-    tokenizer, embedding_size = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False), read_embedding_size(tokenizer_dir)
+    tokenizer, embedding_size = served_tokenizer(tokenizer_dir), read_embedding_size(tokenizer_dir)
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -121,6 +121,20 @@ def without_prefix(tokens, prefix):
     return tokens
 
 
+def served_tokenizer(path):
+    """The `transformers` tokenizer beside a base model, as serving uses it.
+
+    Raises:
+        UserError: its files are damaged, or of a kind that isn't known.
+    """
+    from transformers import AutoTokenizer  # takes seconds to import, and readers of prepared data do not need it
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of a dozen kinds: the library parses several files of others' making
+        raise UserError(f"tokenizer {path}: cannot be loaded ({reason(error)}); copy or download its files again") from None
+
+
 def encode_prompt(loaded, text):
     """Ids of a text as a `transformers` tokenizer encodes it in serving, but with the prefix once where the text has it too: a list."""
     prefix, _ = added_around(loaded)

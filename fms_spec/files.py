@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +69,30 @@ def sha256_of(path):
     """Hexadecimal sha256 of a file's bytes, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(path):
+    """Try that a file can be made at `path`, or appended to, before the work whose outcome goes there; what is there stays as it is.
+
+    Its folder need not be there yet, if one above it is.
+
+    Raises:
+        UserError: it can't, there are no 4 KiB left, or a link stands there that leads nowhere.
+    """
+    path = Path(path)
+    try:
+        new = not path.exists()
+        if new and path.is_symlink():
+            raise UserError(f"{path}: a link that leads nowhere; remove it, or give another place")
+        folder = next(place for place in path.absolute().parents if os.path.lexists(place))
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(4096))
+        if folder == path.absolute().parent:
+            open(path, "ab").close()
+            if new:
+                path.unlink()
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def cannot_write(path, error):

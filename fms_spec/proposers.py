@@ -7,6 +7,7 @@ Any object with these two can propose:
 - propose(step) -> `Candidates`, or None where no sequence has any; `step` is a `Step`.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy
@@ -16,6 +17,8 @@ from fms_spec.candidates import Candidates, Tree
 from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling, best_token, draw
 from fms_spec.speculators.base import select
+
+MOST_NODES = 1024  # of a tree: who sees whom is a matrix of their square, worked out anew for each step
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class DraftShape:
         """(children of each level or None, nodes, lookahead) for a speculator of `n_predict` heads.
 
         Raises:
-            UserError: deeper than the heads, a level without candidates, or shapes that exclude each other.
+            UserError: deeper than the heads, a level without candidates, over MOST_NODES, or shapes that exclude each other.
         """
         widths = self.top_k_per_head
         if widths is not None and (self.nodes is not None or self.lookahead is not None):
@@ -184,6 +187,9 @@ class DraftShape:
             raise UserError(f"top_k_per_head {','.join(map(str, widths))}: every level needs at least 1")
         if self.nodes is not None and self.nodes < lookahead:
             raise UserError(f"nodes {self.nodes}: must be at least the lookahead, {lookahead}")
+        nodes = self.nodes or sum(level_sizes(widths or ()))
+        if nodes > MOST_NODES:
+            raise UserError(f"a tree of {nodes:,} candidates: at most {MOST_NODES:,}; lower nodes or top_k_per_head")
         return widths or (None if self.nodes else (1,) * lookahead), self.nodes, lookahead
 
     def proposer(self, speculator):
@@ -197,7 +203,7 @@ class DraftShape:
 
 def level_sizes(widths):
     """Candidates of each level of a full tree."""
-    return [int(numpy.prod(widths[: level + 1])) for level in range(len(widths))]
+    return [math.prod(widths[: level + 1]) for level in range(len(widths))]
 
 
 def draw_children(probabilities, numbers):

@@ -6,12 +6,9 @@ Shapes: p prompts, n tokens of a row, b rows, d base width, v variants.
 import hashlib
 import json
 import time
-from pathlib import Path
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fms_spec.acceptance import pooled_acceptance
@@ -19,6 +16,7 @@ from fms_spec.errors import UserError, first_difference
 from fms_spec.proposers import DraftShape
 from pipelines.config import Section, load_config
 from pipelines.evaluate import RESAMPLES, interval
+from pipelines.yaml_files import read_yaml
 
 AVERAGE = 0.99  # the moving average of the weights that is judged beside them reaches back over about a hundred steps
 
@@ -39,10 +37,7 @@ def read_variants(path, config_path, overrides):
     Raises:
         UserError: no such file, an unknown key, a value out of range, a name given twice, or a variant that changes what all share.
     """
-    try:
-        entries = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise UserError(f"variants {path}: can't be read ({getattr(error, 'strerror', None) or 'not YAML'})") from error
+    entries = read_yaml(path, "variants")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"variants {path}: expected a list of entries with name, why and set")
     base, found = load_config(config_path, overrides), {}

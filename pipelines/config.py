@@ -1,48 +1,60 @@
 """The run's configuration: strict YAML, every key checked before any work starts."""
 
 import difflib
-from pathlib import Path
-from typing import Literal
+import reprlib
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from fms_spec.errors import UserError
+from fms_spec.sampling import Sampling
+from fms_spec.seeds import LARGEST
 from pipelines.schedule import Schedule
+from pipelines.yaml_files import parse, read_yaml
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # of anything; the data and the memory bound most of them further, see `feasible`
+CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST)]
+Size = Annotated[int, Field(ge=1, le=2**20)]  # of a tensor's side: a product of three fits into 63 bits
+Place = Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")]  # of a file, a folder or on the hub
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
+SHORT.maxlevel = 2
 
 
 class Section(BaseModel):
-    """Strict: an unknown key is an error, and so is a value of another type (`lr: yes` is not 1)."""
+    """Strict: an unknown key is an error, and so is a value of another type (`lr: yes` is not 1), infinity and nan."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class BaseModelSection(Section):
-    name: str  # directory or hub name
+    name: Place  # directory or hub name
     backend: Literal["auto", "fms", "transformers"] = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 
 class SpeculatorSection(Section):
     family: Literal["mlp", "hidden_state"]
-    n_predict: int = Field(3, ge=1)
-    inner_dim: int = Field(4096, ge=1)
-    width: int = Field(768, ge=1)  # hidden_state: of the trunk
+    n_predict: int = Field(3, ge=1, le=64)
+    inner_dim: Size = 4096
+    width: Size = 768  # hidden_state: of the trunk
     draft_vocab_size: int | None = Field(None, ge=2)  # hidden_state: the most frequent tokens of the corpus; None keeps all
     tie_weights: bool = True  # mlp
     scale_input: bool = True  # mlp
 
 
 class DataSection(Section):
-    dir: str  # written by scripts.prepare_data
-    rows: int | None = Field(None, ge=1)  # phase 1 reads only so many rows, drawn once; None reads all
-    prompts: int | None = Field(None, ge=1)  # phase 2 continues only so many prompts; None continues all
-    continuations: str | None = None  # phase 2's Parquet shards; None puts them beside the run's outputs
+    dir: Place  # written by scripts.prepare_data
+    rows: Count | None = None  # phase 1 reads only so many rows, drawn once; None reads all
+    prompts: Count | None = None  # phase 2 continues only so many prompts; None continues all
+    continuations: Place | None = None  # phase 2's Parquet shards; None puts them beside the run's outputs
 
 
 class ScheduleSection(Section):
-    steps: int = Field(ge=1)
+    steps: Count
     pattern: list[tuple[Literal["phase1", "phase2"], int]] = [("phase1", 5), ("phase2", 2)]
     mode: Literal["interleaved", "sequential"] = "interleaved"
 
@@ -71,32 +83,32 @@ class ScheduleSection(Section):
 
 class LearningRateSection(Section):
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    peak: float = Field(1.0, gt=0)  # as a share of optimizer.lr
+    peak: float = Field(1.0, gt=0, le=1)  # as a share of optimizer.lr
     end: float = Field(0.1, ge=0)
-    warmup_steps: int = Field(2000, ge=0)
+    warmup_steps: CountOrZero = 2000
     warmup_share: float = Field(0.05, ge=0, le=1)  # of the phase's steps; the smaller of the two counts
 
 
 class LossSection(Section):
-    cross_entropy: float = Field(1.0, ge=0)  # on the text's own tokens
-    distillation: float = Field(0.0, ge=0)  # forward KL from the base model's distribution
-    acceptance: float = Field(0.0, ge=0)  # -log of the rate at which the base model accepts what is drawn from the head (LK loss)
-    smooth_l1: float = Field(0.0, ge=0)  # on the base model's next hidden states; hidden_state family only
-    heads: list[float] | None = None  # one weight a head; None weighs all alike
+    cross_entropy: Weight = 1.0  # on the text's own tokens
+    distillation: Weight = 0.0  # forward KL from the base model's distribution
+    acceptance: Weight = 0.0  # -log of the rate at which the base model accepts what is drawn from the head (LK loss)
+    smooth_l1: Weight = 0.0  # on the base model's next hidden states; hidden_state family only
+    heads: list[Weight] | None = None  # one weight a head; None weighs all alike
     only_accepted: bool = False  # train later heads only where the tokens before theirs are the base model's own greedy ones
 
 
 class PhaseSection(Section):
-    batch_size: int = Field(ge=1)  # rows of a micro-batch
-    accumulate: int = Field(1, ge=1)  # micro-batches of a step
-    positions: int | None = Field(None, ge=1)  # of a micro-batch, drawn evenly; None trains on all
+    batch_size: Count  # rows of a micro-batch
+    accumulate: Count = 1  # micro-batches of a step
+    positions: Count | None = None  # of a micro-batch, drawn evenly; None trains on all
     lr: LearningRateSection = LearningRateSection()
     loss: LossSection = LossSection()
 
 
 class OptimizerSection(Section):
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, gt=0)
 
@@ -107,18 +119,29 @@ class OptimizerSection(Section):
             values = values | {"betas": tuple(values["betas"])}
         return values
 
+    @model_validator(mode="after")
+    def decays(self):
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(f"optimizer.weight_decay {self.weight_decay} x lr {self.lr} takes all of a weight away at a step; lower one")
+        return self
+
 
 class GenerationSection(Section):
     engine: Literal["embedded", "vllm"] = "embedded"  # what decodes the continuations
     mode: Literal["inline", "ahead", "alongside"] = "inline"  # by the trainer itself, before the run, or by producers during it
-    shards_ahead: int = Field(2, ge=1)  # alongside: shards that producers may be ahead of the trainer
-    producer_devices: list[str] = Field([""], min_length=1)  # alongside: CUDA_VISIBLE_DEVICES of each producer; "" leaves it alone
-    memory_share: float = Field(0.9, gt=0, le=1)  # vllm on a GPU: of its memory; less where training uses the same one
-    batch_size: int = Field(96, ge=1)  # prompts decoded together: a shard
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_k: int = Field(10, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    shards_ahead: Count = 2  # alongside: shards that producers may be ahead of the trainer
+    producer_devices: list[str] = Field([""], min_length=1)  # alongside: CUDA_VISIBLE_DEVICES of each; "": a GPU that no trainer uses
+    memory_share: float = Field(0.9, gt=0, le=1)  # vllm on a GPU: at most so much of it, and never more than is free
+    batch_size: Count = 96  # prompts decoded together: a shard
+    max_new_tokens: Count = 256
+    temperature: float = 1.0
+    top_k: CountOrZero = 10
+    top_p: float = 1.0
+
+    @model_validator(mode="after")
+    def sampling(self):
+        Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return self
 
 
 class ParallelSection(Section):
@@ -126,26 +149,24 @@ class ParallelSection(Section):
 
     base_model: Literal["replicate", "shard", "hybrid", "tensor"] = "replicate"  # shard, hybrid: FSDP2; tensor: ibm-fms's own strategy
     speculator: Literal["replicate", "shard", "hybrid"] = "replicate"
-    group_size: int | None = Field(None, ge=1)  # hybrid, tensor: neighbouring processes that share one copy; None: those of a node
+    group_size: Count | None = None  # hybrid, tensor: neighbouring processes that share one copy; None: those of a node
 
 
 class ValidationSection(Section):
-    every: int = Field(500, ge=1)  # steps
-    prompts: int = Field(
-        32, ge=0
-    )  # the last so many held-out prompts, whose greedy continuations acceptance is measured on; 0 turns it off
-    max_new_tokens: int = Field(64, ge=2)
+    every: Count = 500  # steps
+    prompts: CountOrZero = 32  # the last so many held-out prompts, whose greedy continuations acceptance is measured on; 0 turns it off
+    max_new_tokens: int = Field(64, ge=2, le=2**31 - 1)
 
 
 class CheckpointSection(Section):
-    every: int = Field(500, ge=1)  # steps
-    keep: int = Field(2, ge=1)  # newest ones kept
+    every: Count = 500  # steps
+    keep: Count = 2  # newest ones kept
 
 
 class RunConfig(Section):
     """One training run, resolved."""
 
-    seed: int = 0
+    seed: Seed = 0
     base_model: BaseModelSection
     speculator: SpeculatorSection
     data: DataSection
@@ -159,14 +180,18 @@ class RunConfig(Section):
     hidden_state_cache: bool = False  # keep hidden states on disk for further passes over the same rows
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    log_every: int = Field(10, ge=1)  # steps
+    log_every: Count = 10  # steps
 
     @model_validator(mode="after")
     def consistent(self):
         for phase in ("phase1", "phase2"):
-            loss = getattr(self, phase).loss
+            loss, lr = getattr(self, phase).loss, getattr(self, phase).lr
+            if lr.decay != "constant" and lr.end > lr.peak:
+                raise ValueError(f"{phase}.lr.end {lr.end} is over its peak, {lr.peak}; lower it, or set {phase}.lr.decay to constant")
             if loss.heads is not None and len(loss.heads) != self.speculator.n_predict:
                 raise ValueError(f"{phase}.loss.heads has {len(loss.heads)} weights for {self.speculator.n_predict} heads")
+            if loss.heads is not None and not any(loss.heads):
+                raise ValueError(f"{phase}.loss.heads has no weight over 0: nothing would be learned")
             if self.speculator.family == "mlp" and loss.smooth_l1:
                 raise ValueError(f"{phase}.loss.smooth_l1 needs the hidden_state family: the mlp family predicts no hidden states")
             if not (loss.cross_entropy or loss.distillation or loss.acceptance or loss.smooth_l1):
@@ -175,45 +200,39 @@ class RunConfig(Section):
 
 
 def load_config(path, overrides=()):
-    """Read a YAML file (YAML 1.2: 1e-3 is a number, no is a word), apply `key.path=value` overrides, check everything.
+    """Read a YAML file, apply `key.path=value` overrides, check everything.
 
     Raises:
         UserError: one line naming the file, the key and what it should be; for an unknown key the nearest known one.
     """
-    yaml = YAML(typ="safe", pure=True)
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"config {path}: {where}{getattr(error, 'problem', None) or 'not YAML'}") from error
+    values = read_yaml(path, "config")
     if not isinstance(values, dict):
         raise UserError(f"config {path}: expected keys and values, found {type(values).__name__}")
     for override in overrides:
-        apply_override(values, override, yaml)
+        apply_override(values, override)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         # A mistyped key is also a missing one: the mistyped one says more.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        raise UserError(f"config {path}: {explain(problem)}") from error
+        raise UserError(f"config {path}: {explain(problem)}") from None
 
 
-def apply_override(values, override, yaml):
+def apply_override(values, override):
     """Set one `key.path=value` in nested dicts, the value read as YAML.
 
     Raises:
-        UserError: a path that goes through something that is no section.
+        UserError: no key, no value, a value that is no YAML, or a path that goes through something that is no section.
     """
     path, _, text = override.partition("=")
     *sections, key = path.split(".")
+    if not all([*sections, key]) or not text.strip():
+        raise UserError(f"override {shown(override)}: give a key.path and a value behind its =, be it null")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"override {override}: {section} is a value, not a section")
-    values[key] = yaml.load(text)
+            raise UserError(f"override {shown(override)}: {section} is a value, not a section")
+    values[key] = parse(text, f"override {shown(override)}")
 
 
 def explain(problem):
@@ -231,4 +250,16 @@ def explain(problem):
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # ours, raised by a section's own check
         return message
-    return f"{key}: {message} (got {problem['input']!r})"
+    if problem["type"] == "model_type":  # pydantic would name a class
+        message = "should be a section, with keys and values"
+    if problem["type"] == "string_pattern_mismatch":
+        message = "should be a path or a name"
+    return f"{key}: {message} (got {shown(problem['input'])})"
+
+
+def shown(value):
+    """A value in a few words, whatever it holds."""
+    try:
+        return SHORT.repr(value)
+    except ValueError:  # Python spells no number of over 4,300 digits
+        return "a number of thousands of digits"

@@ -139,7 +139,7 @@ def model_card(speculator, config, checkpoint, out_dir):
     return CARD.format(
         base_model=base_model, heads=heads, family=config["model_type"], fingerprint=config["base_model_fingerprint"], versions=TRIED,
         parameters=sum(weight.numel() for weight in speculator.parameters()) / 1e6, settings=settings,
-        serve=shlex.join(["vllm", "serve", base_model, "--speculative-config", json.dumps(settings)]),
+        serve=shlex.join(["vllm", "serve", base_model, "--host", "127.0.0.1", "--speculative-config", json.dumps(settings)]),
         measure=shlex.join(["python", "-m", "scripts.evaluate", *places]), training=training_facts(checkpoint),
     )  # fmt: skip
 

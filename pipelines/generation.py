@@ -11,6 +11,7 @@ from fms_spec.decoding import decode
 from fms_spec.errors import UserError
 from fms_spec.options import Options
 from fms_spec.sampling import Sampling
+from fms_spec.seeds import mixed
 
 
 def sampling_of(settings):
@@ -94,7 +95,7 @@ class EmbeddedEngine:
 
     def decode(self, index, prompts, rows):
         """[(continuation, finish reason)] of some rows, a list of ints, of shard `index`."""
-        seeds = tuple((self.seed * 1_000_003 + index) * 1_000_003 + row for row in rows)
+        seeds = tuple(mixed(self.seed, index, row) for row in rows)
         options = Options(max_new_tokens=self.settings.max_new_tokens, sampling=self.sampling, seeds=seeds)
         total = len(rows) * self.settings.max_new_tokens
         with tqdm(total=total, desc=f"continuations {index}", unit="token", unit_scale=True, leave=False, dynamic_ncols=True) as bar:

@@ -1,11 +1,22 @@
 """Pictures of what was measured, as PNG files."""
 
 import textwrap
+from io import BytesIO
 
 import matplotlib
 
+from fms_spec.files import write_whole
+
 matplotlib.use("Agg")  # files, never a window
 from matplotlib import pyplot  # noqa: E402
+
+
+def save(figure, path):
+    """Write a figure whole, and let go of it."""
+    picture = BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    pyplot.close(figure)
+    write_whole(path, picture.getvalue())
 
 
 def plot_evaluation(values, path):
@@ -29,8 +40,7 @@ def plot_evaluation(values, path):
     right.set_xticks(list(places), groups, rotation=30, ha="right")
     right.set(title="speed against plain decoding", ylabel="times")
     right.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def plot_ratios(ratios, title, path):
@@ -47,5 +57,4 @@ def plot_ratios(ratios, title, path):
         axes.annotate(f" {value:.2f}", (max(value, 1.0), place), va="center", fontsize=8)
     axes.set_title("\n".join(textwrap.fill(line, 150) for line in title.splitlines()), fontsize=8)
     axes.set_xlabel("times")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)

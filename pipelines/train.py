@@ -14,6 +14,7 @@ from fms_spec.batch import upload
 from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.proposers import DraftShape
+from fms_spec.seeds import mixed
 from fms_spec.speculators import describe
 from pipelines.checkpoint import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint, whole_checkpoints
 from pipelines.metrics import Metrics, Stopwatch
@@ -203,7 +204,7 @@ class Trainer:
         chosen = []
         for number, (batch, (_, greedy)) in enumerate(zip(micro_batches, states)):
             place = number * self.processes.count + self.processes.rank
-            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) * 1_000_003 + place)
+            generator = torch.Generator().manual_seed(mixed(self.config.seed, self.step, place))
             greedy = greedy if settings.loss.only_accepted else None
             usable = usable_positions(batch.segment_ids, batch.first_states, heads, greedy)
             chosen.append(choose_positions(usable, settings.positions, generator))

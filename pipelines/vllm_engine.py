@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fms_spec.base_model import DTYPES, attention_heads, head_width, read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.proof import FLOATS
+from fms_spec.seeds import mixed
 from fms_spec.vllm_plugin import installed_vllm
 from fms_spec.weights import read_entries
 
@@ -141,7 +142,7 @@ class VLLMEngine:
 
         settings = self.settings
         # A seed for each row kills vLLM 0.32 on a CPU: its sampler asks CPU generators for an offset they don't have.
-        seed = ((self.seed * 1_000_003 + index) * 1_000_003 + row) % 2**63 if torch.cuda.is_available() else None
+        seed = mixed(self.seed, index, row) if torch.cuda.is_available() else None
         return SamplingParams(
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, max_tokens=settings.max_new_tokens,
             stop_token_ids=self.stop, seed=seed, detokenize=False,
@@ -151,7 +152,7 @@ class VLLMEngine:
     def start(self, index):
         """Start vLLM; the number of the first shard keeps processes that share a table from drawing the same numbers."""
         self.llm = start_vllm(
-            self.path, self.dtype, self.length, self.settings.memory_share, seed=(self.seed * 1_000_003 + index) % 2**32,
+            self.path, self.dtype, self.length, self.settings.memory_share, seed=mixed(self.seed, index) % 2**32,
             enable_prefix_caching=False, **self.sleeping,
         )  # fmt: skip
         self.stepped = False

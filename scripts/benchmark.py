@@ -8,8 +8,9 @@ from pydantic import Field
 
 from data.prompts import load_prompts
 from data.reader import RowReader, check_tokenizer, read_manifest, read_prompts
-from fms_spec.base_model import BaseModel, resolve_base_model
+from fms_spec.base_model import BaseModel, read_config, resolve_base_model
 from fms_spec.errors import UserError
+from fms_spec.files import cannot_write, check_writable, write_whole
 from fms_spec.loading import load_for_decoding
 from fms_spec.speculators import check_speculator
 from pipelines.benchmark_continuations import benchmark_continuations
@@ -17,8 +18,9 @@ from pipelines.benchmark_decode import DTYPE, benchmark_decode
 from pipelines.benchmark_recipe import compared
 from pipelines.benchmark_serving import benchmark_serving
 from pipelines.benchmark_train_step import PARTS, benchmark_train_step
-from pipelines.config import GenerationSection
+from pipelines.config import Count, GenerationSection
 from pipelines.environment import environment
+from pipelines.feasible import check_memory, device_memory
 from pipelines.generation import check_context
 from pipelines.plots import plot_ratios
 from pipelines.report import machines, markdown, ratios, read_results, rows
@@ -76,7 +78,7 @@ class Continuations:
 
     base_model: str
     prompts: str
-    max_tokens: Annotated[int, Field(ge=1)] = 32
+    max_tokens: Count = 32
     temperature: float = 1.0
     top_k: int = 10
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -127,9 +129,9 @@ class TrainStep:
 
     base_model: str
     data: str
-    tokens: Annotated[int, Field(ge=1)] = 4096
-    rounds: Annotated[int, Field(ge=1)] = 3
-    wide_vocab: Annotated[int, Field(ge=4)] = 128256
+    tokens: Count = 4096
+    rounds: Count = 3
+    wide_vocab: Annotated[int, Field(ge=4, le=2**31 - 1)] = 128256
     parts: tuple[str, ...] | str = PARTS
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     out: str | None = None
@@ -179,6 +181,8 @@ def run_train_step(parsed):
             raise UserError(f"--parts: {part} is none of {', '.join(PARTS)}")
     path, manifest = resolve_base_model(parsed.base_model), read_manifest(parsed.data)
     check_tokenizer(manifest, path)
+    for flag, count in (("tokens", parsed.tokens), ("wide_vocab", parsed.wide_vocab)):
+        check_memory(4 * count * read_config(path).hidden_size, device_memory(), f"--{flag}={count}", "lower it")
     data = RowReader(parsed.data, batch_size=max(1, parsed.tokens // manifest["inputs"]["seq_length"]), seed=0)
     base_model = BaseModel(parsed.base_model, dtype=parsed.dtype)
     lines = benchmark_train_step(base_model, data, parsed.tokens, parsed.rounds, parsed.wide_vocab, parts, keep_freed_memory)
@@ -193,7 +197,7 @@ def run_report(parsed):
     except OSError as error:
         raise UserError(f"--out {out}: can't be a folder ({error.strerror}); give another") from error
     print_results(machines(lines), rows(lines))
-    (out / "report.md").write_text(markdown(lines))
+    write_whole(out / "report.md", markdown(lines).encode())
     plot_ratios(ratios(lines), "\n".join(machines(lines)), out / "report.png")
 
 
@@ -220,9 +224,12 @@ def run_serving(parsed):
 
 
 def check_out(out):
-    """Raise UserError for a file whose folder isn't there."""
-    if out and not Path(out).parent.is_dir():
+    """Raise UserError for a file that lines can't be appended to."""
+    if not out:
+        return
+    if not Path(out).parent.is_dir():
         raise UserError(f"{out}: no such folder to write to; make it, or give another --out")
+    check_writable(out)
 
 
 def run_decode(parsed):
@@ -242,8 +249,16 @@ def write_lines(benchmark, lines, out):
         text = json.dumps({"benchmark": benchmark} | line | {"environment": measured_on})
         print(text, flush=True)
         if out:
-            with open(out, "a") as stream:
-                stream.write(text + "\n")
+            append(out, text)
+
+
+def append(out, text):
+    """Add a line to a file."""
+    try:
+        with open(out, "a") as stream:
+            stream.write(text + "\n")
+    except OSError as error:
+        raise cannot_write(out, error) from None
 
 
 if __name__ == "__main__":

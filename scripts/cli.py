@@ -2,7 +2,9 @@
 
 import ctypes
 import difflib
+import errno
 import inspect
+import re
 import sys
 
 import fire
@@ -11,9 +13,20 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fms_spec.errors import UserError
+from pipelines.config import shown
 
 # Strict: Fire ignores annotations, so `--seed=1e3` would arrive as a float where an int was declared.
-arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
+arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+
+FLAG = re.compile("--|-[a-zA-Z]")  # as Fire has it: a negative number is a value
+# What the machine may refuse, and nobody has to mend in the code.
+MENDS = {
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "give a place that can be written to",
+    errno.EACCES: "give a place that you have the rights to", errno.EPERM: "give a place that you have the rights to",
+    errno.ENAMETOOLONG: "give a shorter name", errno.ELOOP: "mend the links", errno.ENOTDIR: "give another path",
+    errno.EISDIR: "give another path", errno.EIO: "look after the disk", errno.ESTALE: "look after the disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)", errno.ENFILE: "close other programs' files",
+}  # fmt: skip
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
@@ -22,24 +35,28 @@ def main(argument_class, run, overrides=False, words=None):
     """Parse the command line (or `words`) into `argument_class`, then call `run(parsed)`, or `run(parsed, words)` with trailing key.path=value words.
 
     Fire alone would run the work first and complain about unknown flags afterwards, so it only builds the argument object. A
-    `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise; Ctrl-C with 130.
+    `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise, and a file that the
+    machine refuses; Ctrl-C with 130.
     """
     keep_freed_memory()
     keep_texts(argument_class)
     words = sys.argv[1:] if words is None else words
-    settings = [word for word in words if overrides and not word.startswith("-") and "=" in word]
-    flags = [word for word in words if word not in settings]
     try:
-        check_flags(argument_class, flags)
+        flags, settings = read_words(argument_class, words, overrides)
         parsed = fire.Fire(argument_class, command=flags, serialize=lambda _: None)
         if isinstance(parsed, argument_class):
             run(parsed, settings) if overrides else run(parsed)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = ".".join(str(part) for part in first["loc"])
-        fail(f"--{flag}: {first['msg']} (got {first['input']!r})")
+        if first["type"] == "value_error":  # a check of ours, which names what it is about
+            fail(first["msg"].removeprefix("Value error, "))
+        fail(f"--{first['loc'][0]}: {first['msg']} (got {shown(first['input'])})")
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno not in MENDS or error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}; {MENDS[error.errno]}")
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 
@@ -83,24 +100,53 @@ def draft_shape(parsed):
     return DraftShape(parsed.lookahead, (widths,) if isinstance(widths, int) else widths, parsed.nodes)
 
 
-def check_flags(argument_class, words):
-    """Raise UserError for a flag that `argument_class` lacks, naming the nearest one it has, or for a required one not given."""
-    parameters = inspect.signature(argument_class).parameters
-    given = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--") and word != "--"]
-    if "help" in given or "-h" in words:
-        return
-    for name in given:
-        if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1)
-            hint = f", did you mean --{near[0]}?" if near else f"; known: {', '.join('--' + known for known in parameters)}"
-            raise UserError(f"unknown flag --{name}{hint}")
+def read_words(argument_class, words, overrides):
+    """(flags, each as --name=value; key.path=value words) of a command line, of which nothing is left over.
+
+    Raises:
+        UserError: a flag that `argument_class` lacks (names the nearest one it has), without its value or given twice, a required one not
+        given, or a word that is none of these.
+    """
+    parameters, words = inspect.signature(argument_class).parameters, list(words)
+    if "--help" in words or "-h" in words:
+        return words, []
+    given, settings = {}, []
+    while words:
+        word = words.pop(0)
+        if not FLAG.match(word):
+            if not (overrides and "=" in word):
+                raise UserError(f"{shown(word)}: a word that no flag takes; --help lists the flags")
+            settings.append(word)
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        check_name(name, parameters, given)
+        switch = parameters[name].annotation is bool
+        if not equals and words and not FLAG.match(words[0]) and (not switch or words[0] in ("True", "False")):
+            value = words.pop(0)
+        elif not equals and switch:
+            value = "True"
+        if not value:
+            raise UserError(f"--{name} needs a value")
+        given[name] = value
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in given:
             raise UserError(f"--{name} is required; --help lists all flags")
+    return [f"--{name}={value}" for name, value in given.items()], settings
+
+
+def check_name(name, parameters, given):
+    """Raise UserError for a flag that isn't among `parameters`, or is `given` already."""
+    if name not in parameters:
+        near = difflib.get_close_matches(name, parameters, n=1)
+        hint = f", did you mean --{near[0]}?" if near else f"; known: {', '.join('--' + known for known in parameters)}"
+        raise UserError(f"unknown flag --{name}{hint}")
+    if name in given:
+        raise UserError(f"--{name} is given twice; leave one out")
 
 
 def fail(message, code=1):
     """Print one line on stderr and end the process."""
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -1,6 +1,6 @@
 """Measure a speculator: python -m scripts.evaluate --base_model=DIR --speculator=DIR --prompts=PREPARED [--out=report.json]"""
 
-import json
+import os.path
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +10,7 @@ from pydantic import Field
 from data.prompts import load_prompts
 from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
+from fms_spec.files import check_writable, write_json
 from fms_spec.loading import load_for_decoding
 from fms_spec.vllm_plugin import installed_vllm
 from pipelines.benchmark_serving import serve
@@ -61,7 +62,7 @@ class Arguments:
 def run(parsed):
     out = Path(parsed.out) if parsed.out else None
     if out:
-        check_new(out, out.with_suffix(".png"))
+        check_new(out)
     if parsed.against:
         need_vllm("--against=vllm")
     prompts = load_prompts(parsed.prompts, resolve_base_model(parsed.base_model), parsed.limit)
@@ -74,7 +75,7 @@ def run(parsed):
         values["against"] |= side_by_side(pairs, gaps) | {"partings": partings(pairs, gaps)}
     print_evaluation(values, parsed.speculator)
     if out:
-        out.write_text(json.dumps(values | {"environment": environment()}, indent=2) + "\n")
+        write_json(out, values | {"environment": environment()})
         plot_evaluation(values, out.with_suffix(".png"))
 
 
@@ -107,13 +108,16 @@ def partings(pairs, gaps):
     return [{"text": text, "place": place, "gap": gaps[text]} for text, place in enumerate(places) if place is not None]
 
 
-def check_new(*paths):
-    """Raise UserError for files that can't be written without harm."""
-    for path in paths:
-        if path.exists():
+def check_new(out):
+    """Raise UserError where the report and its picture can't be written without harm."""
+    if out.suffix == ".png":
+        raise UserError(f"--out={out}: the plot beside the report takes this name; end it in .json")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: no such folder to write to; make it, or give another --out")
+    for path in (out, out.parent / f"{out.stem}.png"):
+        if os.path.lexists(path):
             raise UserError(f"{path} exists already; give another --out")
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: no such folder to write to; make it, or give another --out")
+        check_writable(path)
 
 
 if __name__ == "__main__":

@@ -19,5 +19,9 @@ class Arguments:
     out_dir: str
 
 
+def run(parsed):
+    print(export(Path(parsed.checkpoint), Path(parsed.out_dir)))
+
+
 if __name__ == "__main__":
-    main(Arguments, lambda parsed: print(export(Path(parsed.checkpoint), Path(parsed.out_dir))))
+    main(Arguments, run)

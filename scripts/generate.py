@@ -3,18 +3,20 @@
 from typing import Literal
 
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
-from transformers import AutoTokenizer
 
-from data.tokenizer import encode_prompt, refuse_unknown
+from data.tokenizer import encode_prompt, refuse_unknown, served_tokenizer
 from fms_spec.acceptance import pooled_acceptance
-from fms_spec.base_model import BaseModel
+from fms_spec.base_model import BaseModel, resolve_base_model
 from fms_spec.decoding import Decoding
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.options import Options
 from fms_spec.proposers import PromptLookup
 from fms_spec.sampling import Sampling
+from fms_spec.transformers_backend import first_line
+from pipelines.config import Seed
 from scripts.cli import arguments, draft_shape, main
 
 
@@ -53,7 +55,7 @@ class Arguments:
     temperature: float | int = 0.0
     top_k: int = 0
     top_p: float | int = 1.0
-    seed: int = 0
+    seed: Seed = 0
     lookahead: int | None = None
     top_k_per_head: tuple[int, ...] | int | None = None
     nodes: int | None = None
@@ -67,8 +69,8 @@ def run(parsed):
     if parsed.compare and not parsed.speculator:
         raise UserError("--compare sets a speculator against plain decoding; give --speculator")
     sampling = Sampling(temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p)
+    tokenizer = served_tokenizer(resolve_base_model(parsed.base_model))
     base_model, proposer = load(parsed)
-    tokenizer = AutoTokenizer.from_pretrained(base_model.path, trust_remote_code=False)
     options = Options(
         max_new_tokens=parsed.max_new_tokens, min_new_tokens=parsed.min_new_tokens, tokenizer=tokenizer, sampling=sampling,
         stop=(parsed.stop,) if isinstance(parsed.stop, str) else tuple(parsed.stop), seeds=(parsed.seed,),
@@ -104,7 +106,11 @@ def encode(tokenizer, parsed):
     if not tokenizer.chat_template:
         raise UserError(f"base model {parsed.base_model}: it has no chat template; leave --chat out")
     messages = [{"role": "user", "content": parsed.prompt}]
-    return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    try:
+        return torch.tensor(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except TemplateError as error:
+        problem = f"its chat template can't be used ({first_line(error)})"
+        raise UserError(f"base model {parsed.base_model}: {problem}; mend it, or leave --chat out") from None
 
 
 def continue_prompt(base_model, prompt, options, proposer, console, mark):

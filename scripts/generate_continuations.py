@@ -14,7 +14,7 @@ from data.reader import check_tokenizer, check_vocabulary, read_manifest, read_p
 from fms_spec.base_model import BaseModel, read_config, resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.weights import fingerprint
-from pipelines.config import BaseModelSection, GenerationSection
+from pipelines.config import BaseModelSection, Count, CountOrZero, GenerationSection, Seed
 from pipelines.environment import environment
 from pipelines.generation import check_context, describe_generation, make_engine
 from pipelines.producers import end_with_parent
@@ -52,19 +52,19 @@ class Arguments:
     prompts: str
     out_dir: str
     engine: Literal["vllm", "embedded"] = "vllm"
-    max_tokens: Annotated[int, Field(ge=1)] = 256
-    temperature: float = 1.0
-    top_k: int = 10
+    max_tokens: Count = 256
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_k: CountOrZero = 10
     top_p: float = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
-    shard_prompts: Annotated[int, Field(ge=1)] = 96
-    limit: Annotated[int, Field(ge=1)] | None = None
+    seed: Seed = 0
+    shard_prompts: Count = 96
+    limit: Count | None = None
     shards: str | None = None
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     backend: Literal["auto", "fms", "transformers"] = "auto"
-    ahead: Annotated[int, Field(ge=1)] | None = None
-    parent: int | None = None
+    ahead: Count | None = None
+    parent: Count | None = None
     status: str | None = None
 
 

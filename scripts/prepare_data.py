@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from data.prepare import prepare
+from pipelines.config import Seed
 from scripts.cli import arguments, main
 
 
@@ -33,7 +34,7 @@ class Arguments:
     prompt_length: int = 64
     held_out: int = 0
     max_tokens: int | None = None
-    seed: int = 0
+    seed: Seed = 0
     workers: int | None = None
 
 

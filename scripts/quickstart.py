@@ -1,6 +1,5 @@
 """The whole way on one machine: python -m scripts.quickstart --out_dir=quickstart [--scale=1.0]"""
 
-import json
 import resource
 import time
 from functools import partial
@@ -10,6 +9,7 @@ from data.prepare import prepare
 from data.prompts import load_prompts
 from data.python_sources import copy_python_sources
 from fms_spec.errors import UserError
+from fms_spec.files import OWNER, owned, read_json, write_json
 from fms_spec.loading import load_for_decoding
 from fms_spec.proposers import DraftShape
 from pipelines.checkpoint import newest_checkpoint, read_progress
@@ -46,12 +46,20 @@ class Arguments:
     scale: float = 1.0
 
 
+def read_or_none(path):
+    """The JSON value in a file, None where there is none that can be read."""
+    try:
+        return read_json(path, "")
+    except UserError:
+        return None
+
+
 class Parts:
     """Runs each part once, and remembers over restarts which are done and how many seconds they took."""
 
     def __init__(self, path):
-        self.path = path
-        self.seconds = json.loads(path.read_text()) if path.is_file() else {}
+        self.path, found = path, read_or_none(path)
+        self.seconds = found if isinstance(found, dict) else {}  # parts that are done end at once: only their seconds are lost
 
     def run(self, name, work):
         if name not in self.seconds:
@@ -59,36 +67,41 @@ class Parts:
             start = time.perf_counter()
             work()
             self.seconds[name] = time.perf_counter() - start
-            self.path.write_text(json.dumps(self.seconds))
+            write_json(self.path, self.seconds)
 
 
 def run(parsed):
     if not 0 < parsed.scale <= 1:
         raise UserError(f"--scale={parsed.scale}: must be over 0 and at most 1")
     out = Path(parsed.out_dir)
-    config = scaled_config(out, parsed.scale, claim(out, parsed.scale))
+    with owned(out):
+        go_through(out, scaled_config(out, parsed.scale, claim(out, parsed.scale)), parsed.scale)
+
+
+def go_through(out, config, scale):
     parts = Parts(out / "parts.json")
     parts.run("base model", lambda: unpack_small_model(out / "base_model"))
     parts.run("data", lambda: prepare_data(out))
     parts.run("training", lambda: train(config, out / "run", resume=True))
     parts.run("export", lambda: (out / "speculator").exists() or export(out / "run", out / "speculator"))
-    parts.run("evaluation", lambda: measure(out, parsed.scale))
+    if not isinstance(read_or_none(out / "evaluation.json"), dict):
+        parts.seconds.pop("evaluation", None)
+    parts.run("evaluation", lambda: measure(out, scale))
     write_report(out, config, parts.seconds)
 
 
 def claim(out, scale):
     """Refuse an out_dir that holds something else, or a quickstart at another scale; returns the dtype the base model trains in."""
     record = out / "quickstart.json"
-    if record.is_file():
-        found = json.loads(record.read_text())
-        if found["scale"] != scale:
-            raise UserError(f"{out} holds a quickstart at --scale={found['scale']}; give that scale to go on, or another --out_dir")
-        return found["dtype"]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not any(place.name not in (record.name, OWNER) for place in out.iterdir()):  # nothing yet that an older one would say something of
+        write_json(record, {"scale": scale, "dtype": faster_dtype()})
+    if not record.is_file():
         raise UserError(f"{out} holds other files; give an empty or new --out_dir")
-    out.mkdir(parents=True, exist_ok=True)
-    found = {"scale": scale, "dtype": faster_dtype()}
-    record.write_text(json.dumps(found) + "\n")
+    found = read_or_none(record)
+    if not isinstance(found, dict) or not {"scale", "dtype"} <= found.keys():
+        raise UserError(f"{record}: can't be read, it may be damaged; give another --out_dir")
+    if found["scale"] != scale:
+        raise UserError(f"{out} holds a quickstart at --scale={found['scale']}; give that scale to go on, or another --out_dir")
     return found["dtype"]
 
 
@@ -122,7 +135,7 @@ def measure(out, scale):
     samples, values = decode_prompts(load, prompts)
     samples, _ = settle(samples, [], load, NEW_TOKENS)
     del values["categories"]  # there is but one
-    (out / "evaluation.json").write_text(json.dumps(values | losslessness(samples, prompts), indent=2) + "\n")
+    write_json(out / "evaluation.json", values | losslessness(samples, prompts))
 
 
 def decode_prompts(load, prompts):
@@ -139,14 +152,14 @@ def write_report(out, config, seconds):
     steps = config.schedule.build().phase_steps()
     # A run that was stopped and resumed took longer than its last start; the checkpoints carry the seconds of all of them.
     seconds = seconds | {"training": max(seconds["training"], sum(progress["seconds"].values()))}
-    values = json.loads((out / "evaluation.json").read_text()) | {
+    values = read_or_none(out / "evaluation.json") | {
         "phase1_steps": steps["phase1"],
         "phase2_steps": steps["phase2"],
         "seconds_by_part": seconds | {f"training: {part}": spent for part, spent in progress["seconds"].items()},
         "seconds_in_all": sum(seconds.values()),
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,  # Linux counts in KiB
     }
-    (out / "report.json").write_text(json.dumps(values | {"environment": environment()}, indent=2) + "\n")
+    write_json(out / "report.json", values | {"environment": environment()})
     print_values(values, str(out / "report.json"))
 
 

@@ -12,13 +12,16 @@ from data.continuations import Continuations
 from data.reader import RowReader, read_manifest, read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError, first_difference
+from fms_spec.files import OWNER, owned, read_json, write_json, write_whole
 from pipelines.benchmark_recipe import SharedStates, digest, read_results, read_variants, shared_values, train_and_judge
 from pipelines.config import load_config
 from pipelines.environment import environment
+from pipelines.feasible import check_sizes
+from pipelines.processes import Processes
 from pipelines.states import HiddenStates
 from pipelines.validation import Validation
 from scripts.generate_continuations import open_store
-from scripts.train import FILL_ROWS, open_supply, put_together
+from scripts.train import FILL_ROWS, inputs_of, open_supply, put_together
 
 RESULTS, RECORD = "results.jsonl", "shared.json"
 
@@ -30,15 +33,21 @@ def sweep(config_path, variants_path, out_dir, overrides):
         UserError: anything wrong with the list, a variant's config or data, or `out_dir`, before any work.
     """
     variants = read_variants(variants_path, config_path, overrides)
+    with owned(out_dir):
+        return run_missing(variants, load_config(config_path, overrides), out_dir, overrides)
+
+
+def run_missing(variants, base, out_dir, overrides):
+    """As `sweep`, in a folder that is this process's own."""
     results = out_dir / RESULTS
     found = read_results(results, variants)
-    base = load_config(config_path, overrides)
     prompts = read_prompts(base.data.dir, "held_out").tokens
     measured_on = environment()  # of the code that is loaded, whatever is committed while it runs
     missing = {name: parts for name, parts in variants.items() if name not in found}
     for _, config in missing.values():  # data that isn't there is told before the first variant
-        RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
-        read_prompts(config.data.dir, limit=config.data.prompts)
+        rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
+        continued = read_prompts(config.data.dir, limit=config.data.prompts)
+        check_sizes(config, len(rows), rows.seq_length, len(continued), continued.tokens.shape[1])
     if missing:
         base_model = BaseModel(base.base_model.name, dtype=base.base_model.dtype, backend=base.base_model.backend)
         claim(out_dir, base)
@@ -49,8 +58,8 @@ def sweep(config_path, variants_path, out_dir, overrides):
         line = {"variant": name, "why": variant.why, "overrides": [*overrides, *variant.set]}
         line |= run_variant(config, base_model, validation, out_dir)
         found[name] = {"benchmark": "recipe"} | line | {"environment": measured_on}
-        with results.open("a") as stream:
-            stream.write(json.dumps(found[name]) + "\n")
+        before = results.read_bytes() if results.is_file() else b""
+        write_whole(results, before + json.dumps(found[name]).encode() + b"\n")
     return [found[name] for name in variants]
 
 
@@ -61,12 +70,11 @@ def claim(out_dir, base):
         UserError: it holds such states, or other files.
     """
     record, values = out_dir / RECORD, shared_values(base) | {"prepared": read_manifest(base.data.dir)["inputs"]}
+    if not any(place.name not in (RECORD, OWNER) for place in out_dir.iterdir()):  # nothing yet that an older record would be of
+        write_json(record, values)
     if not record.is_file():
-        if out_dir.exists() and any(out_dir.iterdir()):
-            raise UserError(f"{out_dir} holds other files; give an empty or new --out_dir")
-        out_dir.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(values, indent=2) + "\n")
-    difference = first_difference(json.loads(record.read_text()), values)
+        raise UserError(f"{out_dir} holds other files; give an empty or new --out_dir")
+    difference = first_difference(read_json(record, "give another --out_dir"), values)
     if difference:
         key, before, now = difference
         raise UserError(f"{out_dir} holds what was made with another {key} ({before!r}, now {now!r}); give another --out_dir")
@@ -82,7 +90,8 @@ def run_variant(config, base_model, validation, out_dir):
     store = open_store(out_dir / "continuations" / name, config.data.dir, prompts, config.base_model, config.generation, config.seed)
     with closing(open_supply(config, store, run_dir, lambda: base_model)) as supply:
         continuations = partial(Continuations, store, supply)
-        trainer = put_together(only_head_steps(config), run_dir, base_model, rows, prompts, continuations(config.phase2.batch_size))
+        batches = continuations(config.phase2.batch_size)
+        trainer = put_together(only_head_steps(config), run_dir, base_model, rows, prompts, batches, inputs_of(config), Processes())
         tokens = share_states(trainer, config, out_dir / "hidden_states", rows, prompts, continuations(FILL_ROWS), name)
         figures = train_and_judge(trainer, validation)
     shutil.rmtree(run_dir)

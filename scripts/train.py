@@ -26,6 +26,7 @@ from pipelines.config import load_config
 from pipelines.device_metrics import DeviceMetrics
 from pipelines.devices import find_device
 from pipelines.environment import environment
+from pipelines.feasible import check_sizes
 from pipelines.generation import make_engine
 from pipelines.group_engine import GroupEngine
 from pipelines.parallel import load_base_model, own_prompts, share_speculator
@@ -104,6 +105,7 @@ def plan(config, parsed):
         inputs, tables = manifest["inputs"], manifest["tables"]
         rows, prompts = config.data.rows or tables["rows-train"]["rows"], config.data.prompts or tables["prompts-train"]["rows"]
         sizes = Sizes(inputs["seq_length"], inputs["prompt_length"], rows, prompts)
+        check_sizes(config, rows, sizes.seq_length, prompts, sizes.prompt_length, processes, memory=float("inf"))
     device = find_device(parsed.device or "here", config.base_model.dtype)
     found = Plan(config, sizes, Ranks(processes, per_node), device)
     print_plan(found, note, verdict(found))
@@ -139,6 +141,7 @@ def train_in(out_dir, config, inputs, processes, profiled):
     """`train` in a folder that is this run's alone; inputs: as `inputs_of`."""
     rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
     prompts = read_prompts(config.data.dir, limit=config.data.prompts)
+    check_sizes(config, len(rows), rows.seq_length, len(prompts), prompts.tokens.shape[1], processes.count)
     folder = config.data.continuations or out_dir / "continuations"
     store = open_store(folder, config.data.dir, prompts, config.base_model, config.generation, config.seed)
     load = cache(partial(load_base_model, config, processes))

@@ -156,6 +156,8 @@ def test_impossible_shapes_of_trees_are_refused(tiny_models):
         (DraftShape(top_k_per_head=()), "lookahead 0.* 1 to 2"),
         (DraftShape(top_k_per_head=(1, 1, 1)), "lookahead 3.* 1 to 2"),
         (DraftShape(top_k_per_head=(2, 0)), "2,0: .*at least 1"),
+        (DraftShape(nodes=1025), "a tree of 1,025 candidates: at most 1,024"),
+        (DraftShape(top_k_per_head=(10**6, 10**6)), "a tree of 1,000,001,000,000 candidates"),
         (DraftShape(nodes=5, lookahead=3), "lookahead 3.* 1 to 2"),
         (DraftShape(nodes=5, lookahead=0), "lookahead 0.* 1 to 2"),
         (DraftShape(nodes=1), "nodes 1: .*lookahead, 2"),

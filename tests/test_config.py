@@ -15,6 +15,8 @@ schedule: {steps: 7}
 phase1: {batch_size: 8}
 phase2: {batch_size: 96}
 """
+# Nine values, nine times, and so on: written out they would be 43 million.
+NESTED = "b: &b [x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("bcdefgh", "cdefghi"))
 
 
 def write(tmp_path, text):
@@ -106,3 +108,81 @@ def test_overrides_are_read_as_yaml_and_checked_like_the_file(tmp_path):
     for override, message in [("optimizer.lrr=1", "did you mean lr"), ("seed.x=1", "seed"), ("schedule.steps=many", "schedule.steps")]:
         with pytest.raises(UserError, match=message):
             load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("seed=-1", "seed: .*greater than or equal to 0"),
+        (f"seed={2**63}", "seed: .*less than or equal to 9223372036854775807"),
+        ("phase1.loss.heads=[-1.0, 1.0, 1.0]", "phase1.loss.heads.0: .*greater than or equal to 0"),
+        ("phase1.loss.heads=[0.0, 0.0, 0.0]", "phase1.loss.heads has no weight over 0"),
+        ("phase1.loss.heads=[.nan, 1.0, 1.0]", "phase1.loss.heads.0: .*finite"),
+        ("phase2.loss.cross_entropy=.inf", "phase2.loss.cross_entropy: .*finite"),
+        ("phase2.loss.distillation=1e300", "phase2.loss.distillation: .*less than or equal"),
+        ("phase1.lr.end=1e9", "phase1.lr.end 1000000000.0 is over its peak, 1.0"),
+        ("phase2.lr.peak=0.05", "phase2.lr.end 0.1 is over its peak, 0.05"),
+        ("phase1.lr.peak=2.0", "phase1.lr.peak: .*less than or equal to 1"),
+        ("optimizer.lr=.inf", "optimizer.lr: .*finite"),
+        ("optimizer.betas=[1.5, 0.9]", "optimizer.betas.0: .*less than 1"),
+        ("optimizer.betas=[0.9, -0.1]", "optimizer.betas.1: .*greater than or equal to 0"),
+        ("optimizer.betas=[.nan, 0.9]", "optimizer.betas.0: .*finite"),
+        ("optimizer.weight_decay=.inf", "optimizer.weight_decay: .*finite"),
+        ("optimizer.weight_decay=1e9", "optimizer.weight_decay 1000000000.0 x lr 0.001 takes all of a weight away"),
+        ("optimizer.clip_norm=.nan", "optimizer.clip_norm: .*finite"),
+        ("generation.temperature=.inf", "generation.temperature: .*finite"),
+        ("generation.temperature=1e-30", "temperature 1e-30: must be 0"),
+        ("generation.top_p=0.0", "top_p 0.0: must be over 0"),
+        ("speculator.n_predict=1000000", "speculator.n_predict: .*less than or equal to 64"),
+        ("speculator.width=1000000000", "speculator.width: .*less than or equal"),
+        ("schedule.steps=10000000000000", "schedule.steps: .*less than or equal"),
+        ("base_model.name=''", "base_model.name: should be a path or a name"),
+        ('data.dir="a\\0b"', "data.dir: should be a path or a name"),
+        ("schedule=3", "schedule: should be a section, with keys and values .got 3"),
+        ("schedule.steps=[1", "override 'schedule.steps=.1': line 1: "),
+        ("schedule.steps=", "override 'schedule.steps=': give a key.path and a value"),
+        ("=3", "override '=3': give a key.path and a value"),
+        ("schedule..steps=3", "override 'schedule..steps=3': give a key.path and a value"),
+        ("seed=!!python/object/apply:os.abort []", "line 1: a tag"),
+        ("seed=" + "[" * 3000 + "]" * 3000, "nested over 20 deep"),
+        ("seed={a: 1, a: 2}", "duplicate key"),
+        ("seed=*a", "undefined alias"),
+        ("seed=&a [*a]", "seed: .*integer"),
+        ("seed=2026-99-99", "a value can't be read"),
+        ("seed=" + "9" * 5000, "a value can't be read"),
+        ("seed=0x" + "f" * 5000, "seed: .*a number of thousands of digits"),
+    ],
+)
+def test_an_override_that_can_mean_nothing_is_one_short_line(tmp_path, override, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config(write(tmp_path, MINIMAL), [override])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (MINIMAL + "seed: !!python/object/apply:os.abort []\n", "line 8: a tag"),
+        (MINIMAL + "seed: " + "[" * 3000 + "]" * 3000, "line 8: nested over 20 deep"),
+        (MINIMAL + NESTED, "unknown key b"),
+        (MINIMAL + "1: 2\n", "1: Keys should be strings"),
+        (MINIMAL + "---\nseed: 1\n", "another document"),
+        (MINIMAL + "seed: \x07\n", "special characters are not allowed"),
+        (MINIMAL.encode("utf-16"), "not UTF-8 text"),
+        (MINIMAL.encode() + b"# \xe9\n", "not UTF-8 text"),
+    ],
+)
+def test_a_config_that_is_no_settings_is_one_short_line(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as error:
+        load_config(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_byte_order_mark_anchors_and_rates_that_rise_nowhere_are_taken(tmp_path):
+    path = tmp_path / "run.yaml"
+    text = MINIMAL.replace("phase1: {batch_size: 8}", "phase1: {batch_size: 8, lr: &lr {peak: 0.05, decay: constant}}")
+    path.write_text(text.replace("phase2: {batch_size: 96}", "phase2: {batch_size: 96, lr: *lr}"), encoding="utf-8-sig")
+    config = load_config(path, [f"seed={2**63 - 1}"])
+    assert config.phase1.lr == config.phase2.lr and config.phase2.lr.peak == 0.05 and config.seed == 2**63 - 1

@@ -89,7 +89,7 @@ def test_the_exported_cards_command_serves_eight_streaming_clients_over_http_and
     texts, _ = decode(base_model, prompts[:8], Options(max_new_tokens=30))
     tokenizer = AutoTokenizer.from_pretrained(served / "base_model")
     with (served / "server.log").open("w") as log:
-        server = subprocess.Popen([*words, "--host=127.0.0.1", f"--port={port}", *small], stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen([*words, f"--port={port}", *small], stdout=log, stderr=log, start_new_session=True)
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         wait_for(client, server, served / "server.log")
