@@ -73,7 +73,7 @@ class ScheduleSection(Section):
         for phase, count in self.build().phase_steps().items():
             if count < 2:  # one step has no warm-up and no decay: a slip rather than a plan
                 raise ValueError(
-                    f"{phase} would run for {count} of schedule.steps {self.steps}; raise schedule.steps, or take it out of schedule.pattern"
+                    f"{phase} would run for {count} of schedule.steps {self.steps}; raise those, or take it out of schedule.pattern"
                 )
         return self
 

@@ -171,4 +171,5 @@ def origin(file, _):
 def acceptance(file, checkpoint):
     step, key = int(checkpoint.name.removeprefix("step-")), "validation/acceptance_length"
     lengths = [line[key] for line in read_lines(file) if line["step"] == step and key in line]
-    return [f"acceptance length of a chain of all heads, greedy, on held-out prompts of the training data: {found:.2f}" for found in lengths]
+    what = "acceptance length of a chain of all heads, greedy, on held-out prompts of the training data"
+    return [f"{what}: {length:.2f}" for length in lengths]

@@ -64,7 +64,7 @@ class Metrics:
 
 
 def read_lines(path):
-    """The records of a metrics.jsonl, oldest first; what is no record, such as a line cut short, is passed over, and so is a missing file."""
+    """The records of a metrics.jsonl, oldest first; what is none, such as a line cut short, is passed over, and so is a missing file."""
     try:
         texts = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

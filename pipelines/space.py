@@ -12,7 +12,7 @@ def check_space(out_dir, speculator, keep, hidden_states, continuations):
     """Refuse a run that has no room.
 
     Args:
-        keep: checkpoints that are kept; one more is there while the oldest is not yet removed. hidden_states, continuations: bytes, at most.
+        keep: checkpoints that are kept; one more is there while the oldest is not yet removed. hidden_states, continuations: bytes at most.
 
     Raises:
         UserError: says how much the run needs for what, and how much is free.

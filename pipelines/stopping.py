@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they take a machine away: the step is finished and saved, and the run ends with its own exit code."""
+"""SIGTERM, as schedulers send it before they take a machine away: the step is finished and saved, and the run ends with a code for it."""
 
 import os
 import signal

@@ -301,3 +301,11 @@ def test_a_second_sigterm_ends_the_run_at_once(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+def test_drawn_kills_and_damages_lose_nothing():
+    """The short form of `python -m tests.faults`."""
+    command = [sys.executable, "-m", "tests.faults", "--tries=1", "--kinds=kills,operations,damage"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stdout
+    assert [line.split(",")[-1] for line in finished.stdout.splitlines()] == [" 0 lost"] * 3

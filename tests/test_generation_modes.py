@@ -207,6 +207,7 @@ def test_stopped_producers_leave_neither_children_nor_zombies(tmp_path):
 def test_producers_on_a_machine_with_gpus_get_gpus_that_no_trainer_uses(tmp_path, config_file, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("pipelines.feasible.device_memory", lambda: 2**40)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert own_devices([""], trainers=1) == ["1"] and own_devices(["", "3", ""], trainers=1) == ["1", "3", "2"]
     assert own_devices(["2,3"], trainers=2) == ["2,3"]

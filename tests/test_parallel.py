@@ -177,7 +177,9 @@ def test_a_run_is_not_gone_on_with_where_its_steps_would_be_other_ones(place, sh
     assert len(errors) == 1 and "accumulate x processes (4, now 2)" in errors[0]
 
 
-@pytest.mark.parametrize("how, message", [("mistake", "a shard is damaged"), ("bug", "ValueError: a bug"), ("killed", "process 1 is gone without a word")])
+@pytest.mark.parametrize(
+    "how, message", [("mistake", "a shard is damaged"), ("bug", "ValueError: a bug"), ("killed", "process 1 is gone without a word")]
+)
 def test_the_end_of_one_process_ends_all_within_seconds_and_its_error_is_told_once(place, how, message):
     code, output = run_jobs(place, 2, [job(place, how, **settings(2, **WAYS[2]["shard"])) | {"fails": how}])
     assert code == 1
@@ -187,7 +189,7 @@ def test_the_end_of_one_process_ends_all_within_seconds_and_its_error_is_told_on
     assert seconds < 30
 
 
-@pytest.mark.parametrize("sign, said", [(signal.SIGTERM, "stopped by SIGTERM, step "), (signal.SIGKILL, "the launcher of this run is gone")])
+@pytest.mark.parametrize("sign, said", [(signal.SIGTERM, "stopped by SIGTERM, step "), (signal.SIGKILL, "launcher of this run is gone")])
 def test_a_launcher_that_is_asked_to_end_has_the_step_saved_and_one_that_is_killed_ends_all(place, sign, said):
     name = f"launcher-{sign.name}"
     long = {"schedule.steps": 2000, "checkpoint.every": 1000, "validation.prompts": 0}
