@@ -25,7 +25,7 @@ from pipelines.processes import Processes
 
 NAME = re.compile(r"step-(\d{8,})")
 CHECKSUMS = "checksums.json"
-FILE_BYTES = 2**28  # of tensors in a file: torch keeps a whole file's bytes in memory while it writes it
+FILE_BYTES = 2**26  # of tensors in a file: torch keeps a whole file's bytes in memory while it writes it
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 

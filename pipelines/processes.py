@@ -6,6 +6,7 @@ Started by torchrun (or anything that sets the same variables); without one, a r
 import itertools
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -83,7 +84,7 @@ class Processes:
 
     def watch(self):
         """End this process when another one has told of an error, is gone, or has been silent; said once on each node."""
-        self._store.set(f"process {self.rank}", str(os.getpid()))
+        self._store.set(f"process {self.rank}", f"{os.getpid()} {process_space()}")
         self._watcher = threading.Thread(target=self._look, daemon=True)
         self._watcher.start()
 
@@ -114,8 +115,10 @@ class Processes:
         first = self.rank - self.local_rank
         for rank in range(first, first + self.local_count):
             if self._store.check([f"process {rank}"]) and not self._store.check([f"left {rank}"]):
+                process, space = self._store.get(f"process {rank}").decode().split(" ", 1)
                 try:
-                    os.kill(int(self._store.get(f"process {rank}")), 0)
+                    if space == process_space():
+                        os.kill(int(process), 0)
                 except ProcessLookupError:
                     yield rank
 
@@ -139,6 +142,12 @@ class Processes:
         self._leaving.set()
         self._watcher.join()
         self._store.set(f"left {self.rank}", "")
+
+
+def process_space():
+    """Where this process's id means something: its host, and the namespace of its container, of which each process may have its own."""
+    space = "/proc/self/ns/pid"
+    return f"{socket.gethostname()} {os.readlink(space) if os.path.lexists(space) else ''}"
 
 
 def take_gpu(processes):
