@@ -100,7 +100,7 @@ def put_in_place(partial, final, keep):
     partial.rename(final)
     sync(final.parent)
     for old in whole_checkpoints(final.parent)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_suffix(".partial")))  # half removed it would pass for a damaged one, and stay
 
 
 def checkpoint_path(directory, step):
