@@ -11,7 +11,7 @@ from fms_spec.errors import UserError
 
 # Beside tables these tell about them; README.md and the like are texts only among texts.
 ABOUT = re.compile(
-    r"(readme|licen[sc]e|copying|notice|citation|changelog)(\.\w+)?|_success|dataset_(infos?|dict)\.json|state\.json|cache-.*\.arrow"
+    r"(readme|licen[sc]e|copying|notice|citation|changelog)(\.\w+)?|_success|_(common_)?metadata|(metadata|stats|dataset_(infos?|dict)|state)\.json|cache-.*\.arrow"
 )
 LOOSE = (".json", ".csv", ".tsv")  # in a tree of sources these are settings and figures rather than documents
 SPLIT = re.compile(r"(?<![a-z])(train|training|valid|validation|val|dev|test|testing|eval|evaluation)(?![a-z])")
@@ -51,10 +51,12 @@ def of_one_kind(files, source, root):
     rest = sorted({*files} - {*about})
     tables, texts = [file for file in rest if table_suffix(file)], [file for file in rest if not table_suffix(file)]
     firm = [file for file in tables if table_suffix(file) not in LOOSE]
-    if texts and firm:
+    sizes = [sum(map(os.path.getsize, group)) for group in (tables, texts)]
+    if texts and (firm or sizes[0] > sizes[1]):  # otherwise JSON and CSV are taken for the texts' settings and figures
+        most, first = (firm or tables, "tables") if sizes[0] > sizes[1] else (texts, "texts")
         raise UserError(
-            f"source {source}: holds tables ({named(firm[:1], root)}) beside texts ({named(texts[:1], root)}); "
-            f"name those to read with a pattern, such as {pattern(firm[0], root)}"
+            f"source {source}: holds tables ({named((firm or tables)[:1], root)}) beside texts ({named(texts[:1], root)}); "
+            f"name those to read with a pattern, such as {pattern(most[0], root)} for its {first}, or keep them apart"
         )
     kept = tables if tables and not texts else sorted(file for file in texts + about if not table_suffix(file))
     tell_left_out(sorted({*files} - {*kept}), root, "about the tables" if kept == tables else "JSON and CSV among texts")
@@ -118,9 +120,9 @@ def glob_root(path):
 
 
 def pattern(file, root):
-    """What to type for all tables of `file`'s suffix."""
+    """What to type for all files of `file`'s suffix."""
     name = os.path.basename(file)
-    ending = name[name.lower().rindex(table_suffix(file)) :]
+    ending = name[name.lower().rindex(table_suffix(file)) :] if table_suffix(file) else os.path.splitext(name)[1]
     return f"--source='{os.path.join(glob.escape(root), '**', '*' + ending)}'"
 
 

@@ -96,7 +96,9 @@ def readable(file):
     """What can go wrong in a damaged file, as a UserError that names it."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, pa.ArrowException) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"source {file}: not UTF-8; save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise UserError(f"source {file}: cannot be read, it may be cut short ({reason(error)})") from None
 
 
@@ -106,9 +108,15 @@ def file_text(file):
         head = opened.read(2**16)
         try:
             codecs.getincrementaldecoder("utf-8")().decode(head)
-            return None if b"\0" in head else (head + opened.read()).decode("utf-8")
+            return None if b"\0" in head else (head + opened.read()).decode("utf-8-sig")  # Windows editors put a mark before it
         except UnicodeDecodeError:
             return None
+
+
+def has_mark(file):
+    """Whether a file begins with the mark of UTF-8."""
+    with open(file, "rb") as opened:
+        return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def json_texts(opened, file, text_column):
@@ -129,6 +137,8 @@ def parsed(content, where):
     """The JSON value that bytes spell."""
     try:
         return json.loads(content)
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a line of JSON ({reason(error)}); mend or remove the line") from None
 
@@ -140,6 +150,9 @@ def csv_texts(opened, file, text_column):
     rows = csv.reader(lines, delimiter="\t" if table_suffix(file) == ".tsv" else ",", strict=True)
     try:
         header = next(rows, [])
+        other = next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), None)
+        if other:
+            raise UserError(f"source {file}: its columns are apart by {other!r}; save it with commas, or with tabs as .tsv")
         place = column_place(header, text_column, f"source {file}")
         for number, row in enumerate(filter(None, rows)):  # a blank line is an empty list
             if len(row) != len(header):

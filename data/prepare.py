@@ -28,6 +28,9 @@ from fms_spec.files import write_whole
 READING, HOLDING_OUT, SHUFFLING, PROMPTING = range(4)
 
 
+MOST_WORKERS = 1024  # threads; with many more the machine does nothing but make them
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What decides the output, besides the contents of the source and the tokenizer."""
@@ -42,8 +45,8 @@ class Settings:
     def __post_init__(self):
         check_seed(self.seed, f"--seed={self.seed}")
         for name, smallest in dict(seq_length=2, prompt_length=1, held_out=0).items():
-            if getattr(self, name) < smallest:
-                raise UserError(f"--{name}={getattr(self, name)}: must be at least {smallest}")
+            if not smallest <= getattr(self, name) < 2**31:  # Parquet's lengths have 32 bits
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least {smallest} and below 2^31")
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
             raise UserError(f"--max_tokens={self.max_tokens}: less than one row of --seq_length={self.seq_length}")
 
@@ -61,8 +64,8 @@ def prepare(*, source, tokenizer, out_dir, workers=None, **settings):
     Raises:
         UserError: anything wrong with the source, the tokenizer, a setting or `out_dir`; nothing is left behind.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers={workers}: must be at least 1")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"--workers={workers}: must be from 1 to {MOST_WORKERS}")
     use_threads(workers)
     settings = Settings(**settings)
     opened = open_source(source, settings.text_column)
@@ -183,6 +186,9 @@ def write_tables(folder, spool, source, tokenizer, settings):
         rows = write_rows(folder, split, documents, spool, settings, about, tokenizer.prefix, counts if split == "train" else None)
         if split == "train" and rows["rows"] == 0:
             found = int(spool.lengths[documents].sum())
+            if not found:
+                mend = "lower --held_out; copies of held-out documents are left out of training"
+                raise UserError(f"--held_out={settings.held_out}: no document is left to train on; {mend}")
             raise UserError(f"only {found} tokens to train on, less than one row of --seq_length={settings.seq_length}; lower it")
         tables[f"rows-{split}"] = rows
         used = documents[: rows["documents"]]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.finding import find_files
-from data.formats import UNREAD, check_table, checked_text, table_suffix, texts_of
+from data.formats import UNREAD, check_table, checked_text, has_mark, table_suffix, texts_of
 from data.manifest import reason
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
@@ -72,7 +72,7 @@ class FileSource:
         digest = hashlib.sha256()
         for index, file in enumerate(tqdm(self.files, desc="fingerprint", unit="file", leave=False)):
             # What once was read as one text, or not at all, must not pass for the same set.
-            kind = "" if file.endswith((".jsonl", ".jsonl.gz", ".parquet")) else table_suffix(file) or ""
+            kind = "" if file.endswith((".jsonl", ".jsonl.gz", ".parquet")) else table_suffix(file) or ("mark" if has_mark(file) else "")
             digest.update(f"{self.label(index, -1)}\0{sha256_of(file)}{kind}\n".encode())
         return digest.hexdigest()
 

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fms_spec.errors import UserError
@@ -156,8 +156,9 @@ def owned(folder):
     try:
         yield
     finally:
-        (folder / OWNER).unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that is gone, of which the block has told
+            (folder / OWNER).unlink(missing_ok=True)
+            for place in made:
+                if place.is_dir() and not any(place.iterdir()):
+                    place.rmdir()
         lock.close()
-        for place in made:
-            if place.is_dir() and not any(place.iterdir()):
-                place.rmdir()

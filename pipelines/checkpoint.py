@@ -42,8 +42,8 @@ def save_checkpoint(directory, step, speculator, optimizer, description, progres
     partial = final.with_suffix(".partial")
     try:
         if processes.main:
-            for stale in Path(directory).glob("*.partial"):
-                shutil.rmtree(stale)
+            for stale in Path(directory).glob("step-*.partial"):
+                shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
         processes.wait_for_all()
         write_tensors(partial, tensors_of(speculator, optimizer)[0], processes.count == 1)
@@ -60,7 +60,7 @@ def save_checkpoint(directory, step, speculator, optimizer, description, progres
         if cause is None:  # e.g. a lost connection to another process
             raise RuntimeError(str(error)) from error  # torch's own is no Exception
         shutil.rmtree(partial, ignore_errors=True)  # room is what is needed
-        raise UserError(f"checkpoint {final}: can't be written ({cause}); make room, then resume the run") from error
+        raise UserError(f"checkpoint {final}: can't be written ({cause}); make room or mend the folder, then resume the run") from error
     processes.wait_for_all()
     return final
 
@@ -99,8 +99,20 @@ def put_in_place(partial, final, keep):
     sync(partial)
     partial.rename(final)
     sync(final.parent)
-    for old in whole_checkpoints(final.parent)[:-keep]:
-        shutil.rmtree(old.rename(old.with_suffix(".partial")))  # half removed it would pass for a damaged one, and stay
+    whole = whole_checkpoints(final.parent)
+    for old in whole[: whole.index(final) + 1][:-keep]:  # a newer one is damaged in a way that its sizes don't tell: it counts for nothing
+        discard(old)
+
+
+def discard(old):
+    """Remove a checkpoint; where that fails, say so: the run can do without."""
+    try:
+        if old.is_symlink():
+            old.unlink()
+        else:
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # half removed it would pass for a damaged one, and stay
+    except OSError as error:
+        print(f"warning: {old}: an old checkpoint can't be removed ({error.strerror or error})", file=sys.stderr)
 
 
 def checkpoint_path(directory, step):
@@ -130,6 +142,9 @@ def problem_of(path, names=()):
                 return f"{name} has {(path / name).stat().st_size} bytes, not {entry['bytes']}"
             if name in names and sha256_of(path / name) != entry["sha256"]:
                 return f"{name} was altered: its sha256 is another one"
+        stray = sorted({file.name for file in path.glob("*.safetensors")} - entries.keys())  # torch's reader would take them too
+        if stray:
+            return f"{stray[0]} is not of it"
     except UserError:
         return f"{CHECKSUMS} is missing or can't be read"
     except (OSError, AttributeError, KeyError, TypeError) as error:

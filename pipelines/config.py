@@ -1,10 +1,11 @@
 """The run's configuration: strict YAML, every key checked before any work starts."""
 
 import difflib
+import os
 import reprlib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling
@@ -16,7 +17,8 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # of anything; the data and t
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 Size = Annotated[int, Field(ge=1, le=2**20)]  # of a tensor's side: a product of three fits into 63 bits
-Place = Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")]  # of a file, a folder or on the hub
+# Of a file, a folder or on the hub; a ~ is one's own folder, as in the shell.
+Place = Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$"), AfterValidator(os.path.expanduser)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 SHORT = reprlib.Repr()
@@ -184,7 +186,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def consistent(self):
-        for phase in ("phase1", "phase2"):
+        for phase in self.schedule.build().phase_steps():
             loss, lr = getattr(self, phase).loss, getattr(self, phase).lr
             if lr.decay != "constant" and lr.end > lr.peak:
                 raise ValueError(f"{phase}.lr.end {lr.end} is over its peak, {lr.peak}; lower it, or set {phase}.lr.decay to constant")

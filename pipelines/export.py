@@ -1,5 +1,6 @@
 """From a training checkpoint to a directory that can be served: weights, config, and a model card that says how."""
 
+import errno
 import hashlib
 import json
 import os
@@ -115,19 +116,20 @@ def appearing(out_dir):
         for stale in out_dir.parent.glob(f"{own}-*"):
             if owner_of(stale) is None:  # it was killed
                 shutil.rmtree(stale)
-        with owned(partial):
-            try:
+        try:
+            with owned(partial):
                 yield partial
                 for file in partial.iterdir():
                     sync(file)
-            except BaseException:
-                for file in partial.iterdir():
-                    file.unlink()
-                raise
-        sync(partial)
-        partial.rename(out_dir)
+            sync(partial)
+            partial.rename(out_dir)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         sync(out_dir.parent)
     except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise UserError(f"{out_dir} exists already, another export was faster; give a new out_dir") from None
         raise cannot_write(out_dir, error) from None
 
 

@@ -55,7 +55,7 @@ class Producers:
             wrote = self._status(number).get("shards", 0)
             self.deaths[number] = 1 if wrote else self.deaths[number] + 1
             log = self._file(number, "log")
-            error, last = last_words(log.read_bytes()[self._log_starts[number] :])
+            error, last = last_words(log.read_bytes()[self._log_starts[number] :] if log.is_file() else b"")
             if process.returncode == 1 and error:
                 raise UserError(f"producer {number}: {error}; its log is {log}")
             if self.deaths[number] == DEATHS:
@@ -105,10 +105,10 @@ class Producers:
         return self.log_dir / f"producer-{number}.{kind}"
 
     def _status(self, number):
-        """What producer `number` wrote last; {} before."""
+        """What producer `number` wrote last; {} before, or where that can't be read: it only informs."""
         try:
             return json.loads(self._file(number, "json").read_text())
-        except FileNotFoundError:
+        except (OSError, ValueError):
             return {}
 
 

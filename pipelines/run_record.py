@@ -50,7 +50,8 @@ def read_record(out_dir):
     mend = "copy it back, or remove it and resume with the config that the run was started with"
     found = read_json(record, mend)
     try:
-        what_decides(found["config"], found["processes"]) | found["inputs"]
+        what_decides(found["config"], found["processes"]) | found["inputs"] | found["versions"]
+        found["command"], found["git_revision"], found["device"]
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{record}: no record of a run; {mend}") from None
     return found

@@ -119,5 +119,6 @@ def how_to_go_on(record, whole, found, owner):
         return Finding(name, "works", f"finished: {steps} steps; scripts.export writes its speculator")
     script, *words = shlex.split(record["command"])
     words = [word for word in words if word != "--resume"] + ["--resume"] * (script == "train.py")
-    again = shlex.join(["python", "-m", f"scripts.{script.removesuffix('.py')}", *words])
+    launcher = ["torchrun", f"--nproc_per_node={record['processes']}"] if record["processes"] > 1 else ["python"]
+    again = shlex.join([*launcher, "-m", f"scripts.{script.removesuffix('.py')}", *words])
     return Finding(name, "works", f"step {step} of {steps} is saved: {again}")

@@ -16,8 +16,8 @@ from fms_spec.losses import LossWeights, head_losses
 from fms_spec.proposers import DraftShape
 from fms_spec.seeds import mixed
 from fms_spec.speculators import describe
-from pipelines.checkpoint import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint, whole_checkpoints
-from pipelines.metrics import Metrics, Stopwatch
+from pipelines.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, whole_checkpoints
+from pipelines.metrics import Metrics, Stopwatch, read_lines
 from pipelines.processes import Processes
 from pipelines.schedule import learning_rate_factor
 from pipelines.stopping import Stopped, stopping
@@ -53,13 +53,19 @@ class Trainer:
         self.tokens = 0  # positions trained on, in both phases
         self.logged = {}  # phase -> device tensors since the last log line, read only when logged
         self.log_lines = 0  # of metrics.jsonl when the run was saved
+        self.saved_step = 0  # of the checkpoint that was loaded or written last
 
     def resume(self):
         """Go on from the newest whole checkpoint, if there is one; returns the step."""
         found = newest_checkpoint(self.out_dir / "checkpoints", self.processes)
+        logged = max((line["step"] for line in read_lines(self.out_dir / "metrics.jsonl")), default=0)
+        if not found and logged > self.config.checkpoint.every:
+            mend = "bring it back, or remove metrics.jsonl to begin again"
+            raise UserError(f"{self.out_dir / 'checkpoints'}: holds none, and metrics.jsonl tells of step {logged}; {mend}")
         if found:
             progress = load_checkpoint(found, self.speculator, self.optimizer)
             self.step, self.tokens, self.log_lines = progress["step"], progress["tokens"], progress["log_lines"]
+            self.saved_step = self.step
             self.watch = Stopwatch(progress["seconds"])
             for phase, state in progress["batches"].items():
                 self.batches[phase].load_state_dict(state)
@@ -72,10 +78,12 @@ class Trainer:
             "batches": {phase: batches.state_dict() for phase, batches in self.batches.items()},
         }  # fmt: skip
         with self.watch.measure("checkpoint"):
-            return save_checkpoint(
+            saved = save_checkpoint(
                 self.out_dir / "checkpoints", self.step, self.speculator, self.optimizer,
                 describe(self.speculator, self.base_model), progress, self.config.checkpoint.keep, self.processes,
             )  # fmt: skip
+        self.saved_step = self.step
+        return saved
 
     def train(self, profiler=None):
         """Run the schedule to its end; returns the last checkpoint's directory.
@@ -90,10 +98,12 @@ class Trainer:
         with stopping() as stop, tqdm(total=total, initial=self.step, desc="train", unit="step", dynamic_ncols=True, mininterval=1) as bar:
             while self.step < total:
                 phase, step_in_phase = self.schedule.phase(self.step)
+                position = self.batches[phase].state_dict()
                 try:
                     with stop.waiting(alone=self.processes.count == 1):
                         micro_batches = self.next_batches(phase)
                 except (UserError, Stopped) as reason:
+                    self.batches[phase].load_state_dict(position)  # as the step before left them
                     self.save_finished()
                     self.tell(reason)
                     raise
@@ -128,17 +138,14 @@ class Trainer:
         self.metrics.close()
         if isinstance(reason, Stopped) and self.processes.main:
             saved = f"step {self.step} of {self.schedule.steps} is saved" if self.step else "before its first step"
-            tqdm.write(f"stopped by SIGTERM, {saved}; add --resume to go on", file=sys.stderr)
+            tqdm.write(f"stopped by SIGTERM, {saved}; start it again to go on, scripts.train with --resume", file=sys.stderr)
 
     def next_batches(self, phase):
-        """The next step's micro-batches. If one can't be had, the UserError leaves the batches where the step before left them."""
-        batches, position, before = self.batches[phase], self.batches[phase].state_dict(), dict(self.supply.seconds)
+        """The next step's micro-batches."""
+        before = dict(self.supply.seconds)
         try:
             with self.watch.measure("data"):
-                return [next(batches) for _ in range(getattr(self.config, phase).accumulate)]
-        except (UserError, Stopped):
-            batches.load_state_dict(position)
-            raise
+                return [next(self.batches[phase]) for _ in range(getattr(self.config, phase).accumulate)]
         finally:
             for part, seconds in self.supply.seconds.items():  # the supply's, not data's
                 self.watch.seconds[part] = self.watch.seconds.get(part, 0.0) + seconds - before[part]
@@ -154,7 +161,7 @@ class Trainer:
         try:
             if self.logged:  # so that what is saved has been seen to be finite
                 self.metrics.write(self.step, self.read_log())
-            if self.step and not checkpoint_path(self.out_dir / "checkpoints", self.step).exists():
+            if self.step > self.saved_step:
                 self.save()
         except (UserError, OSError) as error:
             print(f"warning: what was trained up to step {self.step} is not saved: {error}", file=sys.stderr)

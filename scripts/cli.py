@@ -4,6 +4,8 @@ import ctypes
 import difflib
 import errno
 import inspect
+import json
+import os
 import re
 import sys
 
@@ -18,6 +20,7 @@ from pipelines.config import shown
 # Strict: Fire ignores annotations, so `--seed=1e3` would arrive as a float where an int was declared.
 arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
+TEXTS = ("prompt", "stop", "text_column")  # all other flags are places, numbers and words that begin with no ~
 FLAG = re.compile("--|-[a-zA-Z]")  # as Fire has it: a negative number is a value
 # What the machine may refuse, and nobody has to mend in the code.
 MENDS = {
@@ -72,10 +75,23 @@ def main_of(commands):
 
 
 def keep_texts(argument_class):
-    """Tell Fire to leave text flags as they are typed: it would read --prompt=[1] as a list and --prompt=1e3 as a number."""
+    """Tell Fire to leave text flags as they are typed: it would read --prompt=[1] as a list and --prompt=1e3 as a number.
+
+    Several texts are given as a JSON list, --stop='["\\n", "END"]'.
+    """
     parameters = inspect.signature(argument_class).parameters.values()
     texts = {parameter.name: str for parameter in parameters if parameter.annotation in (str, str | None)}
+    texts |= {parameter.name: texts_of for parameter in parameters if parameter.name == "stop"}
     SetParseFns(**texts)(argument_class)
+
+
+def texts_of(value):
+    """A text as it is typed, or those of a JSON list."""
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return value
+    return found if isinstance(found, list) else value
 
 
 def keep_freed_memory():
@@ -128,7 +144,7 @@ def read_words(argument_class, words, overrides):
             value = "True"
         if not value:
             raise UserError(f"--{name} needs a value")
-        given[name] = value
+        given[name] = value if name in TEXTS else os.path.expanduser(value)  # the shell leaves the ~ of --name=~/place as it is
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in given:
             raise UserError(f"--{name} is required; --help lists all flags")

@@ -1,5 +1,6 @@
 """Write a trained speculator to serve: python -m scripts.export --checkpoint=RUN/checkpoints/step-N --out_dir=DIR"""
 
+import os
 from pathlib import Path
 
 from pipelines.export import export
@@ -20,7 +21,7 @@ class Arguments:
 
 
 def run(parsed):
-    print(export(Path(parsed.checkpoint), Path(parsed.out_dir)))
+    print(export(Path(parsed.checkpoint), Path(os.path.abspath(parsed.out_dir))))
 
 
 if __name__ == "__main__":

@@ -96,14 +96,16 @@ def plan(config, parsed):
         raise UserError(
             f"--processes={processes} --processes_per_node={per_node}: both must be at least 1, and no more on a node than in all"
         )
+    check_processes(config, Ranks(processes, per_node))
     sizes, note = (
         Sizes(rows=config.data.rows, prompts=config.data.prompts),
         "no prepared data yet: rows of 4,096 and prompts of 64 tokens assumed",
     )
     if Path(config.data.dir).is_dir():
         manifest, note = read_manifest(config.data.dir), f"rows and prompts as in {config.data.dir}"
-        inputs, tables = manifest["inputs"], manifest["tables"]
-        rows, prompts = config.data.rows or tables["rows-train"]["rows"], config.data.prompts or tables["prompts-train"]["rows"]
+        inputs = manifest["inputs"]
+        rows = len(RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows))
+        prompts = len(read_prompts(config.data.dir, limit=config.data.prompts))
         sizes = Sizes(inputs["seq_length"], inputs["prompt_length"], rows, prompts)
         check_sizes(config, rows, sizes.seq_length, prompts, sizes.prompt_length, processes, memory=float("inf"))
     device = find_device(parsed.device or "here", config.base_model.dtype)
@@ -117,8 +119,7 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None):
     processes: the `Processes` that train together, all of which call this; by default this one alone. profile: "FIRST:END", steps.
     """
     profiled = profiled_steps(profile, config.schedule.steps) if profile else None
-    if config.hidden_state_cache and processes.count > processes.local_count:
-        raise UserError("hidden_state_cache: true is for one node, whose processes map the same files; turn it off on several")
+    check_processes(config, processes)
     if config.compile:
         check_compiler()
     with owned(out_dir) if processes.main else nullcontext():
@@ -127,6 +128,14 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None):
             check_out_dir(out_dir, config, resume, processes.count, inputs)
         processes.wait_for_all()  # before anyone writes there
         return train_in(out_dir, config, inputs, processes, profiled)
+
+
+def check_processes(config, processes):
+    """Refuse what can't be done by several processes; processes: `Processes` or `plan.Ranks`."""
+    if config.hidden_state_cache and processes.count > processes.local_count:
+        raise UserError("hidden_state_cache: true is for one node, whose processes map the same files; turn it off on several")
+    if processes.count > 1 and config.generation.engine == "vllm" and config.generation.mode == "inline":
+        raise UserError("generation.mode=inline: vLLM can't run inside one of several trainers; set alongside or ahead, or engine=embedded")
 
 
 def inputs_of(config):
@@ -172,8 +181,6 @@ def open_supply(config, store, out_dir, load, processes=Processes()):
         return Ahead(store, rows, shlex.join(["python", *words]))
     if settings.mode == "alongside":
         return alongside(config, store, rows, words, out_dir, processes.local_count) if processes.main else Awaited(store)
-    if processes.count > 1 and settings.engine == "vllm":
-        raise UserError("generation.mode=inline: vLLM can't run inside one of several trainers; set alongside or ahead, or engine=embedded")
     prompt_length = store.prompts.tokens.shape[1]
     if isinstance(load(), SharedBaseModel):
         engine = GroupEngine(load(), settings, config.seed)

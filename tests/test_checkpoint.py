@@ -1,5 +1,6 @@
 """A run's folder: what is damaged in it is named and never believed, and it has one owner."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ from pipelines.checkpoint import checkpoints, newest_checkpoint
 from pipelines.export import export
 from pipelines.metrics import Metrics
 from pipelines.run_state import examine_run
-from pipelines.stopping import STOPPED
+from pipelines.stopping import STOPPED, Stopped
+from pipelines.train import Trainer
 from scripts.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +159,65 @@ def test_the_doctor_says_of_a_run_how_far_it_is_what_is_damaged_and_how_to_go_on
         examine_run(run / "continuations")
 
 
+def test_a_damaged_newer_checkpoint_never_costs_the_one_that_was_just_written(finished, run):
+    config = finished[0].model_copy(update={"checkpoint": finished[0].checkpoint.model_copy(update={"keep": 1, "every": 2})})
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["checkpoint"]["keep"] = 1
+    (run / "run.json").write_text(json.dumps(record))
+    for checkpoint in checkpoints(run / "checkpoints")[1:]:
+        flip(checkpoint / FILES[0])
+    train(config, run, resume=True)
+    assert weights(run) == weights(finished[1])
+
+
+def test_tensors_of_another_file_in_a_checkpoint_are_not_read(finished, run, capsys):
+    shutil.copy(run / "checkpoints/step-00000004" / FILES[0], run / "checkpoints/step-00000008/z.safetensors")
+    train(finished[0], run, resume=True)
+    assert "step-00000008 is damaged (z.safetensors is not of it)" in capsys.readouterr().err
+    assert weights(run) == weights(finished[1])
+
+
+def test_a_signal_just_after_the_data_was_had_loses_no_data(finished, tmp_path, monkeypatch):
+    had = Trainer.next_batches
+
+    def interrupted(self, phase):
+        batches = had(self, phase)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "next_batches", interrupted)
+        with pytest.raises(Stopped):
+            train(finished[0], tmp_path / "run")
+    assert checkpoints(tmp_path / "run/checkpoints")[-1].name == "step-00000003"
+    train(finished[0], tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(finished[1])
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_and_keeps_its_log(finished, run):
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="checkpoints: holds none, and metrics.jsonl tells of step 9; bring it back"):
+        train(finished[0], run, resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_old_checkpoint_that_can_not_be_removed_is_told_and_ends_nothing(finished, tmp_path, capsys, monkeypatch):
+    rename = Path.rename
+
+    def busy(self, target):
+        if target.name == "step-00000002.partial" and self.suffix != ".partial":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    config = finished[0].model_copy(update={"checkpoint": finished[0].checkpoint.model_copy(update={"keep": 1})})
+    train(config, tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(finished[1])
+    assert "step-00000002: an old checkpoint can't be removed (Device or resource busy)" in capsys.readouterr().err
+
+
 class Evil:
     """Pickled, it runs a command where it is read."""
 
@@ -288,7 +349,7 @@ def test_a_run_in_another_runs_folder_is_refused_and_sigterm_finishes_the_step_a
     assert first.returncode == STOPPED == 143
     (saved,) = checkpoints(tmp_path / "run/checkpoints")
     step = json.loads((saved / "progress.json").read_text())["step"]
-    assert f"\nstopped by SIGTERM, step {step} of 700 is saved; add --resume to go on\n" in said.replace("\r", "\n")
+    assert f"\nstopped by SIGTERM, step {step} of 700 is saved; start it again to go on, scripts.train with --resume\n" in said.replace("\r", "\n")
     assert json.loads(log.read_text().splitlines()[-1])["step"] == step < 350
 
 

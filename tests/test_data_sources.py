@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -18,6 +19,7 @@ from data_helpers import write_tokenizer
 from data.prepare import prepare
 from data.sources import open_source
 from fms_spec.errors import UserError
+from fms_spec.files import sha256_of
 
 TEXTS = ["w1 w2 w3", "w4 w5 w6", "w7 w8 w9"]
 
@@ -190,7 +192,7 @@ def test_a_packed_table_cut_short_or_damaged_is_named(tmp_path, packing):
         ("a.csv", "w1 w2 w3\nw4\n", "a.csv: no column 'text'; It has: w1 w2 w3"),
         ("a.csv", "text,text\nw1,w2\n", "two columns 'text'"),
         ("a.csv", "", "a.csv: no column 'text'"),
-        ("a.csv", b"text\n\xff\n", "a.csv: cannot be read"),
+        ("a.csv", b"text\n\xff\n", "a.csv: not UTF-8; save it as UTF-8"),
         ("a.json", '[{"text": "w1"}, ["w2"]]', "a.json item 2: not a JSON object"),
         ("a.json", '[{"text": "w1"}, {"body": "w2"}]', "a.json item 2: no column 'text'; It has: body"),
         ("a.json", '[{"text": "w1"}', "a.json: not a line of JSON"),
@@ -247,3 +249,32 @@ def test_prompts_longer_than_every_document_are_refused_before_anything_is_kept(
     with pytest.raises(UserError, match="--prompt_length=10: no document is so long, the longest has 9 tokens; lower it"):
         prepare(source=str(source), tokenizer=tokenizer, out_dir=str(tmp_path / "out"), seq_length=4, prompt_length=10)
     assert not (tmp_path / "out").exists()
+
+
+def test_columns_apart_by_semicolons_are_not_read_as_one(tmp_path):
+    (tmp_path / "excel.csv").write_text("text;id\nw1 w2;0\n")
+    with pytest.raises(UserError, match="excel.csv: its columns are apart by ';'; save it with commas"):
+        open_source(str(tmp_path / "excel.csv"), "text")
+
+
+def test_a_mark_before_a_text_is_not_of_the_text_and_tells_the_set_from_one_that_had_it(tmp_path):
+    (tmp_path / "a").write_bytes(b"w1 w2")
+    (tmp_path / "b").write_bytes(b"\xef\xbb\xbfw1 w2")
+    texts = [next(open_source(str(tmp_path / name), "text").documents(np.random.default_rng(0))).text for name in "ab"]
+    assert texts == ["w1 w2", "w1 w2"]
+    marked = open_source(str(tmp_path / "b"), "text").fingerprint()
+    assert marked != hashlib.sha256(f"b\0{sha256_of(tmp_path / 'b')}\n".encode()).hexdigest()
+
+
+def test_tables_that_are_most_of_a_folder_are_not_left_out_for_a_stray_text(tmp_path):
+    (tmp_path / "train.json").write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 20)
+    (tmp_path / "load.py").write_text("w1")
+    with pytest.raises(UserError, match="holds tables .train.json. beside texts .load.py.*\\*.json' for its tables"):
+        open_source(str(tmp_path), "text")
+
+
+def test_texts_of_another_encoding_are_told_so(tmp_path):
+    for name, text in (("a.csv", "text,id\nw\xe9,1\n"), ("a.jsonl", '{"text": "w\xe9"}\n')):
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match="not UTF-8; save"):
+            open_source(str(tmp_path / name), "text")

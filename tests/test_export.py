@@ -161,3 +161,13 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one_and_a_living_ones_
     shutil.rmtree(out)
     export(run, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "speculator"]
+
+
+def test_of_exports_at_once_one_is_there_whole_and_nothing_is_left_of_the_others(run, tmp_path):
+    command = [sys.executable, "-c", "import sys; from scripts.export import *; input(); main(Arguments, run)"]
+    words = [f"--checkpoint={run}", f"--out_dir={tmp_path}/some/where/../speculator"]
+    racing = [subprocess.Popen([*command, *words], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate("\n", timeout=120)[1] for process in racing]
+    codes = [process.returncode for process in racing]
+    assert sorted(codes) == [0, 1, 1] and all("exists already" in words for code, words in zip(codes, said) if code)
+    assert os.listdir(tmp_path / "some") == ["speculator"]

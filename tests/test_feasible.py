@@ -37,7 +37,9 @@ def test_hidden_states_over_the_memory_are_refused_and_shared_heads_count_in_par
     with pytest.raises(UserError, match="phase1.batch_size or accumulate"):
         check_sizes(config_file(), **SIZES, memory=6 * 64 * 32 * 4 - 1)
     weights = {"speculator.inner_dim": 2**16, "speculator.width": 2**10}
-    whole = 16 * 2 * 3 * 2**26
+    sizes, whole = SIZES | {"rows": 24, "prompts": 16}, 16 * 2 * 3 * 2**26
     with pytest.raises(UserError, match="training the heads"):
-        check_sizes(config_file(**weights), **SIZES, memory=whole, processes=4)
-    check_sizes(config_file(**weights, **{"parallel.speculator": "shard"}), **SIZES, memory=whole, processes=4)
+        check_sizes(config_file(**weights), **sizes, memory=whole, processes=4)
+    check_sizes(config_file(**weights, **{"parallel.speculator": "shard"}), **sizes, memory=whole, processes=4)
+    with pytest.raises(UserError, match="phase1.batch_size 3 x accumulate 2 x 4 processes: a step reads 24 rows, and there are 12"):
+        check_sizes(config_file(), **SIZES, processes=4)

@@ -211,3 +211,17 @@ def test_a_damaged_record_of_a_comparison_is_written_anew_where_it_is_alone(here
     else:
         main(*COMMANDS["recipe"], words=words)
         assert (here / "new/results.jsonl").read_text().count("\n") == 1 and sorted(p.name for p in (here / "new").glob(".*")) == []
+
+
+def test_a_place_may_be_told_from_ones_own_folder_and_a_text_is_never_taken_for_one(monkeypatch, tmp_path, config_file):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsed = []
+    main(export.Arguments, parsed.append, words=["--checkpoint=~/run", "--out_dir", "~/out"])
+    assert (parsed[0].checkpoint, parsed[0].out_dir) == (f"{tmp_path}/run", f"{tmp_path}/out")
+    main(generate.Arguments, parsed.append, words=["--base_model=~/m", "--prompt=~/x", '--stop=["a, b", "(c)"]'])
+    assert (parsed[1].base_model, parsed[1].prompt, parsed[1].stop) == (f"{tmp_path}/m", "~/x", ["a, b", "(c)"])
+    for text in ("w3 # c", "(a)", "a, b", "'a'", "5", "True", "[1", "{w1}"):
+        main(generate.Arguments, parsed.append, words=["--base_model=m", "--prompt=x", f"--stop={text}"])
+        assert parsed[-1].stop == text
+    config = config_file(**{"base_model.name": "~/m", "data.dir": "~/d", "data.continuations": "~/c"})
+    assert [config.base_model.name, config.data.dir, config.data.continuations] == [f"{tmp_path}/{name}" for name in "mdc"]

@@ -218,3 +218,12 @@ def test_a_draft_vocabulary_of_tokens_that_the_base_model_lacks_is_refused(tmp_p
     for wrong in (tensors["draft_ids"] + base_model.vocab_size, tensors["draft_ids"] - 1, tensors["draft_ids"].flip(0)):
         save_file(tensors | {"draft_ids": wrong}, file)
         refused(tmp_path, base_model, "draft_ids: no ascending tokens")
+
+
+def test_other_files_beside_the_weights_of_a_published_directory_are_not_read(tmp_path, base_model):
+    save_published(tmp_path / "published", mlp(base_model), base_model)
+    expected = load_speculator(tmp_path / "published", base_model).state_dict()
+    zeros = {key: torch.zeros_like(value) for key, value in load_file(tmp_path / "published/model.safetensors").items()}
+    save_file(zeros, tmp_path / "published/optimizer.safetensors")
+    found = load_speculator(tmp_path / "published", base_model).state_dict()
+    assert all(value.equal(expected[key]) for key, value in found.items())

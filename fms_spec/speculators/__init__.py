@@ -145,7 +145,8 @@ def check_weights(directory, config):
         UserError: names a file that is missing, can't be read or was altered.
     """
     known = config.get("weights_sha256")
-    files = [Path(directory) / name for name in known] if known else sorted(Path(directory).glob("*.safetensors"))
+    files = [Path(directory) / name for name in known or ([SINGLE] if (Path(directory) / SINGLE).exists() else [])]
+    files = files or sorted(Path(directory).glob("*.safetensors"))  # published in parts
     if not files:
         raise UserError(f"speculator {directory}: no *.safetensors weights in it")
     for file in files:
