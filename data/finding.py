@@ -11,7 +11,8 @@ from fms_spec.errors import UserError
 
 # Beside tables these tell about them; README.md and the like are texts only among texts.
 ABOUT = re.compile(
-    r"(readme|licen[sc]e|copying|notice|citation|changelog)(\.\w+)?|_success|_(common_)?metadata|(metadata|stats|dataset_(infos?|dict)|state)\.json|cache-.*\.arrow"
+    r"(readme|licen[sc]e|copying|notice|citation|changelog)(\.\w+)?"
+    r"|_success|_(common_)?metadata|(metadata|stats|dataset_(infos?|dict)|state)\.json|cache-.*\.arrow"
 )
 LOOSE = (".json", ".csv", ".tsv")  # in a tree of sources these are settings and figures rather than documents
 SPLIT = re.compile(r"(?<![a-z])(train|training|valid|validation|val|dev|test|testing|eval|evaluation)(?![a-z])")

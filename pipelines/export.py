@@ -104,8 +104,6 @@ def appearing(out_dir):
     Raises:
         UserError: `out_dir` exists, or can't be written.
     """
-    own = ".export-" + hashlib.sha256(out_dir.name.encode()).hexdigest()[:12]  # the name may be as long as names can be
-    partial = out_dir.with_name(f"{own}-{os.getpid()}")
     try:
         try:
             out_dir.lstat()  # a link that leads nowhere is there too
@@ -113,6 +111,8 @@ def appearing(out_dir):
             pass
         else:
             raise UserError(f"{out_dir} exists already; give a new out_dir")
+        own = ".export-" + hashlib.sha256(out_dir.name.encode()).hexdigest()[:12]  # the name may be as long as names can be
+        partial = out_dir.with_name(f"{own}-{os.getpid()}")
         for stale in out_dir.parent.glob(f"{own}-*"):
             if owner_of(stale) is None:  # it was killed
                 shutil.rmtree(stale)

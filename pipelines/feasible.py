@@ -36,11 +36,10 @@ def check_sizes(config, rows, seq_length, prompts, prompt_length, processes=1, m
     for phase in config.schedule.build().phase_steps():
         settings, (what, count, length, new, longer) = getattr(config, phase), tables[phase]
         read = settings.batch_size * settings.accumulate
-        if read * processes > count:
-            times = f" x {processes} processes" if processes > 1 else ""
+        if read > count:
             raise UserError(
-                f"{phase}.batch_size {settings.batch_size} x accumulate {settings.accumulate}{times}: a step reads {read * processes:,} {what}, "
-                f"and there are {count:,}; lower them, or prepare or ask for more"
+                f"{phase}.batch_size {settings.batch_size} x accumulate {settings.accumulate}: a step reads {read:,} {what}, and there are "
+                f"{count:,}; lower them, or prepare or ask for more"
             )
         if new - heads < 1:
             raise UserError(f"speculator.n_predict {heads}: the last head finds no token in {phase}'s texts; take fewer, or {longer}")

@@ -21,7 +21,7 @@ class Arguments:
 
 
 def run(parsed):
-    print(export(Path(parsed.checkpoint), Path(os.path.abspath(parsed.out_dir))))
+    print(export(Path(parsed.checkpoint), Path(os.path.normpath(parsed.out_dir))))
 
 
 if __name__ == "__main__":

@@ -41,5 +41,3 @@ def test_hidden_states_over_the_memory_are_refused_and_shared_heads_count_in_par
     with pytest.raises(UserError, match="training the heads"):
         check_sizes(config_file(**weights), **sizes, memory=whole, processes=4)
     check_sizes(config_file(**weights, **{"parallel.speculator": "shard"}), **sizes, memory=whole, processes=4)
-    with pytest.raises(UserError, match="phase1.batch_size 3 x accumulate 2 x 4 processes: a step reads 24 rows, and there are 12"):
-        check_sizes(config_file(), **SIZES, processes=4)
