@@ -270,7 +270,7 @@ def judged(place, module, chosen):
     if "Traceback" in said or code not in (0, 1) or (code == 1 and len(errors) != 1):
         return f"code {code}: {(said.strip().splitlines() or ['no word'])[-1][:150]}"
     if code == 1:
-        known = (chosen.name, str(chosen.parent), "config ", "another base_model_fingerprint")
+        known = (chosen.name, str(chosen.parent), "config ", "override ", "another base_model_fingerprint")
         if not any(word in errors[0] for word in known):
             return f"names no file: {errors[0][:150]}"
         return "half-written output" if module in ("export", "evaluate") and out.exists() else None

@@ -349,7 +349,7 @@ def test_a_run_in_another_runs_folder_is_refused_and_sigterm_finishes_the_step_a
     assert first.returncode == STOPPED == 143
     (saved,) = checkpoints(tmp_path / "run/checkpoints")
     step = json.loads((saved / "progress.json").read_text())["step"]
-    assert f"\nstopped by SIGTERM, step {step} of 700 is saved; start it again to go on, scripts.train with --resume\n" in said.replace("\r", "\n")
+    assert f"stopped by SIGTERM, step {step} of 700 is saved; start it again to go on, scripts.train with --resume\n" in said
     assert json.loads(log.read_text().splitlines()[-1])["step"] == step < 350
 
 
