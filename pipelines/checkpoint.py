@@ -42,8 +42,7 @@ def save_checkpoint(directory, step, speculator, optimizer, description, progres
     partial = final.with_suffix(".partial")
     try:
         if processes.main:
-            for stale in Path(directory).glob("step-*.partial"):
-                shutil.rmtree(stale, ignore_errors=True)
+            sweep(directory)
             partial.mkdir(parents=True)
         processes.wait_for_all()
         write_tensors(partial, tensors_of(speculator, optimizer)[0], processes.count == 1)
@@ -63,6 +62,12 @@ def save_checkpoint(directory, step, speculator, optimizer, description, progres
         raise UserError(f"checkpoint {final}: can't be written ({cause}); make room or mend the folder, then resume the run") from error
     processes.wait_for_all()
     return final
+
+
+def sweep(directory):
+    """Remove what a killed run left of a checkpoint that it was writing or removing."""
+    for stale in Path(directory).glob("step-*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def tensors_of(speculator, optimizer):

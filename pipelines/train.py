@@ -16,7 +16,7 @@ from fms_spec.losses import LossWeights, head_losses
 from fms_spec.proposers import DraftShape
 from fms_spec.seeds import mixed
 from fms_spec.speculators import describe
-from pipelines.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, whole_checkpoints
+from pipelines.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sweep, whole_checkpoints
 from pipelines.metrics import Metrics, Stopwatch, read_lines
 from pipelines.processes import Processes
 from pipelines.schedule import learning_rate_factor
@@ -57,6 +57,8 @@ class Trainer:
 
     def resume(self):
         """Go on from the newest whole checkpoint, if there is one; returns the step."""
+        if self.processes.main:
+            sweep(self.out_dir / "checkpoints")
         found = newest_checkpoint(self.out_dir / "checkpoints", self.processes)
         logged = max((line["step"] for line in read_lines(self.out_dir / "metrics.jsonl")), default=0)
         if not found and logged > self.config.checkpoint.every:
