@@ -103,7 +103,7 @@ def contents(folder):
     found = {}
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if any(part in name for part in ("tensorboard", "hidden_states", ".damaged")) or re.search(r"checkpoints/step-000000(09|12)", name):
+        if any(part in name for part in ("tensorboard", "hidden_states", ".damaged")) or re.search(r"checkpoints/step-(?!00000014)", name):
             continue  # these follow from the others, or are kept to be looked at, or are not the last
         if path.name in ("run.json", "progress.json", "checksums.json", "README.md"):
             continue  # with times or the folder's name in them
