@@ -106,7 +106,8 @@ def locked(path):
     The lock is let go by the system when the process ends, however it ends.
     """
     while True:
-        lock = open(path, "ab")
+        # A link is not followed: in a folder from someone else it may lead to a file of the user's, which would be emptied.
+        lock = open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder removes the file before it lets go: a lock on a removed file excludes nobody, so it is sought again.
@@ -124,9 +125,10 @@ def owner_of(folder):
     """Who holds a folder with `owned` at this moment, as text; None if nobody does."""
     try:
         with open(Path(folder) / OWNER, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return (Path(folder) / OWNER).read_text(encoding="utf-8") or "another process"
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().decode() or "another process"
     except OSError:
         pass
     return None

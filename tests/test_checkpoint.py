@@ -159,13 +159,24 @@ def test_the_doctor_says_of_a_run_how_far_it_is_what_is_damaged_and_how_to_go_on
         examine_run(run / "continuations")
 
 
-def test_a_damaged_newer_checkpoint_never_costs_the_one_that_was_just_written(finished, run):
-    config = finished[0].model_copy(update={"checkpoint": finished[0].checkpoint.model_copy(update={"keep": 1, "every": 2})})
+def test_a_damaged_newer_checkpoint_never_costs_the_one_that_was_just_written(finished, run, monkeypatch):
+    config = finished[0].model_copy(update={"checkpoint": finished[0].checkpoint.model_copy(update={"keep": 1})})
     record = json.loads((run / "run.json").read_text())
     record["config"]["checkpoint"]["keep"] = 1
     (run / "run.json").write_text(json.dumps(record))
     for checkpoint in checkpoints(run / "checkpoints")[1:]:
         flip(checkpoint / FILES[0])
+    step = Trainer.train_step
+
+    def killed_at_the_fifth(self, *job):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        step(self, *job)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "train_step", killed_at_the_fifth)
+        train(config, run, resume=True)
+    assert newest_checkpoint(run / "checkpoints").name == "step-00000004"
     train(config, run, resume=True)
     assert weights(run) == weights(finished[1])
 
@@ -321,6 +332,15 @@ def test_metrics_killed_while_they_are_rewritten_lose_nothing(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         Metrics(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_owners_file_that_is_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "thesis.txt").write_text("do not lose")
+    (tmp_path / "run/.owner").symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(UserError, match="run: cannot be written"), owned(tmp_path / "run"):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "do not lose"
 
 
 def start(config_file, out_dir, *words):
