@@ -20,6 +20,7 @@ class Supply:
 
     def __init__(self, store):
         self.store, self.seconds = store, {"generation": 0.0, "waiting": 0.0}
+        store.sweep()  # a writer that was killed may have left a lock on a shard that is there, which nobody will claim again
 
     def begin(self, place):
         """Told once before the run's first step; `place`: shards of the first epoch that have been read."""

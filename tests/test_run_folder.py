@@ -101,6 +101,12 @@ def test_a_run_killed_before_its_record_was_written_is_begun(finished, tmp_path)
     assert not list((tmp_path / "new").glob(".*"))
 
 
+def test_a_lock_that_a_killed_writer_left_on_a_shard_that_is_there_is_removed_on_resume(finished, run):
+    (run / "continuations/.continuations-00001.parquet.lock").touch()
+    train(finished[0], run, resume=True)
+    assert not list((run / "continuations").glob(".*"))
+
+
 def test_another_base_model_or_other_data_under_the_same_name_is_refused(finished, run, model_dir, other_model_dir, data_dir, tmp_path):
     for name, place in {"base": model_dir, "data": data_dir}.items():
         shutil.copytree(place, tmp_path / name)
