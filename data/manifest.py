@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from fms_spec.errors import UserError
 from fms_spec.files import read_json, sha256_of
+from fms_spec.seeds import LARGEST
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -94,7 +95,7 @@ def checked(model, value, path, mend):
 
 def check_seed(seed, place):
     """Raise UserError for a seed that is not from 0 to 2^63 - 1; place: where it was given."""
-    if not 0 <= seed < 2**63:
+    if not 0 <= seed <= LARGEST:
         raise UserError(f"{place}: a seed must be from 0 to 2^63 - 1")
 
 

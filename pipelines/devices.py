@@ -68,9 +68,8 @@ def measure_here(dtype):
     flops, bandwidth = 2 * size**3 / seconds(lambda: matrix @ matrix), 2 * block.nbytes / seconds(block.clone)
     shared = {"compute_share": 1.0, "bandwidth_share": 1.0}  # measured, not promised
     if cuda:
-        return Device("here", torch.cuda.get_device_properties(0).total_memory, flops, bandwidth, 32e9, **shared)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("here", memory, flops, bandwidth, bandwidth / 2, **shared, framework=CPU_FRAMEWORK, heap=CPU_HEAP)
+        return Device("here", device_memory(), flops, bandwidth, 32e9, **shared)
+    return Device("here", device_memory(), flops, bandwidth, bandwidth / 2, **shared, framework=CPU_FRAMEWORK, heap=CPU_HEAP)
 
 
 def seconds(work, repeats=5):
@@ -83,3 +82,10 @@ def seconds(work, repeats=5):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[2:])
+
+
+def device_memory():
+    """Bytes of the first GPU, or of this machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,13 +3,13 @@
 What is refused here could never run, or is a slip of some digits; `plan` tells how much a run needs in truth, which is more.
 """
 
-import os
 from types import SimpleNamespace
 
 import torch
 
 from fms_spec.base_model import DTYPES, context_length, read_config, resolve_base_model
 from fms_spec.errors import UserError
+from pipelines.devices import device_memory
 from pipelines.rehearsal import untrained
 
 TRAINED = 4 * 4  # bytes of a trained weight at least: itself, its gradient and two moments, in fp32
@@ -67,10 +67,3 @@ def check_memory(need, memory, what, mend):
     """Raise UserError where `what` alone takes more bytes than there are."""
     if need > memory:
         raise UserError(f"{what} takes at least {need / 1e9:,.1f} GB of memory, and there are {memory / 1e9:,.1f}; {mend}")
-
-
-def device_memory():
-    """Bytes of the first GPU, or of this machine where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

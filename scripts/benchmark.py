@@ -19,8 +19,9 @@ from pipelines.benchmark_recipe import compared
 from pipelines.benchmark_serving import benchmark_serving
 from pipelines.benchmark_train_step import PARTS, benchmark_train_step
 from pipelines.config import Count, GenerationSection
+from pipelines.devices import device_memory
 from pipelines.environment import environment
-from pipelines.feasible import check_memory, device_memory
+from pipelines.feasible import check_memory
 from pipelines.generation import check_context
 from pipelines.plots import plot_ratios
 from pipelines.report import machines, markdown, ratios, read_results, rows
