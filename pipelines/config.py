@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling
 from fms_spec.seeds import LARGEST
-from pipelines.schedule import Schedule
+from pipelines.train.schedule import Schedule
 from pipelines.yaml_files import parse, read_yaml
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # of anything; the data and the memory bound most of them further, see `feasible`

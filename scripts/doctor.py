@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from pipelines.doctor import examine
-from pipelines.tables import print_findings
-from scripts.cli import arguments, main
+from pipelines.machine.doctor import examine
+from pipelines.show.console import print_findings
+from pipelines.cli import arguments, main
 
 
 @arguments
@@ -23,7 +23,7 @@ def run(parsed):
     if parsed.run is None:
         findings = examine()
     else:
-        from pipelines.run_state import examine_run  # with it comes transformers, which may be what is broken
+        from pipelines.machine.run_state import examine_run  # with it comes transformers, which may be what is broken
 
         findings = examine_run(Path(parsed.run))
     print_findings(findings)

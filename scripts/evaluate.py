@@ -12,15 +12,15 @@ from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.files import check_writable, write_json
 from fms_spec.loading import load_for_decoding
-from fms_spec.vllm_plugin import installed_vllm
-from pipelines.benchmark_serving import serve
-from pipelines.environment import environment
-from pipelines.evaluate import evaluate, free_memory, losslessness, parting, report, settle, side_by_side, usual_ways
-from pipelines.plots import plot_evaluation
-from pipelines.suggestion import chain_acceptance, greedy_texts, suggest
-from pipelines.tables import print_evaluation
-from pipelines.vllm_engine import need_vllm
-from scripts.cli import arguments, draft_shape, main
+from fms_spec.vllm.plugin import installed_vllm
+from pipelines.measure.serving import serve
+from pipelines.machine.environment import environment
+from pipelines.measure.evaluate import evaluate, free_memory, losslessness, parting, report, settle, side_by_side, usual_ways
+from pipelines.show.plots import plot_evaluation
+from pipelines.measure.suggestion import chain_acceptance, greedy_texts, suggest
+from pipelines.show.console import print_evaluation
+from pipelines.generate.vllm_engine import need_vllm
+from pipelines.cli import arguments, draft_shape, main
 
 
 @arguments

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from pipelines.export import export
-from scripts.cli import arguments, main
+from pipelines.cli import arguments, main
 
 
 @arguments

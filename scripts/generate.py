@@ -17,7 +17,7 @@ from fms_spec.proposers import PromptLookup
 from fms_spec.sampling import Sampling
 from fms_spec.transformers_backend import first_line
 from pipelines.config import Seed
-from scripts.cli import arguments, draft_shape, main
+from pipelines.cli import arguments, draft_shape, main
 
 
 @arguments

@@ -8,17 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from data.continuation_store import ContinuationStore
-from data.continuation_writer import write_shards
-from data.reader import check_tokenizer, check_vocabulary, read_manifest, read_prompts
-from fms_spec.base_model import BaseModel, read_config, resolve_base_model
+from data.continuations.writer import write_shards
+from data.reader import read_prompts
+from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
-from fms_spec.weights import fingerprint
 from pipelines.config import BaseModelSection, Count, CountOrZero, GenerationSection, Seed
-from pipelines.environment import environment
-from pipelines.generation import check_context, describe_generation, make_engine
-from pipelines.producers import end_with_parent
-from scripts.cli import arguments, main
+from pipelines.machine.environment import environment
+from pipelines.generate.engines import make_engine
+from pipelines.generate.producers import end_with_parent
+from pipelines.generate.write import open_store
+from pipelines.cli import arguments, main
 
 
 @arguments
@@ -95,23 +94,6 @@ def run(parsed):
         print(f"{parsed.out_dir} is complete: {manifest['rows']:,} rows, {manifest['tokens']:,} tokens")
 
 
-def open_store(out_dir, data_dir, prompts, base_model, settings, seed):
-    """The `ContinuationStore` in `out_dir` for the prompts of `data_dir`, refused where they don't fit; loads no weights.
-
-    base_model: `BaseModelSection`. settings: `GenerationSection`.
-
-    Raises:
-        UserError: no such base model, another tokenizer, tokens that the model lacks, texts over the context, a setting out of range, or
-            shards of other settings.
-    """
-    path = resolve_base_model(base_model.name)
-    check_tokenizer(read_manifest(data_dir), path)
-    check_vocabulary(data_dir, read_config(path).vocab_size)
-    check_context(path, prompts.tokens.shape[1], settings.max_new_tokens)
-    described = describe_generation(settings, fingerprint(path), base_model.dtype)
-    return ContinuationStore(out_dir, prompts, shard_prompts=settings.batch_size, settings=described, seed=seed)
-
-
 def shard_numbers(text, count, shard_prompts):
     """The shards that --shards names, of `count`; all of them for None."""
     if text is None:
@@ -120,18 +102,6 @@ def shard_numbers(text, count, shard_prompts):
     if not (first.isdecimal() and end.isdecimal() and int(first) < int(end) <= count):
         raise UserError(f"--shards={text}: give FROM:TO with FROM below TO and TO at most {count}, the shards of {shard_prompts} prompts")
     return range(int(first), int(end))
-
-
-def command_of(config, out_dir):
-    """The words behind `python` that write to `out_dir` what a run with `config` (`RunConfig`) reads."""
-    settings = config.generation
-    flags = {
-        "base_model": config.base_model.name, "prompts": config.data.dir, "out_dir": out_dir, "engine": settings.engine,
-        "max_tokens": settings.max_new_tokens, "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
-        "seed": config.seed, "shard_prompts": settings.batch_size, "limit": config.data.prompts, "memory_share": settings.memory_share,
-        "dtype": config.base_model.dtype, "backend": config.base_model.backend,
-    }  # fmt: skip
-    return ["-m", "scripts.generate_continuations", *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from dataclasses import asdict
 
-from data.prepare import prepare
+from data.prepare.run import prepare
 from pipelines.config import Seed
-from scripts.cli import arguments, main
+from pipelines.cli import arguments, main
 
 
 @arguments

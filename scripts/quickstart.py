@@ -5,24 +5,24 @@ import time
 from functools import partial
 from pathlib import Path
 
-from data.prepare import prepare
+from data.prepare.run import prepare
 from data.prompts import load_prompts
-from data.python_sources import copy_python_sources
+from data.prepare.python_sources import copy_python_sources
 from fms_spec.errors import UserError
 from fms_spec.files import OWNER, owned, read_json, write_json
 from fms_spec.loading import load_for_decoding
 from fms_spec.proposers import DraftShape
-from pipelines.checkpoint import newest_checkpoint, read_progress
+from pipelines.train.checkpoint import newest_checkpoint, read_progress
 from pipelines.config import load_config
-from pipelines.environment import environment
-from pipelines.evaluate import evaluate, losslessness, report, settle, usual_ways
+from pipelines.machine.environment import environment
+from pipelines.measure.evaluate import evaluate, losslessness, report, settle, usual_ways
 from pipelines.export import export
-from pipelines.hardware import faster_dtype
-from pipelines.small_model import unpack_small_model
-from pipelines.suggestion import chain_acceptance, greedy_texts
-from pipelines.tables import print_values
-from scripts.cli import arguments, main
-from scripts.train import train
+from pipelines.plan.hardware import faster_dtype
+from pipelines.machine.small_model import unpack_small_model
+from pipelines.measure.suggestion import chain_acceptance, greedy_texts
+from pipelines.show.console import print_values
+from pipelines.cli import arguments, main
+from pipelines.train.run import train
 
 CONFIG = Path(__file__).parents[1] / "pipelines/configs/quickstart.yaml"
 ROW_TOKENS = 512  # rows of one document each, mostly: short enough that attention costs little, longer than any evaluated context

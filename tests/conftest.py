@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data.prepare import prepare
+from data.prepare.run import prepare
 from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.proposers import BestNodesProposer, PromptLookup, TopKProposer

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from data.continuation_store import ContinuationStore
-from data.continuation_writer import write_shards
+from data.continuations.store import ContinuationStore
+from data.continuations.writer import write_shards
 from data.reader import Prompts
 
 SETTINGS = {"base_model": "abc", "engine": "transformers", "sampling": {"temperature": 1.0, "top_k": 10, "stop": (0,)}}

@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from data.prepare import prepare
+from data.prepare.run import prepare
 from data.reader import read_manifest
 
 WORDS = [f"w{number}" for number in range(50)]

@@ -15,11 +15,11 @@ from torch.distributed import distributed_c10d
 
 from fms_spec.errors import UserError
 from pipelines.config import load_config
-from pipelines.processes import joined
-from pipelines.producers import Producers
-from pipelines.train import Trainer
-from scripts.cli import fail
-from scripts.train import train
+from pipelines.parallel.processes import joined
+from pipelines.generate.producers import Producers
+from pipelines.train.loop import Trainer
+from pipelines.cli import fail
+from pipelines.train.run import train
 
 
 def bytes_held(module):

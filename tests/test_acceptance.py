@@ -11,9 +11,9 @@ from fms_spec.decoding import decode
 from fms_spec.options import Options
 from fms_spec.proposers import DraftShape, PromptLookup
 from fms_spec.speculators import MLPSpeculator
-from pipelines.evaluate import evaluate
-from pipelines.suggestion import chain_acceptance, greedy_texts
-from pipelines.validation import Validation
+from pipelines.measure.evaluate import evaluate
+from pipelines.measure.suggestion import chain_acceptance, greedy_texts
+from pipelines.train.validation import Validation
 
 SHAPES = [DraftShape(), DraftShape(lookahead=1), DraftShape(top_k_per_head=(3, 2)), DraftShape(nodes=7), DraftShape(lookahead=2, nodes=4)]
 

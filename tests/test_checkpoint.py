@@ -14,10 +14,10 @@ from conftest import write_config
 from safetensors.torch import load_file
 
 from fms_spec.errors import UserError
-from pipelines.checkpoint import checkpoints, newest_checkpoint
+from pipelines.train.checkpoint import checkpoints, newest_checkpoint
 from pipelines.export import export
-from pipelines.train import Trainer
-from scripts.train import train
+from pipelines.train.loop import Trainer
+from pipelines.train.run import train
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 from torch._dynamo.utils import counters
 
 from fms_spec.errors import UserError
-from pipelines.compiled import check_compiler
-from scripts.train import train
+from pipelines.train.compiled import check_compiler
+from pipelines.train.run import train
 
 
 def figures(run_dir):

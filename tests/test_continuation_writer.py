@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from continuation_helpers import Engine, open_store, some_prompts, table_of
 
-import data.supply
-from data.continuation_writer import write_shards
+import data.continuations.supply
+from data.continuations.writer import write_shards
 from fms_spec.errors import UserError
 
 HELPER = Path(__file__).with_name("continuation_helpers.py")
@@ -233,8 +233,8 @@ class SlowProducers:
 
 def test_a_trainer_that_waits_says_so_and_holds_its_place_against_another_reader(tmp_path, monkeypatch, capfd):
     store = open_store(tmp_path)
-    monkeypatch.setattr(data.supply, "FIRST_MESSAGE", 0.1)
-    alongside = data.supply.Alongside(store, 4, SlowProducers(store, 4))
+    monkeypatch.setattr(data.continuations.supply, "FIRST_MESSAGE", 0.1)
+    alongside = data.continuations.supply.Alongside(store, 4, SlowProducers(store, 4))
     alongside.need(0, 1)
     said = [line for line in capfd.readouterr().err.splitlines() if "waiting for" in line]
     assert len(said) == 1 and "waiting for continuations-00000.parquet" in said[0] and "logs are in logs" in said[0]

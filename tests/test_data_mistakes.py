@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import distinct_documents, prepare_small, write_corpus, write_tokenizer
 
-from data.prepare import prepare
+from data.prepare.run import prepare
 from fms_spec.errors import UserError
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.documents import pack
+from data.prepare.documents import pack
 from data.reader import read_manifest, read_prompts, read_token_counts
 from data.tokenizer import load_tokenizer
 from fms_spec.errors import UserError

@@ -14,15 +14,15 @@ from data_helpers import EOS, WORDS, distinct_documents, pieces_of, prepare_smal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.sources
-import data.tables
+import data.prepare.sources
+import data.parquet
 import data.tokenizer
 import scripts.prepare_data
-from data.documents import pack
-from data.prepare import prepare
+from data.prepare.documents import pack
+from data.prepare.run import prepare
 from data.reader import read_manifest, read_prompts, read_token_counts
 from fms_spec.errors import UserError
-from scripts.cli import main
+from pipelines.cli import main
 
 
 def bytes_of(folder):
@@ -118,8 +118,8 @@ def test_a_held_out_table_may_have_no_rows_but_exists(tmp_path):
 
 def test_large_tables_are_cut_into_shards(tmp_path, monkeypatch):
     whole = prepare_small(tmp_path)
-    monkeypatch.setattr(data.tables, "SHARD_BYTES", 10 * 16 * 4)
-    monkeypatch.setattr(data.tables, "GROUP_BYTES", 3 * 16 * 4)
+    monkeypatch.setattr(data.parquet, "SHARD_BYTES", 10 * 16 * 4)
+    monkeypatch.setattr(data.parquet, "GROUP_BYTES", 3 * 16 * 4)
     cut = prepare_small(tmp_path, out="cut")
     shards = read_manifest(cut)["tables"]["rows-train"]["shards"]
     assert [shard["rows"] for shard in shards] == [10, 10, 10, 10, 10, 2]
@@ -241,12 +241,12 @@ def test_an_interrupted_run_leaves_nothing_and_a_killed_one_is_written_over(tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("data.prepare.write_token_counts", interrupt)
+        patched.setattr("data.prepare.run.write_token_counts", interrupt)
         prepare_small(tmp_path, out="killed")
     assert not (tmp_path / "killed").exists()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("data.prepare.write_token_counts", interrupt)
-        patched.setattr("data.folder.remove_ours", lambda *_, **__: None)  # a kill cleans up nothing
+        patched.setattr("data.prepare.run.write_token_counts", interrupt)
+        patched.setattr("data.prepare.folder.remove_ours", lambda *_, **__: None)  # a kill cleans up nothing
         prepare_small(tmp_path, out="killed")
     assert sorted(os.listdir(tmp_path / "killed")) == [
         "incomplete.json",

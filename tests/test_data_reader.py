@@ -9,7 +9,7 @@ from data_helpers import EOS, distinct_documents, prepare_small, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.tables
+import data.parquet
 from data.reader import RowReader, check_tokenizer, read_manifest, read_prompts, read_token_counts
 from fms_spec.errors import UserError
 
@@ -18,8 +18,8 @@ from fms_spec.errors import UserError
 def prepared(tmp_path_factory):
     """52 rows in shards of 10, written in row groups of 3."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(data.tables, "SHARD_BYTES", 10 * 16 * 4)
-        patched.setattr(data.tables, "GROUP_BYTES", 3 * 16 * 4)
+        patched.setattr(data.parquet, "SHARD_BYTES", 10 * 16 * 4)
+        patched.setattr(data.parquet, "GROUP_BYTES", 3 * 16 * 4)
         return prepare_small(tmp_path_factory.mktemp("reader"), held_out=2, documents=distinct_documents(42, 20))
 
 

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import write_tokenizer
 
-from data.prepare import prepare
-from data.sources import open_source
+from data.prepare.run import prepare
+from data.prepare.sources import open_source
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from data_helpers import EOS, UNKNOWN, distinct_documents, prepare_small, write_corpus, write_tokenizer
 
-from data.prepare import prepare
+from data.prepare.run import prepare
 from data.prompts import load_prompts
 from data.reader import check_vocabulary
 from fms_spec.errors import UserError
@@ -38,7 +38,7 @@ def test_a_document_with_a_token_that_the_embedding_lacks_is_named(tmp_path, emb
 
 @pytest.mark.parametrize(("size", "template", "token"), [(EOS, None, "'<eos>' has id 50"), (52, "<s> $A", "'<s>' has id 52")])
 def test_what_the_tokenizer_puts_around_a_text_is_looked_at_before_any_is_read(tmp_path, monkeypatch, size, template, token):
-    monkeypatch.setattr("data.prepare.read_documents", None)
+    monkeypatch.setattr("data.prepare.run.read_documents", None)
     with pytest.raises(UserError, match=f"tokenizer .*base: token {token}, .* the model's embedding {size}; take "):
         prepare_with(tmp_path, distinct_documents(3, 20), {"vocab_size": size}, template)
 

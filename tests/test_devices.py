@@ -10,23 +10,23 @@ from test_training import records
 from torch.utils.flop_counter import FlopCounterMode
 
 import fms_spec.losses
-import pipelines.metrics
-import pipelines.train
+import pipelines.train.metrics
+import pipelines.train.loop
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.losses import head_losses
 from fms_spec.speculators import base as speculator_base
 from fms_spec.timing import Marks
-from pipelines import vllm_engine
-from pipelines.device_metrics import DeviceMetrics, known_device
-from pipelines.devices import DEVICES
-from pipelines.plan import Plan, Ranks, Sizes
-from pipelines.processes import Processes
-from pipelines.rehearsal import untrained
-from pipelines.train import loss_weights
-from pipelines.vllm_engine import GPU_OVERHEAD, device_settings
-from scripts.train import train
+from pipelines.generate import vllm_engine
+from pipelines.train.device_metrics import DeviceMetrics, known_device
+from pipelines.plan.devices import DEVICES
+from pipelines.plan.plan import Plan, Ranks, Sizes
+from pipelines.parallel.processes import Processes
+from pipelines.plan.rehearsal import untrained
+from pipelines.train.loop import loss_weights
+from pipelines.generate.vllm_engine import GPU_OVERHEAD, device_settings
+from pipelines.train.run import train
 
 GIB = 2**30
 
@@ -115,7 +115,7 @@ def test_what_a_gpu_has_queued_counts_in_the_rate_and_stands_in_a_part_of_its_ow
             clock[0] += 100.0
         return tolist(tensor)
 
-    monkeypatch.setattr(pipelines.metrics.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(pipelines.train.metrics.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch.Tensor, "tolist", slow)
     train(config_file(**{"validation.prompts": 0}), tmp_path / "run", resume=False)
     last = records(tmp_path / "run")[-1]
@@ -147,7 +147,7 @@ def test_a_plans_flops_are_those_that_torch_counts(tmp_path, model_dir, data_dir
 
 def test_the_metrics_of_a_gpu_are_its_memory_and_the_share_of_its_rate_and_a_cpu_has_none(gpu, tmp_path, config_file, monkeypatch):
     config, sizes, now = config_file(), Sizes(64, 8), [5.0]
-    monkeypatch.setattr(pipelines.device_metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pipelines.train.device_metrics.time, "perf_counter", lambda: now[0])
     metrics = DeviceMetrics(config, sizes, Processes(), torch.device("cuda:0"))
     now[0] = 7.0
     found = metrics.figures({"phase1": 10, "phase2": 4})

@@ -7,8 +7,8 @@ import sys
 import pytest
 from test_house import ROOT
 
-from fms_spec import vllm_plugin
-from pipelines import doctor
+from fms_spec.vllm import plugin as vllm_plugin
+from pipelines.machine import doctor
 
 
 def state(finding):

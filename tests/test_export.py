@@ -15,9 +15,9 @@ from conftest import write_config
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
 from fms_spec.speculators import load_speculator
-from pipelines.checkpoint import whole_checkpoints
+from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.export import export
-from scripts.train import train
+from pipelines.train.run import train
 
 ROOT = Path(__file__).parents[1]
 

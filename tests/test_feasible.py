@@ -3,7 +3,7 @@
 import pytest
 
 from fms_spec.errors import UserError
-from pipelines.feasible import check_sizes
+from pipelines.plan.feasible import check_sizes
 
 SIZES = dict(rows=12, seq_length=64, prompts=9, prompt_length=8)
 

@@ -15,14 +15,14 @@ from conftest import prompts_of, write_config
 from test_continuation_writer import contents, wait_for
 from test_training import losses, records, weights_of
 
-import scripts.train
-from data.supply import Alongside
+import pipelines.train.run
+from data.continuations.supply import Alongside
 from fms_spec.errors import UserError
-from pipelines.checkpoint import whole_checkpoints
+from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.config import GenerationSection
-from pipelines.generation import EmbeddedEngine
-from pipelines.producers import Producers, own_devices
-from scripts.train import train
+from pipelines.generate.engines import EmbeddedEngine
+from pipelines.generate.producers import Producers, own_devices
+from pipelines.train.run import train
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -57,7 +57,7 @@ def test_continuations_written_ahead_by_the_command_give_the_bits_of_a_run_that_
 ):
     ahead = SMALL | {"generation.mode": "ahead", "data.continuations": tmp_path / "ahead"}
     with monkeypatch.context() as patched:
-        patched.setattr(scripts.train, "load_base_model", lambda *_, **__: pytest.fail("the base model was loaded"))
+        patched.setattr(pipelines.train.run, "load_base_model", lambda *_, **__: pytest.fail("the base model was loaded"))
         with pytest.raises(UserError, match="ahead: 5 shards .* are missing; run python -m scripts.generate_continuations ") as error:
             train(config_file(**ahead), tmp_path / "run", resume=False)
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["run.yaml"]
@@ -137,7 +137,7 @@ def test_producers_that_cannot_work_end_the_run_with_their_own_words_and_another
 ):
     failing = ["-c", "import sys; print('error: no room on the device', file=sys.stderr); sys.exit(1)"]
     with monkeypatch.context() as patched:
-        patched.setattr(scripts.train, "command_of", lambda *_: failing)
+        patched.setattr(pipelines.train.run, "command_of", lambda *_: failing)
         with pytest.raises(UserError, match="producer 0: no room on the device; its log is .*producer-0.log"):
             train(config_file(**ALONGSIDE), tmp_path / "run", resume=False)
     assert "starting it again" not in capfd.readouterr().err
@@ -207,7 +207,7 @@ def test_stopped_producers_leave_neither_children_nor_zombies(tmp_path):
 def test_producers_on_a_machine_with_gpus_get_gpus_that_no_trainer_uses(tmp_path, config_file, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr("pipelines.feasible.device_memory", lambda: 2**40)
+    monkeypatch.setattr("pipelines.plan.feasible.device_memory", lambda: 2**40)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert own_devices([""], trainers=1) == ["1"] and own_devices(["", "3", ""], trainers=1) == ["1", "3", "2"]
     assert own_devices(["2,3"], trainers=2) == ["2,3"]

@@ -13,7 +13,7 @@ from test_training import ROOT, records, weights_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from data.prepare import prepare
+from data.prepare.run import prepare
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
@@ -22,10 +22,10 @@ from fms_spec.options import Options
 from fms_spec.proposers import TopKProposer
 from fms_spec.sampling import Sampling
 from fms_spec.speculators import describe, save_speculator
-from pipelines.checkpoint import whole_checkpoints
-from pipelines.compiled import check_compiler
+from pipelines.train.checkpoint import whole_checkpoints
+from pipelines.train.compiled import check_compiler
 from pipelines.config import load_config
-from scripts.train import train
+from pipelines.train.run import train
 
 GPUS = torch.cuda.device_count()  # none unless pytest was called with -m gpu
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="no GPU that torch sees; pytest -m gpu shows it those that there are")]

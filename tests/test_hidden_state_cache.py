@@ -10,7 +10,7 @@ import torch
 from fms_spec.base_model import BaseModel
 from fms_spec.batch import Batch
 from fms_spec.errors import UserError
-from pipelines.states import HiddenStates
+from pipelines.train.state_cache import HiddenStates
 
 ROWS, LENGTH = 6, 12
 

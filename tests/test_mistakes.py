@@ -10,7 +10,7 @@ from conftest import write_config, write_model
 from fms_spec.errors import UserError
 from fms_spec.files import owned
 from scripts import benchmark, evaluate, export, generate, generate_continuations, prepare_data, quickstart, train
-from scripts.cli import main
+from pipelines.cli import main
 
 COMMANDS = {
     "train": (train.Arguments, train.run, True), "generate": (generate.Arguments, generate.run), "export": (export.Arguments, export.run),

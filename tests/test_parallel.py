@@ -13,16 +13,16 @@ import pytest
 import torch
 from conftest import write_config
 
-from data.dealing import Share
-from data.prepare import prepare
+from data.distributed import Share
+from data.prepare.run import prepare
 from data.reader import RowReader
 from fms_spec.errors import UserError
-from pipelines.checkpoint import whole_checkpoints
+from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.config import ParallelSection
 from pipelines.export import export
-from pipelines.parallel import group_size
-from pipelines.processes import PATIENCE, Processes, take_gpu
-from scripts.train import train
+from pipelines.parallel.mesh import group_size
+from pipelines.parallel.processes import PATIENCE, Processes, take_gpu
+from pipelines.train.run import train
 
 ROOT = Path(__file__).parents[1]
 # One step: four micro-batches of one row in phase 1, of two continuations in phase 2; shards of five prompts, which nothing divides.

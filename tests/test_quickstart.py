@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 from test_house import ROOT
 
-from pipelines.small_model import PACKAGE
+from pipelines.machine.small_model import PACKAGE
 
 pytestmark = [
     pytest.mark.slow,

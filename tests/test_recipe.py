@@ -12,8 +12,8 @@ import torch
 from conftest import write_config
 from test_house import ROOT
 
-from pipelines.benchmark_recipe import SharedStates, compared, read_variants
-from pipelines.states import HiddenStates
+from pipelines.measure.recipe import SharedStates, compared, read_variants
+from pipelines.train.state_cache import HiddenStates
 
 TWO = """
 - name: as it is

@@ -15,12 +15,12 @@ from test_checkpoint import FILES, cut, empty, finished, flip, run, weights  # n
 
 from fms_spec.errors import UserError
 from fms_spec.files import owned
-from pipelines.checkpoint import checkpoints
-from pipelines.metrics import Metrics
-from pipelines.run_state import examine_run
-from pipelines.stopping import STOPPED, Stopped
-from pipelines.train import Trainer
-from scripts.train import train
+from pipelines.train.checkpoint import checkpoints
+from pipelines.train.metrics import Metrics
+from pipelines.machine.run_state import examine_run
+from pipelines.train.stopping import STOPPED, Stopped
+from pipelines.train.loop import Trainer
+from pipelines.train.run import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,7 +189,7 @@ def test_a_run_in_another_runs_folder_is_refused_and_sigterm_finishes_the_step_a
 
 
 def test_a_second_sigterm_ends_the_run_at_once(tmp_path):
-    code = "import time\nfrom pipelines.stopping import stopping\nwith stopping():\n print('in', flush=True)\n while True: time.sleep(0.01)"
+    code = "import time\nfrom pipelines.train.stopping import stopping\nwith stopping():\n print('in', flush=True)\n while True: time.sleep(0.01)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGTERM)

@@ -8,8 +8,8 @@ from fms_spec.options import Options
 from fms_spec.sampling import Sampling
 from fms_spec.seeds import LARGEST, mixed
 from pipelines.config import GenerationSection
-from pipelines.generation import EmbeddedEngine
-from scripts.train import train
+from pipelines.generate.engines import EmbeddedEngine
+from pipelines.train.run import train
 
 SEEDS = [0, 1, 20261126, 2**40, LARGEST]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fms_spec.losses import head_losses
-from pipelines import benchmark_heads
-from pipelines.benchmark_heads import (
+from pipelines.measure import heads as benchmark_heads
+from pipelines.measure.heads import (
     FAMILIES,
     KERNELS,
     RandomBase,
@@ -25,7 +25,7 @@ from pipelines.benchmark_heads import (
     product_rate,
     random_windows,
 )
-from pipelines.report import markdown, ratios, read_results, rows
+from pipelines.measure.results import markdown, ratios, read_results, rows
 from scripts.benchmark import Report, TrainStep, run_report, run_train_step
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.proposers import DraftShape, Step
 from fms_spec.speculators import load_speculator
-from pipelines.checkpoint import whole_checkpoints
+from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.export import export
-from scripts.train import train
+from pipelines.train.run import train
 
 ROOT = Path(__file__).parents[1]
 

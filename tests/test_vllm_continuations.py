@@ -15,14 +15,14 @@ import torch
 from conftest import prompts_of, write_model
 from test_house import ROOT
 
-from data.prepare import prepare
+from data.prepare.run import prepare
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
 from fms_spec.options import Options
 from pipelines.config import GenerationSection, load_config
-from pipelines.vllm_engine import VLLMEngine
-from scripts.train import train
+from pipelines.generate.vllm_engine import VLLMEngine
+from pipelines.train.run import train
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)  # heads of 32: vLLM's least on a CPU
 

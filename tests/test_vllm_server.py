@@ -30,7 +30,7 @@ from vllm_helpers import SIZES, write_published
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import Options
-from fms_spec.vllm_plugin import TRIED, version_of
+from fms_spec.vllm.plugin import TRIED, version_of
 
 
 def configure(place, speculator, **settings):
@@ -59,7 +59,7 @@ def test_a_speculator_that_does_not_fit_is_refused_before_anything_is_loaded(tmp
 
 def test_other_methods_keep_vllms_own_drafters_and_untried_versions_are_left_alone_in_one_line(tmp_path):
     script = """
-import fms_spec.vllm_plugin as plugin
+import fms_spec.vllm.plugin as plugin
 from packaging.specifiers import SpecifierSet
 plugin.TRIED = SpecifierSet({range!r})
 from vllm.plugins import load_general_plugins

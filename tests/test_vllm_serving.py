@@ -25,7 +25,7 @@ from fms_spec.loading import load_for_decoding
 from fms_spec.options import Options
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.sampling import Sampling
-from pipelines.evaluate import evaluate, figures
+from pipelines.measure.evaluate import evaluate, figures
 from scripts.evaluate import Arguments, run
 
 

@@ -9,14 +9,14 @@ from conftest import prompts_of, write_model
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from data.prepare import prepare
+from data.prepare.run import prepare
 from data.reader import read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import Options
 from pipelines.config import load_config
 from pipelines.export import export
-from scripts.train import train
+from pipelines.train.run import train
 
 # vLLM's attention on a CPU takes heads from 32 coordinates on.
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)

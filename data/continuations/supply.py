@@ -1,0 +1,180 @@
+"""How a trainer comes by the shard it reads next: writes it itself, has had it written ahead, or has it written alongside."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from data.continuations.writer import POLL_SECONDS, write_shards
+from fms_spec.errors import UserError
+
+FIRST_MESSAGE, NEXT_MESSAGES = 10, 60  # seconds of waiting after which a message is printed
+
+
+class Supply:
+    """What every way has in common.
+
+    Attributes:
+        seconds: {"generation": writing shards in this process, "waiting": for shards of others}, counted up.
+    """
+
+    def __init__(self, store):
+        self.store, self.seconds = store, {"generation": 0.0, "waiting": 0.0}
+        store.sweep()  # a writer that was killed may have left a lock on a shard that is there, which nobody will claim again
+
+    def begin(self, place):
+        """Told once before the run's first step; `place`: shards of the first epoch that have been read."""
+
+    def need(self, index, place):
+        """Return when shard `index` is there; `place`: shards of the first epoch that are begun, this one included."""
+        raise NotImplementedError
+
+    def figures(self):
+        """{metric: number} of this moment, for the run's log."""
+        return {}
+
+    def close(self):
+        """End what was started."""
+
+
+class Inline(Supply):
+    """The trainer's own process writes a missing shard when it is needed.
+
+    rows: how many the run will read. make_engine: called if a shard is missing, at once, so that an engine that isn't there is told
+    before the run starts. writers: trainers that will need the same shard at the same time; each writes another one of those that follow.
+    """
+
+    def __init__(self, store, rows, make_engine, writers=1):
+        super().__init__(store)
+        self.make_engine, self.writers = make_engine, writers
+        self.missing = missing_shards(store, rows)
+        self.engine = make_engine() if self.missing else None
+
+    def need(self, index, place):
+        if self.store.has(index):
+            return
+        started = time.monotonic()
+        self.engine = self.engine or self.make_engine()
+        following = [other for other in self.missing if other > index and not self.store.has(other)]
+        tally = write_shards(self.store, self.engine, [index, *following[: self.writers - 1]])
+        waiting = tally.seconds["waiting"]  # other processes were writing
+        self.seconds["waiting"] += waiting
+        self.seconds["generation"] += time.monotonic() - started - waiting
+
+    def close(self):
+        if self.engine:
+            self.engine.close()
+
+
+class Led(Supply):
+    """As a supply, by the first of some processes that hold one base model between them; the others work for it.
+
+    supply: of the leader. engine: also `supply`'s; has `leads`, and `follow()`, which returns when the leader calls `dismiss()`.
+    """
+
+    def __init__(self, supply, engine):
+        super().__init__(supply.store)
+        self.supply, self.engine, self.seconds = supply, engine, supply.seconds
+
+    def need(self, index, place):
+        if self.engine.leads:
+            self.supply.need(index, place)
+            self.engine.dismiss()
+        else:
+            started = time.monotonic()
+            self.engine.follow()
+            self.seconds["generation"] += time.monotonic() - started
+
+    def close(self):
+        self.supply.close()
+
+
+class Awaited(Supply):
+    """Another process of the run sees to it that the shards are written."""
+
+    def need(self, index, place):
+        started = time.monotonic()
+        while not self.store.has(index):
+            time.sleep(POLL_SECONDS)
+        self.seconds["waiting"] += time.monotonic() - started
+
+
+class Ahead(Supply):
+    """Every shard is there before the run starts.
+
+    rows: how many the run will read. command: what writes the shards.
+
+    Raises:
+        UserError: shards that the run will read are missing; says how many, and the command.
+    """
+
+    def __init__(self, store, rows, command):
+        super().__init__(store)
+        self.command = command
+        missing = missing_shards(store, rows)
+        if missing:
+            raise self.refusal(len(missing))
+
+    def need(self, index, place):
+        if not self.store.has(index):
+            raise self.refusal(1)
+
+    def refusal(self, missing):
+        return UserError(f"{self.store.out_dir}: {missing} shards of continuations that this run reads are missing; run {self.command}")
+
+
+class Alongside(Supply):
+    """Producers write shards in processes of their own, not further ahead of the trainer than they were told.
+
+    rows: how many the run will read. producers: start() starts them, check() restarts those that ended, statuses() returns what
+    `continuation_writer.Tally.values` of each said last, stop() ends them.
+    """
+
+    def __init__(self, store, rows, producers):
+        super().__init__(store)
+        self.producers, self.missing = producers, bool(missing_shards(store, rows))
+
+    def begin(self, place):
+        if self.missing:
+            self.store.post_place(place)
+            self.producers.start()
+
+    def need(self, index, place):
+        self.store.post_place(place)
+        started = time.monotonic()
+        next_message = started + FIRST_MESSAGE
+        while not self.store.has(index):
+            if self.store.reader_place() < place:  # another run that reads the same folder is not so far
+                self.store.post_place(place)
+            self.producers.check()
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() > next_message:
+                waited, name = time.monotonic() - started, self.store.path(index).name
+                tqdm.write(f"waiting for {name} since {waited:.0f} s; the producers' logs are in {self.producers.log_dir}", file=sys.stderr)
+                next_message += NEXT_MESSAGES
+        self.seconds["waiting"] += time.monotonic() - started
+
+    def figures(self):
+        statuses = self.producers.statuses()
+        waiting, writing = (sum(status[f"{part}_seconds"] for status in statuses) for part in ("waiting", "writing"))
+        if not waiting + writing:
+            return {}
+        rate = sum(status["tokens_per_s"] for status in statuses)
+        return {"producer/waiting_share": waiting / (waiting + writing), "producer/tokens_per_s": rate}
+
+    def close(self):
+        self.producers.stop()
+
+
+def missing_shards(store, rows):
+    """Numbers of the missing ones among the first shards that hold `rows` useful rows; a missing one counts as full."""
+    missing = []
+    for index in range(store.shard_count):
+        if rows <= 0:
+            break
+        if store.has(index):
+            rows -= len(store.read(index))
+        else:
+            missing.append(index)
+            rows -= len(store.block(index)[1])
+    return missing

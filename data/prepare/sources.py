@@ -1,0 +1,126 @@
+"""Where documents come from: texts and tables on this machine (see data.prepare.formats), or a dataset of the Hugging Face Hub."""
+
+import glob
+import hashlib
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from data.prepare.finding import find_files
+from data.prepare.formats import UNREAD, check_table, checked_text, has_mark, table_suffix, texts_of
+from data.manifest import reason
+from fms_spec.errors import UserError
+from fms_spec.files import sha256_of
+
+
+class Document(NamedTuple):
+    """One document as read: `text` is None where the bytes are not UTF-8; `row` is -1 where the file is the document."""
+
+    text: str | None
+    file: int
+    row: int
+
+
+class Skipped:
+    """Counts of the documents left out, and the first of them."""
+
+    def __init__(self, source):
+        self.source, self.counts, self.first = source, Counter(), None
+
+    def add(self, why, document):
+        """Count a document; `why`: "empty" or "not UTF-8"."""
+        self.counts[why] += 1
+        self.first = self.first or f"{self.source.label(document.file, document.row)} ({why})"
+
+    def __str__(self):
+        counts = ", ".join(f"{count} {why}" for why, count in sorted(self.counts.items()))
+        return f"skipped {self.counts.total()} documents ({counts}), the first is {self.first}"
+
+
+def open_source(source, text_column):
+    """A folder (searched recursively, hidden files left out), a glob, one file, or a Hub dataset name[:config[:split]].
+
+    Raises:
+        UserError: nothing is there, or nothing that can be read (see data.prepare.finding), or a table has no `text_column`.
+    """
+    path = os.path.expanduser(source)
+    if os.path.isdir(path) or os.path.isfile(path) or glob.has_magic(path):
+        return FileSource(*find_files(path, source), text_column)
+    local = path.startswith((".", os.sep)) or path.count("/") > 1 or path.lower().endswith((*UNREAD, ".txt"))
+    if local or table_suffix(path):
+        raise UserError(f"source {source}: no such file or folder")
+    return HubSource(source, text_column)
+
+
+class FileSource:
+    """Documents from files. Files are visited in a drawn order, the rows of a file from its first to its last."""
+
+    finite = True
+
+    def __init__(self, files, root, text_column):
+        self.files, self.root, self.text_column = files, root, text_column
+        for file in files:
+            if not os.access(file, os.R_OK):
+                raise UserError(f"source {file}: cannot be read (permission denied)")
+            check_table(file, text_column)
+
+    def fingerprint(self):
+        """sha256 over every file's name within the source and its contents: the same wherever the source lies."""
+        digest = hashlib.sha256()
+        for index, file in enumerate(tqdm(self.files, desc="fingerprint", unit="file", leave=False)):
+            # What once was read as one text, or not at all, must not pass for the same set.
+            kind = "" if file.endswith((".jsonl", ".jsonl.gz", ".parquet")) else table_suffix(file) or ("mark" if has_mark(file) else "")
+            digest.update(f"{self.label(index, -1)}\0{sha256_of(file)}{kind}\n".encode())
+        return digest.hexdigest()
+
+    def documents(self, generator):
+        """Yield every Document, visiting the files in an order drawn from the numpy `generator`."""
+        for index in generator.permutation(len(self.files)).tolist():
+            yield from (Document(text, index, row) for row, text in texts_of(self.files[index], self.text_column))
+
+    def label(self, file, row):
+        """The document's name: the path within the source, and `#row` (from 0) where a file holds many."""
+        path = Path(os.path.relpath(self.files[file], self.root or ".")).as_posix()
+        name = os.fsencode(path).decode("utf-8", "replace")  # a file's name may be any bytes
+        return name if row < 0 else f"{name}#{row}"
+
+
+class HubSource:
+    """Documents streamed from the Hub in the dataset's own order."""
+
+    finite = False
+
+    def __init__(self, source, text_column):
+        self.name, self.config, self.split = (*source.split(":"), "", "")[:3]
+        self.config, self.split, self.text_column = self.config or None, self.split or "train", text_column
+        if source.count(":") > 2:
+            raise UserError(f"source {source}: a dataset is given as name, name:config or name:config:split")
+        import datasets
+
+        try:
+            self.builder = datasets.load_dataset_builder(self.name, self.config)
+            self.stream = self.builder.as_streaming_dataset(split=self.split)
+        except Exception as error:  # the library raises its own kinds, OSError and ValueError, for one and the same mistake
+            raise UserError(f"source {source}: no such file or folder here, nor a dataset on the Hub ({reason(error)})") from None
+
+    def fingerprint(self):
+        """The dataset's commit on the Hub, with its config and split."""
+        return hashlib.sha256(f"{self.name}\0{self.config}\0{self.split}\0{self.builder.hash}".encode()).hexdigest()
+
+    def documents(self, generator):
+        """Yield every Document in stream order; `generator` has no say."""
+        row = 0
+        try:
+            for row, example in enumerate(self.stream):
+                yield Document(checked_text(example, self.text_column, f"{self.name} row {row}"), 0, row)
+        except UserError:
+            raise
+        except Exception as error:  # from whichever network or file library the stream uses
+            raise UserError(f"source {self.name}: the stream broke after row {row} ({reason(error)}); try again") from None
+
+    def label(self, file, row):
+        """The document's name: the dataset's, and its number in the stream."""
+        return f"{self.name}#{row}"

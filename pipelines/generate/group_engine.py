@@ -1,0 +1,49 @@
+"""The embedded engine of processes that hold one base model between them."""
+
+import torch.distributed as dist
+
+from pipelines.generate.engines import EmbeddedEngine
+
+
+class GroupEngine(EmbeddedEngine):
+    """The first process of the group leads: what it decodes, all decode with it, each its share of a sharded model's rows.
+
+    Args:
+        base_model: `SharedBaseModel`. The others as for `EmbeddedEngine`.
+
+    Attributes:
+        leads: whether this process leads. The others `follow` until the leader calls `dismiss`.
+    """
+
+    def __init__(self, base_model, settings, seed):
+        super().__init__(base_model, settings, seed)
+        self.leads = base_model.place == 0
+
+    def dismiss(self):
+        """Let the others go on."""
+        self._tell(None)
+
+    def follow(self):
+        """Work for the leader until it calls `dismiss`."""
+        while (job := self._tell(None)) is not None:
+            index, prompts = job
+            self.decode(index, prompts, range(len(prompts)))
+
+    def step(self):
+        self._tell(self._submitted)
+        return super().step()
+
+    def decode(self, index, prompts, rows):
+        model, mine = self.base_model, self.base_model.own(rows)
+        with model.together():
+            decoded = super().decode(index, prompts, mine) if len(mine) else []
+        shares = [None] * model.size
+        dist.all_gather_object(shares, dict(zip(mine, decoded)), group=model.group)
+        found = {row: continued for share in shares for row, continued in share.items()}
+        return [found[row] for row in rows]
+
+    def _tell(self, job):
+        """What the leader says, in all processes of the group: (index, prompts), or None for the end."""
+        said = [job]
+        dist.broadcast_object_list(said, group=self.base_model.group, group_src=0)
+        return said[0]

@@ -1,0 +1,121 @@
+"""How fast phase 2's text is written here: vLLM, the embedded engine and `transformers` generate, in turn in one run."""
+
+import statistics
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fms_spec.base_model import BaseModel
+from pipelines.generate.engines import EmbeddedEngine
+from pipelines.generate.vllm_engine import VLLMEngine
+
+BATCHES = (1, 4, 16, 48, 96)
+ROUNDS = 4  # of each way at each batch, every other one backwards: what ran before may have warmed or cooled; medians count
+
+
+def benchmark_continuations(name, dtype, backend, prompts, settings):
+    """One JSON value for each batch size, as an iterator.
+
+    Args:
+        prompts: int64 [p, n], used again where a batch holds more. settings: `GenerationSection`; every way samples alike and ends at EOS.
+    """
+    base_model = BaseModel(name, dtype=dtype, backend=backend)
+    vllm = VLLMEngine(name, settings, prompts.shape[1], seed=0, dtype=dtype)
+    ways = {
+        "embedded": engine_way(EmbeddedEngine(base_model, settings, seed=0)),
+        "transformers": generate_way(base_model, settings),
+        "vllm": engine_way(vllm),
+        "vllm_offline": offline_way(vllm),
+    }
+    try:
+        for way in ways.values():  # the first call starts vLLM, chooses kernels and allocates
+            way(prompts[:2], 0)
+        inside = Inside(vllm.llm.llm_engine)
+        for batch in BATCHES:
+            chosen = prompts[torch.arange(batch) % len(prompts)]
+            rates, shares = {way: [] for way in ways}, []
+            for place in range(ROUNDS):
+                for way, write in list(ways.items())[:: 1 if place % 2 == 0 else -1]:
+                    start, before = time.perf_counter(), inside.seconds
+                    tokens = write(chosen, 1 + place)
+                    seconds = time.perf_counter() - start
+                    rates[way].append(tokens / seconds)
+                    if way == "vllm":
+                        shares.append(1 - (inside.seconds - before) / seconds)
+            yield result(batch, rates) | {"vllm_wrapper_share": statistics.median(shares)}
+    finally:
+        vllm.close()
+
+
+class Inside:
+    """Counts the seconds spent in vLLM's own calls; what is left of an engine's time is the wrapper's."""
+
+    def __init__(self, llm_engine):
+        self.seconds = 0.0
+        for name in ("step", "add_request"):
+            setattr(llm_engine, name, self.timed(getattr(llm_engine, name)))
+
+    def timed(self, call):
+        def run(*arguments, **named):
+            start = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return run
+
+
+def result(batch, rates):
+    """rates: {way: tokens per second, round by round}. Ratios are medians over rounds, each of which has all ways side by side."""
+    over = lambda way, other: statistics.median(ours / theirs for ours, theirs in zip(rates[way], rates[other]))  # noqa: E731
+    return {
+        "batch": batch, "tokens_per_s": {way: statistics.median(values) for way, values in rates.items()},
+        "embedded_over_transformers": over("embedded", "transformers"), "vllm_over_transformers": over("vllm", "transformers"),
+        "vllm_over_its_offline_generate": over("vllm", "vllm_offline"),
+    }  # fmt: skip
+
+
+def engine_way(engine):
+    """Function (prompts [b, n], shard number) -> tokens written, through an engine as training uses it."""
+
+    def write(prompts, index):
+        engine.submit(index, prompts)
+        tokens = 0
+        while not engine.idle:
+            tokens += sum(len(row) for _, rows, _ in engine.step() for row in rows)
+        return tokens
+
+    return write
+
+
+def offline_way(engine):
+    """The same through vLLM's own `LLM.generate`, on the engine's vLLM."""
+
+    def write(prompts, index):
+        inputs = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
+        params = [engine.sampling_params(index, row) for row in range(len(prompts))]
+        return sum(len(output.outputs[0].token_ids) for output in engine.llm.generate(inputs, params, use_tqdm=False))
+
+    return write
+
+
+def generate_way(base_model, settings):
+    """The same through `transformers` generate; all prompts are equally long, so nothing is padded."""
+    model = AutoModelForCausalLM.from_pretrained(base_model.path, dtype=base_model.dtype).to(base_model.device).eval()
+    eos = sorted(base_model.eos_token_ids)
+    sampling = {"do_sample": False}
+    if settings.temperature:
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+
+    def write(prompts, index):
+        torch.manual_seed(index)
+        output = model.generate(
+            prompts.to(model.device), attention_mask=torch.ones_like(prompts), max_new_tokens=settings.max_new_tokens, eos_token_id=eos,
+            pad_token_id=-1 % base_model.vocab_size, **sampling,
+        )[:, prompts.shape[1] :]  # fmt: skip
+        ended = torch.isin(output, torch.tensor(eos, device=output.device)).cumsum(1)
+        return int((ended - torch.isin(output, torch.tensor(eos, device=output.device)).long() == 0).sum())  # up to the first EOS, with it
+
+    return write

@@ -1,0 +1,153 @@
+"""How fast decoding is here, as ratios of things measured in turn in one run. Batch 1 unless said otherwise."""
+
+import statistics
+import time
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from fms_spec.base_model import BaseModel
+from fms_spec.decoding import decode
+from fms_spec.options import Options
+from fms_spec.proposers import DraftShape, PromptLookup, TopKProposer
+from pipelines.measure.evaluate import evaluate, figures, logit_gap, side_by_side
+from pipelines.measure.suggestion import forward_seconds
+
+DTYPE = "bfloat16"
+SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 13, 17)  # tokens of a forward: 9 verifies 8 candidates
+BATCHES = (1, 2, 4, 8, 16)
+COPYING = ("summarization", "rag", "extraction")  # of Spec-Bench: where answers repeat the prompt
+LOOKUP_TOKENS = 10  # transformers' documented prompt_lookup_num_tokens
+
+
+class Generate:
+    """`transformers` generate on the same weights: greedy, with its own cache, optionally with its prompt lookup."""
+
+    def __init__(self, base_model):
+        self.model = AutoModelForCausalLM.from_pretrained(base_model.path, dtype=base_model.dtype).to(base_model.device).eval()
+        self.eos = sorted(base_model.eos_token_ids)
+
+    def __call__(self, prompt, new_tokens, lookup=False):
+        """(new tokens, seconds in all) of one prompt, int64 [n]."""
+        extra = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if lookup else {}
+        start = time.perf_counter()
+        output = self.model.generate(
+            prompt[None].to(self.model.device), attention_mask=torch.ones_like(prompt[None]), max_new_tokens=new_tokens, do_sample=False,
+            eos_token_id=self.eos, pad_token_id=0, **extra,
+        )  # fmt: skip
+        tokens = output[0, len(prompt) :].tolist()
+        return tokens, time.perf_counter() - start
+
+
+def whole(base_model, prompt, new_tokens, proposer=None):
+    """(new tokens, seconds in all) of our own decoding, counted as `Generate` is: with reading the prompt."""
+    start = time.perf_counter()
+    (result,), _ = decode(base_model, [prompt], Options(max_new_tokens=new_tokens), proposer)
+    return result.tokens, time.perf_counter() - start
+
+
+def in_turn(ways, prompts, new_tokens, title):
+    """Functions (prompt, new_tokens) -> (tokens, seconds), each prompt by all of them in turn.
+
+    Returns:
+        ({name: tokens per second}, {name: list of each prompt's new tokens})
+    """
+    texts, seconds = {name: [] for name in ways}, dict.fromkeys(ways, 0.0)
+    for way in ways.values():
+        way(prompts[0], 4)
+    for prompt in tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True):
+        for name, way in ways.items():
+            tokens, spent = way(prompt, new_tokens)
+            texts[name].append(tokens)
+            seconds[name] += spent
+    return {name: sum(map(len, texts[name])) / seconds[name] for name in ways}, texts
+
+
+def forwards(base_model):
+    """What verifying costs: forwards over 1 to 17 tokens, with logits, on a cache of 256; and without `BaseModel.pack`."""
+    seconds = forward_seconds(base_model, SIZES)
+    unpacked = BaseModel(base_model.name, dtype=DTYPE, backend=base_model.backend, device=base_model.device)
+    return {
+        "name": "forward", "ms": {size: 1000 * spent for size, spent in seconds.items()},
+        "times_one_token": {size: spent / seconds[1] for size, spent in seconds.items()},
+        "ms_unpacked": {size: 1000 * spent for size, spent in forward_seconds(unpacked, SIZES).items()},
+    }  # fmt: skip
+
+
+def plain(base_model, generate, prompts, new_tokens):
+    """Plain decoding against `transformers` generate, both with reading the prompt; and whether they wrote the same, by bf16 logits."""
+    ways = {"ours": lambda *job: whole(base_model, *job), "transformers": generate}
+    rates, texts = in_turn(ways, prompts, new_tokens, "plain")
+    pairs = list(zip(prompts, texts["transformers"], texts["ours"]))
+    ratio = rates["ours"] / rates["transformers"]
+    texts = side_by_side(pairs, [logit_gap(base_model, *pair) for pair in pairs])
+    return {"name": "plain", "tokens_per_s": rates, "ours_over_transformers": ratio} | texts
+
+
+def trees(base_model, speculator, prompts, shapes, new_tokens):
+    """Speed-up, acceptance and shares of a step for each shape of tree and for prompt lookup, all against plain decoding in turn."""
+    proposers = {f"tree {place}": shape.proposer(speculator) for place, shape in enumerate(shapes)}
+    proposers["prompt lookup"] = PromptLookup(4)
+    samples = evaluate(base_model, prompts, {"plain": None} | proposers, new_tokens)
+    for (kind, proposer), shape in zip(proposers.items(), [*shapes, None]):
+        places = [sample.place for sample in samples if sample.kind == kind]
+        texts = {"equal": places.count(None), "parted": len(places) - places.count(None)}
+        yield {
+            "name": "tree" if shape else "our_prompt_lookup", "lookahead": proposer.lookahead, "nodes": proposer.nodes,
+            "chain": isinstance(proposer, TopKProposer) and proposer.nodes == proposer.lookahead, "texts": texts,
+            **figures(samples, kind, proposer.lookahead),
+        }  # fmt: skip
+
+
+def against_prompt_lookup(base_model, speculator, generate, prompts, shape, new_tokens):
+    """Our decoding with the speculator against `transformers` prompt lookup, by category, both with reading the prompt."""
+    proposer = shape.proposer(speculator)
+    ways = {
+        "ours": lambda *job: whole(base_model, *job, proposer), "ours_plain": lambda *job: whole(base_model, *job),
+        "transformers_prompt_lookup": lambda *job: generate(*job, lookup=True),
+    }  # fmt: skip
+    for category in dict.fromkeys(prompt.category for prompt in prompts):
+        own = [prompt.tokens([]) for prompt in prompts if prompt.category == category]
+        rates, _ = in_turn(ways, own, new_tokens, category or "prompts")
+        ratio = rates["ours"] / rates["transformers_prompt_lookup"]
+        yield {
+            "name": "prompt_lookup",
+            "category": category,
+            "copying": category in COPYING,
+            "tokens_per_s": rates,
+            "ours_over_theirs": ratio,
+        }
+
+
+def batches(base_model, speculator, prompts, shape, new_tokens):
+    """Speculation against plain decoding at each batch size, without reading the prompts, which are used again where there are few."""
+    proposer = shape.proposer(speculator)
+    options = Options(max_new_tokens=new_tokens, ignore_eos=True)
+    for batch in BATCHES:
+        chosen = [prompts[place % len(prompts)] for place in range(batch)]
+        rates = {"plain": [], "speculator": []}
+        for _ in range(3):
+            for name, way in (("plain", None), ("speculator", proposer)):
+                results, timing = decode(base_model, chosen, options, way)
+                rates[name].append(sum(len(result.tokens) - 1 for result in results) / timing.decoding)
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        yield {"name": "batch", "batch": batch, "tokens_per_s": medians, "speedup": medians["speculator"] / medians["plain"]}
+
+
+def benchmark_decode(base_model, speculator, prompts, spec_bench, new_tokens, shape=DraftShape()):
+    """Everything above, as an iterator of JSON values.
+
+    Args:
+        prompts, spec_bench: prompts as for `evaluate`; spec_bench may be empty. shape: of the trees in comparisons.
+    """
+    tokens = [prompt.tokens([]) for prompt in prompts]
+    yield forwards(base_model)
+    generate = Generate(base_model)
+    yield plain(base_model, generate, tokens, new_tokens)
+    whole_depth = speculator.n_predict
+    compared = [shape, DraftShape(), DraftShape(nodes=whole_depth + 1), DraftShape(nodes=max(8, whole_depth))]
+    yield from trees(base_model, speculator, prompts, list(dict.fromkeys(compared)), new_tokens)
+    yield from against_prompt_lookup(base_model, speculator, generate, prompts, shape, new_tokens)
+    yield from against_prompt_lookup(base_model, speculator, generate, spec_bench, shape, new_tokens)
+    yield from batches(base_model, speculator, tokens, shape, new_tokens)

@@ -1,0 +1,149 @@
+"""What `scripts.benchmark recipe` puts together: the training of each variant, with everything but its head steps done once for all."""
+
+import hashlib
+import json
+import shutil
+from contextlib import closing
+from functools import partial
+
+from tqdm import tqdm
+
+from data.continuations.batches import Continuations
+from data.reader import RowReader, read_manifest, read_prompts
+from fms_spec.base_model import BaseModel
+from fms_spec.errors import UserError, first_difference
+from fms_spec.files import OWNER, owned, read_json, write_json, write_whole
+from pipelines.measure.recipe import SharedStates, digest, read_results, read_variants, shared_values, train_and_judge
+from pipelines.config import load_config
+from pipelines.machine.environment import environment
+from pipelines.plan.feasible import check_sizes
+from pipelines.parallel.processes import Processes
+from pipelines.train.state_cache import HiddenStates
+from pipelines.train.validation import Validation
+from pipelines.generate.write import open_store
+from pipelines.train.run import FILL_ROWS, inputs_of, open_supply, put_together
+
+RESULTS, RECORD = "results.jsonl", "shared.json"
+
+
+def sweep(config_path, variants_path, out_dir, overrides):
+    """Run what is missing of the variants one after the other; returns the lines of all of them, in the order of the list.
+
+    Raises:
+        UserError: anything wrong with the list, a variant's config or data, or `out_dir`, before any work.
+    """
+    variants = read_variants(variants_path, config_path, overrides)
+    with owned(out_dir):
+        return run_missing(variants, load_config(config_path, overrides), out_dir, overrides)
+
+
+def run_missing(variants, base, out_dir, overrides):
+    """As `sweep`, in a folder that is this process's own."""
+    results = out_dir / RESULTS
+    found = read_results(results, variants)
+    prompts = read_prompts(base.data.dir, "held_out").tokens
+    measured_on = environment()  # of the code that is loaded, whatever is committed while it runs
+    missing = {name: parts for name, parts in variants.items() if name not in found}
+    for _, config in missing.values():  # data that isn't there is told before the first variant
+        rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
+        continued = read_prompts(config.data.dir, limit=config.data.prompts)
+        check_sizes(config, len(rows), rows.seq_length, len(continued), continued.tokens.shape[1])
+    if missing:
+        base_model = BaseModel(base.base_model.name, dtype=base.base_model.dtype, backend=base.base_model.backend)
+        claim(out_dir, base)
+        lookahead = max(config.speculator.n_predict for _, config in variants.values())
+        validation = Validation(base_model, prompts, base.validation.max_new_tokens, lookahead)
+    for name, (variant, config) in missing.items():
+        print(f"== {name}: {variant.why}", flush=True)
+        line = {"variant": name, "why": variant.why, "overrides": [*overrides, *variant.set]}
+        line |= run_variant(config, base_model, validation, out_dir)
+        found[name] = {"benchmark": "recipe"} | line | {"environment": measured_on}
+        before = results.read_bytes() if results.is_file() else b""
+        write_whole(results, before + json.dumps(found[name]).encode() + b"\n")
+    return [found[name] for name in variants]
+
+
+def claim(out_dir, base):
+    """Make `out_dir` these variants': hidden states of another model or other data would be taken for these.
+
+    Raises:
+        UserError: it holds such states, or other files.
+    """
+    record, values = out_dir / RECORD, shared_values(base) | {"prepared": read_manifest(base.data.dir)["inputs"]}
+    if not any(place.name not in (RECORD, OWNER) for place in out_dir.iterdir()):  # nothing yet that an older record would be of
+        write_json(record, values)
+    if not record.is_file():
+        raise UserError(f"{out_dir} holds other files; give an empty or new --out_dir")
+    difference = first_difference(read_json(record, "give another --out_dir"), values)
+    if difference:
+        key, before, now = difference
+        raise UserError(f"{out_dir} holds what was made with another {key} ({before!r}, now {now!r}); give another --out_dir")
+
+
+def run_variant(config, base_model, validation, out_dir):
+    """Train and judge one; its figures as JSON values. A run that an interrupted sweep left half-way begins again."""
+    run_dir = out_dir / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
+    prompts = read_prompts(config.data.dir, limit=config.data.prompts)
+    name = texts_name(config)
+    store = open_store(out_dir / "continuations" / name, config.data.dir, prompts, config.base_model, config.generation, config.seed)
+    with closing(open_supply(config, store, run_dir, lambda: base_model)) as supply:
+        continuations = partial(Continuations, store, supply)
+        batches = continuations(config.phase2.batch_size)
+        trainer = put_together(only_head_steps(config), run_dir, base_model, rows, prompts, batches, inputs_of(config), Processes())
+        tokens = share_states(trainer, config, out_dir / "hidden_states", rows, prompts, continuations(FILL_ROWS), name)
+        figures = train_and_judge(trainer, validation)
+    shutil.rmtree(run_dir)
+    return {"config": digest(config), "base_model_tokens": tokens} | figures
+
+
+def share_states(trainer, config, directory, rows, prompts, continuations, name):
+    """Have the trainer read its hidden states from the variants' cache, and fill that with what the run will read.
+
+    Returns:
+        {what: tokens that pass through the base model}, whether this variant or one before it paid for them: rows; generation, prompts and
+        what is written after them; continuations, the same texts once more for their states.
+    """
+    length = prompts.tokens.shape[1] + config.generation.max_new_tokens
+    readers = {
+        "phase1": (RowReader(config.data.dir, batch_size=FILL_ROWS, seed=config.seed, rows=config.data.rows), len(rows), "rows"),
+        "phase2": (continuations, len(prompts), name),
+    }
+    sizes = {"phase1": (rows.table_rows, rows.seq_length), "phase2": (len(prompts), length)}
+    tokens = dict.fromkeys(readers, 0)
+    for phase, steps in trainer.phase_steps.items():
+        reader, available, folder = readers[phase]
+        settings = getattr(config, phase)
+        cache = HiddenStates(trainer.base_model, None, directory / folder, *sizes[phase], available)
+        read = min(available, steps * settings.accumulate * settings.batch_size)
+        tokens[phase] = fill(cache, reader, -(-read // FILL_ROWS))
+        trainer.states[phase] = SharedStates(cache, trainer.states[phase].best_tokens)
+    return {"rows": tokens["phase1"], "generation": tokens["phase2"], "continuations": tokens["phase2"]}
+
+
+def fill(cache, batches, count):
+    """Pass `count` batches through the cache; returns how many tokens their different rows hold."""
+    lengths = {}
+    for _ in tqdm(range(count), desc="hidden states", unit="batch", dynamic_ncols=True):
+        batch = next(batches)
+        cache(batch)
+        lengths |= zip(batch.row_ids.tolist(), (batch.segment_ids >= 0).sum(1).tolist())
+    return sum(lengths.values())
+
+
+def texts_name(config):
+    """A folder's name for phase 2's texts: variants with the same prompts, sampling and seed share them."""
+    values = json.dumps([config.data.prompts, config.seed, config.generation.model_dump()], sort_keys=True)
+    return f"{config.data.prompts or 'all'}-prompts-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
+
+
+def only_head_steps(config):
+    """The config of a run that does nothing beside them: no cache, validation or checkpoint of its own."""
+    changes = {
+        "hidden_state_cache": False,
+        "compile": False,  # the averaged copy of the heads would go on with the first ones' compiled step
+        "validation": config.validation.model_copy(update={"prompts": 0}),
+        "checkpoint": config.checkpoint.model_copy(update={"every": config.schedule.steps}),
+    }
+    return config.model_copy(update=changes)

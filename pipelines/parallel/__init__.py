@@ -1,0 +1,1 @@
+"""Several processes: who they are, how they share models, and how they end together."""

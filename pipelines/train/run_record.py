@@ -1,0 +1,78 @@
+"""run.json: what a run is, written once, and compared before the run is gone on with."""
+
+import sys
+
+from fms_spec.errors import UserError, first_difference
+from fms_spec.files import OWNER, read_json, write_json
+from pipelines.train.checkpoint import checkpoints
+
+RECORD = "run.json"
+
+
+def check_out_dir(out_dir, config, resume, processes, inputs):
+    """Refuse an out_dir that can't be this run's, before any work.
+
+    processes: how many there are. inputs: what tells the base model's weights and the data from others, {name: text}.
+
+    Raises:
+        UserError: it holds another run, a run that wasn't asked to be resumed, or other files.
+    """
+    found = read_record(out_dir)
+    if found is None:
+        if out_dir.exists() and not out_dir.is_dir():
+            raise UserError(f"{out_dir} is a file; give another out_dir")
+        names = {path.name for path in out_dir.iterdir()} - {OWNER, RECORD} if out_dir.exists() else set()
+        if names and not (resume and checkpoints(out_dir / "checkpoints")):
+            raise UserError(f"{out_dir} holds other files ({min(names)}); give an empty or new out_dir")
+        if names:
+            print(f"warning: {out_dir / RECORD} is lost; it is taken for a run with this config", file=sys.stderr)
+        return
+    now = what_decides(config.model_dump(mode="json"), processes) | inputs
+    difference = first_difference(what_decides(found["config"], found["processes"]) | found["inputs"], now)
+    if difference:
+        key, before, now = difference
+        raise UserError(
+            f"{out_dir} holds a run with another {key} ({before!r}, now {now!r}); give another out_dir, or the same one to resume"
+        )
+    if not resume:
+        raise UserError(f"{out_dir} holds a run already; add --resume to go on with it, or give another out_dir")
+
+
+def read_record(out_dir):
+    """A run's record as a dict; None where there is none, or an empty one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    record = out_dir / RECORD
+    if not record.is_file() or not record.stat().st_size:
+        return None
+    mend = "copy it back, or remove it and resume with the config that the run was started with"
+    found = read_json(record, mend)
+    try:
+        what_decides(found["config"], found["processes"]) | found["inputs"] | found["versions"]
+        found["command"], found["git_revision"], found["device"]
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{record}: no record of a run; {mend}") from None
+    return found
+
+
+def what_decides(config, processes):
+    """A run's config as a dict, without what changes only how its steps are computed, so that a run may be resumed in another way.
+
+    Continuations are the same ones however they come, and a step is the same one over any number of processes if its micro-batches are.
+    """
+    ways = ("mode", "shards_ahead", "producer_devices", "memory_share")
+    phases = {}
+    for name in ("phase1", "phase2"):
+        phases[name] = {("accumulate x processes" if key == "accumulate" else key): value for key, value in config[name].items()}
+        phases[name]["accumulate x processes"] *= processes
+    generation = {key: value for key, value in config["generation"].items() if key not in ways}
+    return {key: value for key, value in config.items() if key != "parallel"} | phases | {"generation": generation}
+
+
+def claim_out_dir(out_dir, config, processes, inputs, environment):
+    """Write run.json (resolved config, processes, inputs, versions, git revision, command), unless the run has one from its first start."""
+    if read_record(out_dir) is None:
+        made_by = {"config": config.model_dump(mode="json"), "processes": processes, "inputs": inputs} | environment
+        write_json(out_dir / RECORD, made_by)
