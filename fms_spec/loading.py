@@ -2,7 +2,7 @@
 
 from fms_spec.base_model import BaseModel
 from fms_spec.proposers import DraftShape
-from fms_spec.speculators import check_speculator, load_speculator
+from fms_spec.speculators.directory import check_speculator, load_speculator
 
 
 def load_for_decoding(base_model, speculator, shape=DraftShape(), **settings):

@@ -16,7 +16,7 @@ import torch
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling, best_token, draw
-from fms_spec.speculators.base import select
+from fms_spec.speculators.interface import select
 
 MOST_NODES = 1024  # of a tree: who sees whom is a matrix of their square, worked out anew for each step
 

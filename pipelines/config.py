@@ -5,18 +5,21 @@ import os
 import reprlib
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling
+from fms_spec.losses import LossWeights
 from fms_spec.seeds import LARGEST
+from fms_spec.settings import Section
+from fms_spec.speculators.interface import Settings
+from fms_spec.speculators.registry import FAMILIES, settings_of
 from pipelines.train.schedule import Schedule
 from pipelines.yaml_files import parse, read_yaml
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # of anything; the data and the memory bound most of them further, see `feasible`
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
-Size = Annotated[int, Field(ge=1, le=2**20)]  # of a tensor's side: a product of three fits into 63 bits
 # Of a file, a folder or on the hub; a ~ is one's own folder, as in the shell.
 Place = Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$"), AfterValidator(os.path.expanduser)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -26,26 +29,10 @@ SHORT.maxstring = SHORT.maxother = 80
 SHORT.maxlevel = 2
 
 
-class Section(BaseModel):
-    """Strict: an unknown key is an error, and so is a value of another type (`lr: yes` is not 1), infinity and nan."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
 class BaseModelSection(Section):
     name: Place  # directory or hub name
     backend: Literal["auto", "fms", "transformers"] = "auto"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-
-
-class SpeculatorSection(Section):
-    family: Literal["mlp", "hidden_state"]
-    n_predict: int = Field(3, ge=1, le=64)
-    inner_dim: Size = 4096
-    width: Size = 768  # hidden_state: of the trunk
-    draft_vocab_size: int | None = Field(None, ge=2)  # hidden_state: the most frequent tokens of the corpus; None keeps all
-    tie_weights: bool = True  # mlp
-    scale_input: bool = True  # mlp
 
 
 class DataSection(Section):
@@ -95,9 +82,13 @@ class LossSection(Section):
     cross_entropy: Weight = 1.0  # on the text's own tokens
     distillation: Weight = 0.0  # forward KL from the base model's distribution
     acceptance: Weight = 0.0  # -log of the rate at which the base model accepts what is drawn from the head (LK loss)
-    smooth_l1: Weight = 0.0  # on the base model's next hidden states; hidden_state family only
+    smooth_l1: Weight = 0.0  # on the base model's next hidden states; of families that predict them
     heads: list[Weight] | None = None  # one weight a head; None weighs all alike
     only_accepted: bool = False  # train later heads only where the tokens before theirs are the base model's own greedy ones
+
+    def weights(self, heads):
+        """`LossWeights` for so many heads."""
+        return LossWeights(self.cross_entropy, self.distillation, self.smooth_l1, tuple(self.heads or [1.0] * heads), self.acceptance)
 
 
 class PhaseSection(Section):
@@ -170,7 +161,7 @@ class RunConfig(Section):
 
     seed: Seed = 0
     base_model: BaseModelSection
-    speculator: SpeculatorSection
+    speculator: Annotated[SerializeAsAny[Settings], BeforeValidator(settings_of)]  # of whichever family it names
     data: DataSection
     schedule: ScheduleSection
     phase1: PhaseSection
@@ -194,8 +185,10 @@ class RunConfig(Section):
                 raise ValueError(f"{phase}.loss.heads has {len(loss.heads)} weights for {self.speculator.n_predict} heads")
             if loss.heads is not None and not any(loss.heads):
                 raise ValueError(f"{phase}.loss.heads has no weight over 0: nothing would be learned")
-            if self.speculator.family == "mlp" and loss.smooth_l1:
-                raise ValueError(f"{phase}.loss.smooth_l1 needs the hidden_state family: the mlp family predicts no hidden states")
+            family = self.speculator.family
+            if loss.smooth_l1 and not FAMILIES[family].predicts_states:
+                able = " or ".join(name for name, other in FAMILIES.items() if other.predicts_states)
+                raise ValueError(f"{phase}.loss.smooth_l1 needs the {able} family: the {family} family predicts no hidden states")
             if not (loss.cross_entropy or loss.distillation or loss.acceptance or loss.smooth_l1):
                 raise ValueError(f"{phase}.loss has no weight over 0: nothing would be learned")
         return self
@@ -217,7 +210,7 @@ def load_config(path, overrides=()):
     except ValidationError as error:
         # A mistyped key is also a missing one: the mistyped one says more.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        raise UserError(f"config {path}: {explain(problem)}") from None
+        raise UserError(f"config {path}: {explain(problem, values)}") from None
 
 
 def apply_override(values, override):
@@ -237,13 +230,15 @@ def apply_override(values, override):
     values[key] = parse(text, f"override {shown(override)}")
 
 
-def explain(problem):
-    """One line for a problem pydantic found."""
+def explain(problem, values):
+    """One line for a problem pydantic found in a config's values."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         section = RunConfig
         for part in problem["loc"][:-1]:
             section = section.model_fields[part].annotation
+        if section is Settings:
+            section = FAMILIES[values["speculator"]["family"]].settings
         near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
         known = f"did you mean {near[0]}?" if near else f"known: {', '.join(section.model_fields)}"
         return f"unknown key {key}, {known}"

@@ -12,7 +12,7 @@ from fms_spec.base_model import BaseModel, read_config, resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, check_writable, write_whole
 from fms_spec.loading import load_for_decoding
-from fms_spec.speculators import check_speculator
+from fms_spec.speculators.directory import check_speculator
 from pipelines.measure.continuations import benchmark_continuations
 from pipelines.measure.decode import DTYPE, benchmark_decode
 from pipelines.measure.recipe import compared

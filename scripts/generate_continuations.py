@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +15,7 @@ from pipelines.config import BaseModelSection, Count, CountOrZero, GenerationSec
 from pipelines.machine.environment import environment
 from pipelines.generate.engines import make_engine
 from pipelines.generate.producers import end_with_parent
-from pipelines.generate.write import open_store
+from pipelines.generate.supply import open_store
 from pipelines.cli import arguments, main
 
 
@@ -79,10 +78,11 @@ def run(parsed):
     prompts = read_prompts(parsed.prompts, limit=parsed.limit)
     store = open_store(parsed.out_dir, parsed.prompts, prompts, base_model, settings, parsed.seed)
     indices = shard_numbers(parsed.shards, store.shard_count, parsed.shard_prompts)
-    load = partial(BaseModel, base_model.name, dtype=base_model.dtype, backend=base_model.backend)
     missing = [index for index in indices if not store.has(index)]
     if missing:
-        engine = make_engine(settings, base_model, prompts.tokens.shape[1], parsed.seed, load)
+        engine = make_engine(settings, base_model, prompts.tokens.shape[1], parsed.seed)
+        if settings.engine == "embedded":
+            engine.use(BaseModel(base_model.name, dtype=base_model.dtype, backend=base_model.backend))
         try:
             tally = write_shards(store, engine, missing, parsed.ahead, Path(parsed.status) if parsed.status else None)
         finally:

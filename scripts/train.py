@@ -6,7 +6,6 @@ On several GPUs or nodes: torchrun --nproc_per_node=8 -m scripts.train ...
 import os
 from pathlib import Path
 
-from data.reader import RowReader, read_manifest, read_prompts
 from fms_spec.errors import UserError
 from pipelines.cli import arguments, main
 from pipelines.config import load_config
@@ -15,7 +14,7 @@ from pipelines.plan.devices import find_device
 from pipelines.plan.feasible import check_sizes
 from pipelines.plan.plan import Plan, Ranks, Sizes, verdict
 from pipelines.show.console import print_plan
-from pipelines.train.run import check_processes, train
+from pipelines.train.run import check_processes, read_data, sizes_of, train
 
 @arguments
 class Arguments:
@@ -72,12 +71,8 @@ def plan(config, parsed):
         "no prepared data yet: rows of 4,096 and prompts of 64 tokens assumed",
     )
     if Path(config.data.dir).is_dir():
-        manifest, note = read_manifest(config.data.dir), f"rows and prompts as in {config.data.dir}"
-        inputs = manifest["inputs"]
-        rows = len(RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows))
-        prompts = len(read_prompts(config.data.dir, limit=config.data.prompts))
-        sizes = Sizes(inputs["seq_length"], inputs["prompt_length"], rows, prompts)
-        check_sizes(config, rows, sizes.seq_length, prompts, sizes.prompt_length, processes, memory=float("inf"))
+        sizes, note = sizes_of(*read_data(config)), f"rows and prompts as in {config.data.dir}"
+        check_sizes(config, sizes, processes, memory=float("inf"))
     device = find_device(parsed.device or "here", config.base_model.dtype)
     found = Plan(config, sizes, Ranks(processes, per_node), device)
     print_plan(found, note, verdict(found))

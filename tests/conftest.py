@@ -17,7 +17,8 @@ from data.prepare.run import prepare
 from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.proposers import BestNodesProposer, PromptLookup, TopKProposer
-from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
+from fms_spec.speculators.hidden_state import HiddenStateSpeculator
+from fms_spec.speculators.mlp import MLPSpeculator
 from pipelines.config import load_config
 
 WORDS = 96
@@ -94,14 +95,17 @@ def data_dir(tmp_path_factory, corpus_dir, model_dir):
     return directory
 
 
+HEADS = {"hidden_state": ", width: 16, inner_dim: 24, draft_vocab_size: 64", "mlp": ", inner_dim: 24"}
+
+
 def write_config(path, model_dir, data_dir, family="hidden_state", **changes):
     """A run of seconds, written to `path`; changes: {"section.key": value}, as on the command line. Returns the `RunConfig`."""
     path.write_text(f"""
 base_model: {{name: {model_dir}, dtype: float32}}
-speculator: {{family: {family}, n_predict: 3, width: 16, inner_dim: 24, draft_vocab_size: {"null" if family == "mlp" else 64}}}
+speculator: {{family: {family}, n_predict: 3{HEADS.get(family, "")}}}
 data: {{dir: {data_dir}}}
 schedule: {{steps: 9}}
-phase1: {{batch_size: 3, accumulate: 2, positions: 40, loss: {{cross_entropy: 0.5, distillation: 1.0, smooth_l1: {0.0 if family == "mlp" else 0.1}}}}}
+phase1: {{batch_size: 3, accumulate: 2, positions: 40, loss: {{cross_entropy: 0.5, distillation: 1.0, smooth_l1: {0.1 if family == "hidden_state" else 0.0}}}}}
 phase2: {{batch_size: 4, loss: {{cross_entropy: 1.0, only_accepted: true}}}}
 generation: {{batch_size: 5, max_new_tokens: 12, temperature: 0.8, top_k: 10}}
 optimizer: {{lr: 0.01}}

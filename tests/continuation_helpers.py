@@ -35,6 +35,9 @@ class Engine:
         self.lengths, self.room, self.seconds, self.log = lengths, room, seconds, log
         self.begun, self.submitted, self.closed = [], [], False
 
+    def use(self, base_model):
+        pass
+
     @property
     def idle(self):
         return not self.submitted

@@ -58,7 +58,7 @@ def main(jobs):
             if job.get("fails", "never") != "never" and processes.rank == processes.count - 1:
                 fail_in_the_third_step(job["fails"])
             config = load_config(job["config"], job["overrides"])
-            _, trainer = train(config, Path(job["out_dir"]), job.get("resume", False), processes)
+            trainer = train(config, Path(job["out_dir"]), job.get("resume", False), processes)
             held = {"base_model": bytes_held(trainer.base_model.model), "speculator": bytes_held(trainer.speculator)}
             held["moments"] = sum(
                 getattr(value, "_local_tensor", value).nbytes

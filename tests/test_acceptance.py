@@ -10,7 +10,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import Options
 from fms_spec.proposers import DraftShape, PromptLookup
-from fms_spec.speculators import MLPSpeculator
+from fms_spec.speculators.mlp import MLPSpeculator
 from pipelines.measure.evaluate import evaluate
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts
 from pipelines.train.validation import Validation

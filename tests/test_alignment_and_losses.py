@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from fms_spec import losses as losses_module
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.losses import LossWeights, head_losses
-from fms_spec.speculators import MLPSpeculator
+from fms_spec.speculators.mlp import MLPSpeculator
 
 HEADS, WIDTH, VOCABULARY = 3, 12, 40
 

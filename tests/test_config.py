@@ -134,7 +134,7 @@ def test_overrides_are_read_as_yaml_and_checked_like_the_file(tmp_path):
         ("generation.temperature=1e-30", "temperature 1e-30: must be 0"),
         ("generation.top_p=0.0", "top_p 0.0: must be over 0"),
         ("speculator.n_predict=1000000", "speculator.n_predict: .*less than or equal to 64"),
-        ("speculator.width=1000000000", "speculator.width: .*less than or equal"),
+        ("speculator.inner_dim=1000000000", "speculator.inner_dim: .*less than or equal"),
         ("schedule.steps=10000000000000", "schedule.steps: .*less than or equal"),
         ("base_model.name=''", "base_model.name: should be a path or a name"),
         ('data.dir="a\\0b"', "data.dir: should be a path or a name"),

@@ -235,7 +235,7 @@ def test_a_trainer_that_waits_says_so_and_holds_its_place_against_another_reader
     store = open_store(tmp_path)
     monkeypatch.setattr(data.continuations.supply, "FIRST_MESSAGE", 0.1)
     alongside = data.continuations.supply.Alongside(store, 4, SlowProducers(store, 4))
-    alongside.need(0, 1)
+    spent = alongside.have(0, 1)
     said = [line for line in capfd.readouterr().err.splitlines() if "waiting for" in line]
     assert len(said) == 1 and "waiting for continuations-00000.parquet" in said[0] and "logs are in logs" in said[0]
-    assert 0.6 < alongside.seconds["waiting"] < 5
+    assert 0.6 < spent["waiting"] < 5

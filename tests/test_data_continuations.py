@@ -15,9 +15,21 @@ from data.continuations.supply import Ahead, Inline
 from fms_spec.errors import UserError
 
 
+class Supplied(Continuations):
+    """As a run reads them: what a batch needs is had before it is read."""
+
+    def __init__(self, store, supply, batch_size):
+        super().__init__(store, batch_size)
+        self.supply, self.spent = supply, []
+
+    def __next__(self):
+        self.spent += [self.supply.have(*shard) for shard in self.needed(1)]
+        return super().__next__()
+
+
 def store(folder, engine=None, batch_size=3, **changes):
     table = open_store(folder, **changes)
-    return Continuations(table, Inline(table, 1, lambda: engine or Engine()), batch_size)
+    return Supplied(table, Inline(table, 1, lambda: engine or Engine()), batch_size)
 
 
 def fields_of(batch):
@@ -165,7 +177,8 @@ def test_a_position_of_another_shard_size_or_no_prompts_is_refused(tmp_path):
 def test_the_seconds_spent_generating_are_counted(tmp_path):
     continuations = store(tmp_path, Engine(seconds=0.05))
     next(continuations)
-    assert 0.05 <= continuations.supply.seconds["generation"] < 5 and continuations.supply.seconds["waiting"] == 0
+    (spent,) = continuations.spent
+    assert 0.05 <= spent["generation"] < 5 and spent["waiting"] == 0
 
 
 def test_an_engine_is_made_before_the_run_if_a_shard_that_it_reads_is_missing_and_closed_with_it(tmp_path):
@@ -173,13 +186,13 @@ def test_an_engine_is_made_before_the_run_if_a_shard_that_it_reads_is_missing_an
     make_engine = lambda: made.append(Engine()) or made[-1]  # noqa: E731
     write_shards(table, Engine(), [0])
     supply = Inline(table, 4, make_engine)
-    supply.need(0, 1)
+    supply.have(0, 1)
     assert not made
-    supply.need(1, 2)  # more than was said
+    supply.have(1, 2)  # more than was said
     supply.close()
     assert len(made) == 1 and made[0].closed
     Inline(table, 9, make_engine)
     assert len(made) == 2
     with pytest.raises(UserError, match="1 shards .* are missing; run this"):
         Ahead(table, 9, "this")
-    Ahead(table, 8, "this").need(1, 2)
+    Ahead(table, 8, "this").have(1, 2)

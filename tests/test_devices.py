@@ -16,14 +16,14 @@ from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.losses import head_losses
-from fms_spec.speculators import base as speculator_base
+from fms_spec.speculators import interface as speculator_base
+from fms_spec.speculators.registry import FAMILIES
 from fms_spec.timing import Marks
 from pipelines.generate import vllm_engine
 from pipelines.train.device_metrics import DeviceMetrics, known_device
 from pipelines.plan.devices import DEVICES
 from pipelines.plan.plan import Plan, Ranks, Sizes
 from pipelines.parallel.processes import Processes
-from pipelines.plan.rehearsal import untrained
 from pipelines.train.loop import loss_weights
 from pipelines.generate.vllm_engine import GPU_OVERHEAD, device_settings
 from pipelines.train.run import train
@@ -129,7 +129,7 @@ def test_a_plans_flops_are_those_that_torch_counts(tmp_path, model_dir, data_dir
     config = write_config(tmp_path / "run.yaml", model_dir, data_dir, family, **{"phase1.positions": "null", "phase1.accumulate": 1})
     plan, heads = Plan(config, Sizes(64, 8), Ranks(), DEVICES["h100"]), config.speculator.n_predict
     base_model = BaseModel(str(model_dir), dtype="float32", device="cpu")
-    speculator = untrained(config.speculator, base_model)
+    speculator = FAMILIES[config.speculator.family].build(config.speculator, base_model)
     speculator.attach(base_model)
     tokens, segments = torch.zeros(3, 64, dtype=torch.int64), torch.zeros(3, 64, dtype=torch.int64)
     attend = lambda q, k, *_, **__: 4 * q[0] * q[1] * q[2] * k[2] * q[3]  # noqa: E731, which torch's counter doesn't know of a CPU
@@ -183,7 +183,7 @@ def test_losses_in_bf16_train_as_those_in_fp32_do_and_leave_the_masters_fp32(tmp
     monkeypatch.setattr(fms_spec.losses.SoftTargetLoss, "apply", seen)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         monkeypatch.setattr(fms_spec.losses, "compute_dtype", lambda _, dtype=dtype: dtype)
-        _, trainer = train(config_file(family, **changes), tmp_path / name, resume=False)
+        trainer = train(config_file(family, **changes), tmp_path / name, resume=False)
         curves[name] = [record["phase1/loss"] for record in records(tmp_path / name)]
         assert {parameter.dtype for parameter in trainer.speculator.parameters()} == {torch.float32}
         assert {value.dtype for state in trainer.optimizer.state.values() for value in state.values()} == {torch.float32}

@@ -14,7 +14,7 @@ from fms_spec.decoding import decode, stream
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.options import Options
-from fms_spec.speculators import describe, save_speculator
+from fms_spec.speculators.directory import describe, save_speculator
 from pipelines.generate import vllm_engine
 from pipelines.measure.evaluate import before_step, evaluate, logit_gap, losslessness, parting, settle, usual_ways
 from scripts.evaluate import Arguments, run

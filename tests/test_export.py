@@ -14,7 +14,7 @@ from conftest import write_config
 
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
-from fms_spec.speculators import load_speculator
+from fms_spec.speculators.directory import load_speculator
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.export import export
 from pipelines.train.run import train

@@ -1,18 +1,21 @@
 """Sizes that the data or the memory can't bear, told from the config alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from fms_spec.errors import UserError
 from pipelines.plan.feasible import check_sizes
+from pipelines.plan.plan import Sizes
 
-SIZES = dict(rows=12, seq_length=64, prompts=9, prompt_length=8)
+SIZES = Sizes(seq_length=64, prompt_length=8, rows=12, prompts=9)
 
 
 def test_a_run_that_just_fits_is_let_pass(config_file):
     changes = {"phase1.batch_size": 6, "phase2.batch_size": 9, "speculator.n_predict": 11, "validation.max_new_tokens": 237}
-    check_sizes(config_file(**changes), **SIZES)
-    check_sizes(config_file("mlp"), **SIZES)
-    check_sizes(config_file(**{"speculator.n_predict": 62, "schedule.pattern": "[[phase1, 1]]", "phase2.batch_size": 1000}), **SIZES)
+    check_sizes(config_file(**changes), SIZES)
+    check_sizes(config_file("mlp"), SIZES)
+    check_sizes(config_file(**{"speculator.n_predict": 62, "schedule.pattern": "[[phase1, 1]]", "phase2.batch_size": 1000}), SIZES)
 
 
 @pytest.mark.parametrize(
@@ -30,14 +33,14 @@ def test_a_run_that_just_fits_is_let_pass(config_file):
 )
 def test_sizes_that_cannot_be_are_refused_by_name(config_file, changes, message):
     with pytest.raises(UserError, match=message):
-        check_sizes(config_file(**changes), **SIZES, memory=1e9)
+        check_sizes(config_file(**changes), SIZES, memory=1e9)
 
 
 def test_hidden_states_over_the_memory_are_refused_and_shared_heads_count_in_parts(config_file):
     with pytest.raises(UserError, match="phase1.batch_size or accumulate"):
-        check_sizes(config_file(), **SIZES, memory=6 * 64 * 32 * 4 - 1)
+        check_sizes(config_file(), SIZES, memory=6 * 64 * 32 * 4 - 1)
     weights = {"speculator.inner_dim": 2**16, "speculator.width": 2**10}
-    sizes, whole = SIZES | {"rows": 24, "prompts": 16}, 16 * 2 * 3 * 2**26
+    sizes, whole = replace(SIZES, rows=24, prompts=16), 16 * 2 * 3 * 2**26
     with pytest.raises(UserError, match="training the heads"):
-        check_sizes(config_file(**weights), **sizes, memory=whole, processes=4)
-    check_sizes(config_file(**weights, **{"parallel.speculator": "shard"}), **sizes, memory=whole, processes=4)
+        check_sizes(config_file(**weights), sizes, memory=whole, processes=4)
+    check_sizes(config_file(**weights, **{"parallel.speculator": "shard"}), sizes, memory=whole, processes=4)

@@ -15,6 +15,7 @@ from conftest import prompts_of, write_config
 from test_continuation_writer import contents, wait_for
 from test_training import losses, records, weights_of
 
+import pipelines.generate.supply
 import pipelines.train.run
 from data.continuations.supply import Alongside
 from fms_spec.errors import UserError
@@ -77,19 +78,19 @@ def test_continuations_written_ahead_by_the_command_give_the_bits_of_a_run_that_
 
 
 def test_producers_keep_the_asked_distance_and_may_die_without_a_bit_of_difference(tmp_path, config_file, inline, monkeypatch, capfd):
-    need = Alongside.need
+    have = Alongside.have
 
-    def slowly(supply, index, place):
+    def slowly(supply, index, begun):
         there = lambda: sum(map(supply.store.has, range(5)))  # noqa: E731
-        if place in (2, 3):  # this place is not told yet: one shard beyond place - 1
-            wait_for(lambda: there() == place)
+        if begun in (2, 3):  # this is not told yet: one shard beyond the one before
+            wait_for(lambda: there() == begun)
             time.sleep(0.5)
-            assert there() == place
-        if place == 3:
+            assert there() == begun
+        if begun == 3:
             os.kill(supply.producers.processes[0].pid, signal.SIGKILL)
-        need(supply, index, place)
+        return have(supply, index, begun)
 
-    monkeypatch.setattr(Alongside, "need", slowly)
+    monkeypatch.setattr(Alongside, "have", slowly)
     train(config_file(**ALONGSIDE), tmp_path / "run", resume=False)
     assert "producer 0 ended (code -9); starting it again" in capfd.readouterr().err
     assert weights_of(tmp_path / "run", tmp_path) == inline[1] and losses(tmp_path / "run") == losses(inline[0])
@@ -137,7 +138,7 @@ def test_producers_that_cannot_work_end_the_run_with_their_own_words_and_another
 ):
     failing = ["-c", "import sys; print('error: no room on the device', file=sys.stderr); sys.exit(1)"]
     with monkeypatch.context() as patched:
-        patched.setattr(pipelines.train.run, "command_of", lambda *_: failing)
+        patched.setattr(pipelines.generate.supply, "command_of", lambda *_: failing)
         with pytest.raises(UserError, match="producer 0: no room on the device; its log is .*producer-0.log"):
             train(config_file(**ALONGSIDE), tmp_path / "run", resume=False)
     assert "starting it again" not in capfd.readouterr().err
@@ -172,9 +173,9 @@ def test_a_shard_has_the_same_text_whoever_writes_it_and_no_two_shards_draw_the_
         assert done == index and engine.idle and len(reasons) == 3
         return [continuation.tolist() for continuation in continuations]
 
-    first = EmbeddedEngine(base_model, settings, seed=0)
-    assert texts(3, first) == texts(3, first) == texts(3, EmbeddedEngine(base_model, settings, seed=0))
-    assert texts(3, first) != texts(4, first) and texts(3, first) != texts(3, EmbeddedEngine(base_model, settings, seed=1))
+    first = EmbeddedEngine(settings, 0, base_model)
+    assert texts(3, first) == texts(3, first) == texts(3, EmbeddedEngine(settings, 0, base_model))
+    assert texts(3, first) != texts(4, first) and texts(3, first) != texts(3, EmbeddedEngine(settings, 1, base_model))
 
 
 def test_a_producers_last_words_are_those_of_its_last_start(tmp_path):

@@ -21,7 +21,7 @@ from fms_spec.losses import LossWeights, head_losses
 from fms_spec.options import Options
 from fms_spec.proposers import TopKProposer
 from fms_spec.sampling import Sampling
-from fms_spec.speculators import describe, save_speculator
+from fms_spec.speculators.directory import describe, save_speculator
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.compiled import check_compiler
 from pipelines.config import load_config
@@ -128,7 +128,7 @@ def plain_loss(speculator, windows, model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nine_steps_learn_resume_to_the_same_figures_and_tell_of_the_gpu(tmp_path, config_file, family, dtype):
     config = config_file(family, **{"base_model.dtype": dtype, "checkpoint.keep": 9})
-    _, trainer = train(config, tmp_path / "whole")
+    trainer = train(config, tmp_path / "whole")
     assert {(weight.device.type, weight.dtype) for weight in trainer.speculator.parameters()} == {("cuda", torch.float32)}
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     for checkpoint in whole_checkpoints(tmp_path / "resumed/checkpoints")[2:]:  # all but steps 2 and 4

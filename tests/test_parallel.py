@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import write_config
 
-from data.distributed import Share
+from data.distributed import DistributedBatches
 from data.prepare.run import prepare
 from data.reader import RowReader
 from fms_spec.errors import UserError
@@ -226,10 +226,10 @@ def test_shares_of_a_stream_are_the_stream(place):
     rows = lambda: RowReader(place / "data", batch_size=3, seed=1)  # noqa: E731
     whole = rows()
     expected = [next(whole).row_ids.tolist() for _ in range(60)]  # over the end of an epoch
-    shares = [Share(rows(), number, 4) for number in range(4)]
+    shares = [DistributedBatches(rows(), number, 4) for number in range(4)]
     assert [next(shares[place % 4]).row_ids.tolist() for place in range(60)] == expected
     assert len({json.dumps(share.state_dict()) for share in shares}) == 1
-    fewer = [Share(rows(), number, 2) for number in range(2)]
+    fewer = [DistributedBatches(rows(), number, 2) for number in range(2)]
     for share in fewer:
         share.load_state_dict(shares[0].state_dict())
     assert [next(fewer[place % 2]).row_ids.tolist() for place in range(4)] == [next(whole).row_ids.tolist() for _ in range(4)]

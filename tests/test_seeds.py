@@ -27,13 +27,13 @@ def test_places_of_small_seeds_keep_their_seeds_and_those_of_large_ones_are_told
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_takes_any_seed_to_its_end(tmp_path, config_file, seed):
-    _, trainer = train(config_file(seed=seed, **{"schedule.steps": 7, "validation.prompts": 0}), tmp_path / "run")
+    trainer = train(config_file(seed=seed, **{"schedule.steps": 7, "validation.prompts": 0}), tmp_path / "run")
     assert trainer.step == 7
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_texts_are_drawn_from_any_seed_each_row_its_own(base_model, seed):
-    engine = EmbeddedEngine(base_model, GenerationSection(max_new_tokens=12, temperature=1.5, top_k=0), seed)
+    engine = EmbeddedEngine(GenerationSection(max_new_tokens=12, temperature=1.5, top_k=0), seed, base_model)
     engine.submit(0, torch.full((4, 3), 5))
     ((_, texts, _),) = engine.step()
     assert len({tuple(text.tolist()) for text in texts}) == 4

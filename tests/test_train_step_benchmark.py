@@ -10,10 +10,8 @@ import torch
 from fms_spec.losses import head_losses
 from pipelines.measure import heads as benchmark_heads
 from pipelines.measure.heads import (
-    FAMILIES,
     KERNELS,
     RandomBase,
-    Shape,
     build_heads,
     counts_of,
     head_step,
@@ -25,11 +23,12 @@ from pipelines.measure.heads import (
     product_rate,
     random_windows,
 )
+from pipelines.measure.train_step import FAMILIES, shape_of
 from pipelines.measure.results import markdown, ratios, read_results, rows
 from scripts.benchmark import Report, TrainStep, run_report, run_train_step
 
 CPU = torch.device("cpu")
-TINY = Shape("tiny", 16, 96, 24, 12, 20, 16, heads=3, tokens=40)
+TINY = shape_of("tiny", 16, 96, 24, (12, 20), 16, heads=3, tokens=40)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_every_loss_kernel_gives_the_same_loss_and_gradients():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_the_loss_takes_less_than_a_tenth_of_the_plain_versions_memory():
-    shape = Shape("some", 16, 8192, 64, 8, 8, 16, heads=3, tokens=4096)
+    shape = shape_of("some", 16, 8192, 64, (8, 8), 16, heads=3, tokens=4096)
     ours, plain = (loss_memory(kernel, shape, "float32", CPU) for kernel in ("ours", "plain"))
     assert 0.9 * 4 * 512 * 8192 < ours < plain / 10  # a chunk's logits, to the page
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.proposers import DraftShape, Step
-from fms_spec.speculators import load_speculator
+from fms_spec.speculators.directory import load_speculator
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.export import export
 from pipelines.train.run import train
@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_longer_finite_ends_the_run_in_one_line_and_is_never_s
 
 
 def test_masters_stay_fp32_while_the_base_model_computes_in_bf16(tmp_path, config_file, model_dir):
-    _, trainer = train(config_file(**{"base_model.dtype": "bfloat16"}), tmp_path / "run", resume=False)
+    trainer = train(config_file(**{"base_model.dtype": "bfloat16"}), tmp_path / "run", resume=False)
     assert {parameter.dtype for parameter in trainer.speculator.parameters()} == {torch.float32}
     assert {value.dtype for state in trainer.optimizer.state.values() for value in state.values()} == {torch.float32}
     export(tmp_path / "run", tmp_path / "speculator")

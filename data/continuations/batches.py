@@ -13,18 +13,18 @@ class Continuations:
     The first epoch reads the shards in order, later ones in newly drawn orders; nothing is generated twice.
     """
 
-    def __init__(self, store, supply, batch_size):
+    def __init__(self, store, batch_size):
         """
-        store: ContinuationStore. supply: of data.continuations.supply; has each shard there before it is read. batch_size: rows.
+        store: ContinuationStore, in which the shards that `needed` names are there before a batch is asked for. batch_size: rows.
 
         Raises:
             UserError: batch_size is not positive.
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
-        self.store, self.supply, self.batch_size = store, supply, batch_size
+        self.store, self.batch_size = store, batch_size
         self._epoch, self._place, self._row = 0, 0, 0  # the next row: within the shard at this place of the epoch's order
-        self._loaded, self._rows = None, None
+        self._shards = {}  # (epoch, place) -> useful rows, of those from the present one on that have been read
 
     def __iter__(self):
         return self
@@ -33,7 +33,7 @@ class Continuations:
         """The next Batch: `batch_size` rows, padded on the right to the longest.
 
         Raises:
-            UserError: a shard cannot be had or read, or was written with other settings; or no prompt has a continuation.
+            UserError: a shard is missing, can't be read, or was written with other settings; or no prompt has a continuation.
         """
         return batch_of(self._next_rows())
 
@@ -42,19 +42,39 @@ class Continuations:
         for _ in range(count):
             self._next_rows()
 
+    def needed(self, batches):
+        """Yield (number, begun) of each shard that the next so many batches read, the one after it when that one is there.
+
+        begun: shards of the first epoch that are begun when it is read, itself included. How many rows a shard gives is known once it is
+        written: texts that end at once give none. Raises as `next` does.
+        """
+        (epoch, place), rows, fruitless = (self._epoch, self._place), batches * self.batch_size + self._row, 0
+        while rows > 0:
+            yield self._number(epoch, place), min(self.store.shard_count, (place if epoch == 0 else self.store.shard_count) + 1)
+            found = len(self._rows(epoch, place))
+            rows, fruitless = rows - found, self._fruitless(fruitless, found)
+            epoch, place = self._after(epoch, place)
+
     def _next_rows(self):
         rows, fruitless = [], 0
         while len(rows) < self.batch_size:
-            available = self._current()
+            available = self._rows(self._epoch, self._place)
             taken = available[self._row : self._row + self.batch_size - len(rows)]
             rows.extend(taken)
             self._row += len(taken)
-            fruitless = 0 if taken else fruitless + 1
-            if fruitless > self.store.shard_count:  # no shard of a whole epoch held a row
-                raise UserError(f"{self.store.out_dir}: the base model stopped at once after every prompt; use other prompts")
+            fruitless = self._fruitless(fruitless, len(taken))
             if self._row >= len(available):
-                self._advance()
+                del self._shards[self._epoch, self._place]
+                self._row = 0
+                self._epoch, self._place = self._after(self._epoch, self._place)
         return rows
+
+    def _fruitless(self, before, found):
+        """Shards in a row that held no useful row; raises where all of an epoch did."""
+        fruitless = 0 if found else before + 1
+        if fruitless > self.store.shard_count:
+            raise UserError(f"{self.store.out_dir}: the base model stopped at once after every prompt; use other prompts")
+        return fruitless
 
     @property
     def shards_read(self):
@@ -76,28 +96,27 @@ class Continuations:
             if state[name] != getattr(self.store, name):
                 raise UserError(f"continuations: the saved position is for {name} {state[name]}, not {getattr(self.store, name)}")
         self._epoch, self._place, self._row = state["epoch"], state["place"], state["row"]
+        self._shards = {}
 
-    def _current(self):
-        """The useful rows of the shard at the present place, in this epoch's order."""
-        if self._loaded != (self._epoch, self._place):
-            self._loaded, self._rows = None, None
-            count = self.store.shard_count
-            order = np.arange(count) if self._epoch == 0 else self._generator().permutation(count)
-            index = int(order[self._place])
-            self.supply.need(index, min(count, self.shards_read + 1))
-            rows = self.store.read(index)
-            self._rows = [rows[number] for number in self._generator(index + 1).permutation(len(rows))]
-            self._loaded = (self._epoch, self._place)
-        return self._rows
+    def _after(self, epoch, place):
+        """(epoch, place) of the shard that follows."""
+        return (epoch, place + 1) if place + 1 < self.store.shard_count else (epoch + 1, 0)
 
-    def _advance(self):
-        self._place, self._row = self._place + 1, 0
-        if self._place == self.store.shard_count:
-            self._epoch, self._place = self._epoch + 1, 0
+    def _number(self, epoch, place):
+        """The shard at a place of an epoch's order."""
+        return place if epoch == 0 else int(self._generator(epoch).permutation(self.store.shard_count)[place])
 
-    def _generator(self, *stream):
-        """Random choices of this epoch; `stream` must not be 0, which numpy does not tell from none."""
-        return np.random.default_rng((self.store.seed, self._epoch, *stream))
+    def _rows(self, epoch, place):
+        """The useful rows of a shard, in that epoch's order."""
+        if (epoch, place) not in self._shards:
+            number = self._number(epoch, place)
+            rows = self.store.read(number)
+            self._shards[epoch, place] = [rows[row] for row in self._generator(epoch, number + 1).permutation(len(rows))]
+        return self._shards[epoch, place]
+
+    def _generator(self, epoch, *stream):
+        """Random choices of an epoch; `stream` must not be 0, which numpy does not tell from none."""
+        return np.random.default_rng((self.store.seed, epoch, *stream))
 
 
 def batch_of(rows):

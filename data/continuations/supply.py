@@ -12,21 +12,24 @@ FIRST_MESSAGE, NEXT_MESSAGES = 10, 60  # seconds of waiting after which a messag
 
 
 class Supply:
-    """What every way has in common.
-
-    Attributes:
-        seconds: {"generation": writing shards in this process, "waiting": for shards of others}, counted up.
-    """
+    """What all have in common."""
 
     def __init__(self, store):
-        self.store, self.seconds = store, {"generation": 0.0, "waiting": 0.0}
+        self.store = store
         store.sweep()  # a writer that was killed may have left a lock on a shard that is there, which nobody will claim again
 
-    def begin(self, place):
-        """Told once before the run's first step; `place`: shards of the first epoch that have been read."""
+    def begin(self, base_model, begun):
+        """Told once before the run's first step. base_model: the run's. begun: shards of the first epoch that have been read."""
 
-    def need(self, index, place):
-        """Return when shard `index` is there; `place`: shards of the first epoch that are begun, this one included."""
+    def have(self, index, begun):
+        """Return when shard `index` is there; `begun`: shards of the first epoch that are begun, this one included.
+
+        Returns:
+            {"generation": seconds of writing shards in this process, "waiting": of waiting for those of others}; what took none is left out.
+
+        Raises:
+            UserError: it can't be had.
+        """
         raise NotImplementedError
 
     def figures(self):
@@ -41,25 +44,31 @@ class Inline(Supply):
     """The trainer's own process writes a missing shard when it is needed.
 
     rows: how many the run will read. make_engine: called if a shard is missing, at once, so that an engine that isn't there is told
-    before the run starts. writers: trainers that will need the same shard at the same time; each writes another one of those that follow.
+    before anything is loaded. writers: trainers that will need the same shard at the same time; each writes another one of those that follow.
     """
 
     def __init__(self, store, rows, make_engine, writers=1):
         super().__init__(store)
-        self.make_engine, self.writers = make_engine, writers
+        self.make_engine, self.writers, self.base_model = make_engine, writers, None
         self.missing = missing_shards(store, rows)
         self.engine = make_engine() if self.missing else None
 
-    def need(self, index, place):
+    def begin(self, base_model, begun):
+        self.base_model = base_model
+        if self.engine:
+            self.engine.use(base_model)
+
+    def have(self, index, begun):
         if self.store.has(index):
-            return
+            return {}
         started = time.monotonic()
-        self.engine = self.engine or self.make_engine()
+        if self.engine is None:  # more is read than was said
+            self.engine = self.make_engine()
+            self.engine.use(self.base_model)
         following = [other for other in self.missing if other > index and not self.store.has(other)]
         tally = write_shards(self.store, self.engine, [index, *following[: self.writers - 1]])
         waiting = tally.seconds["waiting"]  # other processes were writing
-        self.seconds["waiting"] += waiting
-        self.seconds["generation"] += time.monotonic() - started - waiting
+        return {"generation": time.monotonic() - started - waiting, "waiting": waiting}
 
     def close(self):
         if self.engine:
@@ -74,16 +83,19 @@ class Led(Supply):
 
     def __init__(self, supply, engine):
         super().__init__(supply.store)
-        self.supply, self.engine, self.seconds = supply, engine, supply.seconds
+        self.supply, self.engine = supply, engine
 
-    def need(self, index, place):
+    def begin(self, base_model, begun):
+        self.engine.use(base_model)
+
+    def have(self, index, begun):
         if self.engine.leads:
-            self.supply.need(index, place)
+            spent = self.supply.have(index, begun)
             self.engine.dismiss()
-        else:
-            started = time.monotonic()
-            self.engine.follow()
-            self.seconds["generation"] += time.monotonic() - started
+            return spent
+        started = time.monotonic()
+        self.engine.follow()
+        return {"generation": time.monotonic() - started}
 
     def close(self):
         self.supply.close()
@@ -92,11 +104,11 @@ class Led(Supply):
 class Awaited(Supply):
     """Another process of the run sees to it that the shards are written."""
 
-    def need(self, index, place):
+    def have(self, index, begun):
         started = time.monotonic()
         while not self.store.has(index):
             time.sleep(POLL_SECONDS)
-        self.seconds["waiting"] += time.monotonic() - started
+        return {"waiting": time.monotonic() - started}
 
 
 class Ahead(Supply):
@@ -115,9 +127,10 @@ class Ahead(Supply):
         if missing:
             raise self.refusal(len(missing))
 
-    def need(self, index, place):
+    def have(self, index, begun):
         if not self.store.has(index):
             raise self.refusal(1)
+        return {}
 
     def refusal(self, missing):
         return UserError(f"{self.store.out_dir}: {missing} shards of continuations that this run reads are missing; run {self.command}")
@@ -134,25 +147,25 @@ class Alongside(Supply):
         super().__init__(store)
         self.producers, self.missing = producers, bool(missing_shards(store, rows))
 
-    def begin(self, place):
+    def begin(self, base_model, begun):
         if self.missing:
-            self.store.post_place(place)
+            self.store.post_place(begun)
             self.producers.start()
 
-    def need(self, index, place):
-        self.store.post_place(place)
+    def have(self, index, begun):
+        self.store.post_place(begun)
         started = time.monotonic()
         next_message = started + FIRST_MESSAGE
         while not self.store.has(index):
-            if self.store.reader_place() < place:  # another run that reads the same folder is not so far
-                self.store.post_place(place)
+            if self.store.reader_place() < begun:  # another run that reads the same folder is not so far
+                self.store.post_place(begun)
             self.producers.check()
             time.sleep(POLL_SECONDS)
             if time.monotonic() > next_message:
                 waited, name = time.monotonic() - started, self.store.path(index).name
                 tqdm.write(f"waiting for {name} since {waited:.0f} s; the producers' logs are in {self.producers.log_dir}", file=sys.stderr)
                 next_message += NEXT_MESSAGES
-        self.seconds["waiting"] += time.monotonic() - started
+        return {"waiting": time.monotonic() - started}
 
     def figures(self):
         statuses = self.producers.statuses()

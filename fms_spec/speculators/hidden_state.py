@@ -13,14 +13,20 @@ n: RMS norm without parameters; sigma: standard deviation of each coordinate of 
 unit RMS. O and o start at zero, so an untrained head holds all tokens equally likely.
 """
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.errors import UserError
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 from fms_spec.read_out import read_out
-from fms_spec.speculators.base import Size, Sizes, Speculator
+from fms_spec.settings import Side
+from fms_spec.speculators.interface import Settings, Size, Sizes, Speculator
+
+STATE_SCALE_FLOOR = 1e-3  # keeps a coordinate that hardly moves from being blown up
 
 
 def rms(x):
@@ -50,6 +56,13 @@ class Trunk(nn.Module):
         return self.out(y), y
 
 
+class HiddenStateSettings(Settings):
+    family: Literal["hidden_state"]
+    width: Side = 768  # of the trunk
+    inner_dim: Side = 4096
+    draft_vocab_size: int | None = Field(None, ge=2)  # the most frequent tokens of the corpus; None keeps all
+
+
 class HiddenStateSizes(Sizes):
     draft_vocab_size: Size
     width: Size
@@ -63,7 +76,9 @@ class HiddenStateSpeculator(Speculator):
         emb_dim: d. vocab_size: of the base model. draft_ids: int64 [r], ascending. state_scale: sigma, [d]. width: w. inner_dim: f.
     """
 
-    family, architecture, sizes = "hidden_state_speculator", "HiddenStateSpeculator", HiddenStateSizes
+    name, model_type, architecture = "hidden_state", "hidden_state_speculator", "HiddenStateSpeculator"
+    settings, sizes = HiddenStateSettings, HiddenStateSizes
+    sample_rows, needs_embedding, predicts_states = 8, True, True
 
     def __init__(self, emb_dim, vocab_size, draft_ids, state_scale, n_predict=3, width=768, inner_dim=1536):
         super().__init__()
@@ -72,6 +87,20 @@ class HiddenStateSpeculator(Speculator):
         self.register_buffer("state_scale", state_scale)
         inputs = (2 * emb_dim, 3 * emb_dim + width)[: min(2, n_predict)]
         self.trunks = nn.ModuleList(Trunk(size, width, inner_dim, emb_dim) for size in inputs)
+
+    @classmethod
+    def build(cls, settings, base_model, corpus=None):
+        """The draft vocabulary is the corpus' most frequent tokens, and sigma the spread of its states."""
+        d, v = base_model.width, base_model.vocab_size
+        size = settings.draft_vocab_size or v
+        if size > v:
+            raise UserError(f"speculator.draft_vocab_size {size} is over the base model's vocabulary, {v}")
+        if corpus is None:
+            draft_ids, state_scale = torch.zeros(size, dtype=torch.int64), torch.ones(d)
+        else:
+            draft_ids = most_frequent(corpus.token_counts, size, base_model)
+            state_scale = corpus.states.std(0) + STATE_SCALE_FLOOR
+        return cls(d, v, draft_ids, state_scale, settings.n_predict, settings.width, settings.inner_dim)
 
     def attach(self, base_model):
         device = self.draft_ids.device
@@ -118,7 +147,7 @@ class HiddenStateSpeculator(Speculator):
 
     def saved_config(self):
         return {
-            "model_type": self.family, "architectures": [self.architecture], "emb_dim": self.emb_dim, "vocab_size": self.vocab_size,
+            "model_type": self.model_type, "architectures": [self.architecture], "emb_dim": self.emb_dim, "vocab_size": self.vocab_size,
             "draft_vocab_size": len(self.draft_ids), "n_predict": self.n_predict, "width": self.width, "inner_dim": self.inner_dim,
         }  # fmt: skip
 
@@ -132,3 +161,13 @@ class HiddenStateSpeculator(Speculator):
         super().load_published_state(tensors)
         if self.draft_ids[0] < 0 or self.draft_ids[-1] >= self.vocab_size or (self.draft_ids.diff() <= 0).any():
             raise UserError(f"speculator tensor draft_ids: no ascending tokens of a vocabulary of {self.vocab_size}; export it again")
+
+
+def most_frequent(token_counts, size, base_model):
+    """Ids of the `size` most frequent tokens and of EOS, ascending: int64 [size]. Equal counts go to the lower id."""
+    counts = torch.zeros(base_model.vocab_size, dtype=torch.int64)
+    known = min(len(token_counts), base_model.vocab_size)
+    counts[:known] = token_counts[:known]
+    for eos in base_model.eos_token_ids:
+        counts[eos] = counts.max() + 1
+    return counts.argsort(descending=True, stable=True)[:size].sort().values

@@ -7,13 +7,15 @@ Formulas (D base width, d inner width, n heads, V vocabulary; s_w = 0.5^(0.5/n),
 
 import math
 import re
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.errors import UserError
-from fms_spec.speculators.base import Size, Sizes, Speculator
+from fms_spec.settings import Side
+from fms_spec.speculators.interface import Settings, Size, Sizes, Speculator
 
 EPS = 1e-6
 
@@ -21,6 +23,13 @@ EPS = 1e-6
 def rms(x):
     """RMS norm without parameters, in fp32: [..., d] -> same shape and dtype."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
+
+
+class MLPSettings(Settings):
+    family: Literal["mlp"]
+    inner_dim: Side = 4096
+    tie_weights: bool = True
+    scale_input: bool = True
 
 
 class MLPSizes(Sizes):
@@ -33,7 +42,8 @@ class MLPSizes(Sizes):
 class MLPSpeculator(Speculator):
     """Published MLP speculator. Tied: one E, one W, one (g, b); P_0 (D -> d) stands apart and P_1 serves all later heads."""
 
-    family, architecture, sizes = "mlp_speculator", "MLPSpeculatorPreTrainedModel", MLPSizes
+    name, model_type, architecture = "mlp", "mlp_speculator", "MLPSpeculatorPreTrainedModel"
+    settings, sizes = MLPSettings, MLPSizes
     draft_ids = None
 
     def __init__(self, emb_dim, vocab_size, n_predict=3, inner_dim=4096, tie_weights=True, scale_input=True):
@@ -52,6 +62,11 @@ class MLPSpeculator(Speculator):
         for weight in [m.weight for part in (self.emb, self.proj, self.head) for m in part]:
             nn.init.normal_(weight, std=1 / math.sqrt(inner_dim))
 
+    @classmethod
+    def build(cls, settings, base_model, corpus=None):
+        sizes = settings.model_dump(exclude={"family"})
+        return cls(base_model.width, base_model.vocab_size, **sizes)
+
     def start(self, hidden):
         return rms(hidden) / math.sqrt(2) if self.scale_input else hidden
 
@@ -66,7 +81,7 @@ class MLPSpeculator(Speculator):
 
     def saved_config(self):
         return {
-            "model_type": self.family, "architectures": [self.architecture], "emb_dim": self.emb_dim,
+            "model_type": self.model_type, "architectures": [self.architecture], "emb_dim": self.emb_dim,
             "inner_dim": self.inner_dim, "vocab_size": self.vocab_size, "n_predict": self.n_predict, "n_candidates": 1,
             "top_k_tokens_per_head": [1] * self.n_predict, "tie_weights": self.tie_weights, "scale_input": self.scale_input,
         }  # fmt: skip

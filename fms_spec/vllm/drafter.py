@@ -15,13 +15,13 @@ from vllm.v1.worker import gpu_model_runner
 
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.read_out import with_bias
-from fms_spec.speculators import read_speculator, read_speculator_config
+from fms_spec.speculators.directory import read_speculator, read_speculator_config
 from fms_spec.vllm.cpu import mend_sampling
 from fms_spec.vllm.plugin import METHOD
 
 
-class HiddenStateConfig(MLPSpeculatorConfig):
-    """What vLLM reads a hidden_state speculator's config.json into: to its configuration, one more kind of MLP speculator."""
+class AttachedHeadsConfig(MLPSpeculatorConfig):
+    """What vLLM reads a config.json into whose model_type it doesn't know: to its configuration, one more kind of MLP speculator."""
 
     def __init__(self, n_predict=3, **values):
         super().__init__(n_predict=n_predict, top_k_tokens_per_head=[1] * n_predict, **values)

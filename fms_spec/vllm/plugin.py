@@ -2,7 +2,7 @@
 
 vLLM calls `register` once in each of its processes. It knows the configuration of `method: mlp_speculator`, and has had no drafter for it
 since its V0 engine went; its Medusa drafter is the one that is handed the states from which each newest token was chosen. So, in memory:
-- both families' `model_type` and architectures become known, under the one method mlp_speculator;
+- every family's `model_type` and architectures become known, under the one method mlp_speculator;
 - a speculator that doesn't fit is refused when the engine's configuration is made, before any weight is loaded;
 - a model runner that is to draft with one gets our drafter where it would make a Medusa one, and hands it the sampled tokens.
 Another method's runs are left exactly as they are.
@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.specifiers import SpecifierSet
 
 TRIED = SpecifierSet(">=0.31,<0.33", prereleases=True)  # tests/test_vllm_serving.py runs against it
-METHOD = "mlp_speculator"  # of vLLM's speculative_config, for both families
+METHOD = "mlp_speculator"  # of vLLM's speculative_config, for every family
 
 
 def installed_vllm():
@@ -49,12 +49,13 @@ def register():
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
     from vllm.v1.worker import gpu_model_runner
 
-    from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
-    from fms_spec.vllm.drafter import HiddenStateConfig, drafting, handing_over
+    from fms_spec.speculators.registry import FAMILIES
+    from fms_spec.vllm.drafter import AttachedHeadsConfig, drafting, handing_over
 
-    for family in (MLPSpeculator, HiddenStateSpeculator):
+    for family in FAMILIES.values():
         ModelRegistry.register_model(family.architecture, family)
-    _CONFIG_REGISTRY[HiddenStateSpeculator.family] = HiddenStateConfig
+        if family.model_type != METHOD:  # which vLLM knows itself
+            _CONFIG_REGISTRY[family.model_type] = AttachedHeadsConfig
     runner = gpu_model_runner.GPUModelRunner
     wrap(SpeculativeConfig, "__post_init__", checked)
     wrap(runner, "__init__", drafting)
@@ -93,7 +94,8 @@ def check(settings):
     """
     from fms_spec.errors import UserError
     from fms_spec.hub import local_directory
-    from fms_spec.speculators import HiddenStateSpeculator, check_base_model, check_weights, read_speculator_config
+    from fms_spec.speculators.directory import check_base_model, check_weights, read_speculator_config
+    from fms_spec.speculators.registry import family_of
 
     draft, target = settings.draft_model_config, settings.target_model_config
     draft.model = str(local_directory("speculator", draft.model, revision=draft.revision))
@@ -105,7 +107,7 @@ def check(settings):
         asked = f"num_speculative_tokens {settings.num_speculative_tokens}"
         raise UserError(f"{asked}: speculator {draft.model} has {config['n_predict']} heads; ask for at most as many")
     stages = settings.target_parallel_config.pipeline_parallel_size
-    if stages > 1 and config["model_type"] == HiddenStateSpeculator.family:
+    if stages > 1 and family_of(config["model_type"]).needs_embedding:
         mend = "split by tensor_parallel_size instead"
         raise UserError(f"pipeline_parallel_size {stages}: speculator {draft.model} needs the token embedding on the last rank; {mend}")
 

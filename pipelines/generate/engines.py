@@ -1,6 +1,6 @@
 """The engines of phase 2, which decode the base model's continuations: what decides their text, and the embedded one.
 
-The protocol of an engine stands in data/continuations/writer.py; besides it an engine has `close()`.
+The protocol of an engine stands in data/continuations/writer.py.
 """
 
 import torch
@@ -48,18 +48,17 @@ def check_context(base_model_dir, prompt_length, max_new_tokens):
         )
 
 
-def make_engine(settings, base_model, prompt_length, seed, load, shared=False):
+def make_engine(settings, base_model, prompt_length, seed, shared=False):
     """The engine that `settings` (`GenerationSection`) name.
 
-    base_model: `BaseModelSection`. prompt_length: tokens. load: called without arguments for the `BaseModel` if the engine needs one.
-    shared: training uses the same device.
+    base_model: `BaseModelSection`. prompt_length: tokens. shared: training uses the same device.
     """
     if settings.engine == "vllm":
         from pipelines.generate.vllm_engine import VLLMEngine  # an optional install
 
         sleeps = shared and torch.cuda.is_available()
         return VLLMEngine(base_model.name, settings, prompt_length, seed, base_model.dtype, sleeps)
-    return EmbeddedEngine(load(), settings, seed)
+    return EmbeddedEngine(settings, seed)
 
 
 class EmbeddedEngine:
@@ -68,12 +67,16 @@ class EmbeddedEngine:
     Each shard has a seed of its own, so that shards may be written in any order and by anyone.
 
     Args:
-        settings: the config's `GenerationSection`.
+        settings: the config's `GenerationSection`. base_model: where it is not given by `use`.
     """
 
-    def __init__(self, base_model, settings, seed):
+    def __init__(self, settings, seed, base_model=None):
         self.base_model, self.settings, self.seed, self.sampling = base_model, settings, seed, sampling_of(settings)
         self._submitted = None
+
+    def use(self, base_model):
+        """Decode with this `BaseModel`."""
+        self.base_model = base_model
 
     @property
     def idle(self):

@@ -8,16 +8,15 @@ from pipelines.generate.engines import EmbeddedEngine
 class GroupEngine(EmbeddedEngine):
     """The first process of the group leads: what it decodes, all decode with it, each its share of a sharded model's rows.
 
-    Args:
-        base_model: `SharedBaseModel`. The others as for `EmbeddedEngine`.
+    Its base model is a `SharedBaseModel`.
 
     Attributes:
         leads: whether this process leads. The others `follow` until the leader calls `dismiss`.
     """
 
-    def __init__(self, base_model, settings, seed):
-        super().__init__(base_model, settings, seed)
-        self.leads = base_model.place == 0
+    @property
+    def leads(self):
+        return self.base_model.place == 0
 
     def dismiss(self):
         """Let the others go on."""

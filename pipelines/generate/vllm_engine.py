@@ -61,6 +61,9 @@ class VLLMEngine:
         device_settings(self.path, dtype, self.length, settings.memory_share)  # refuses before the run's first step
         self.prompts, self.results, self.waiting = {}, {}, set()  # by shard: [p, length], {row: (tokens, reason)}; (shard, row) in flight
 
+    def use(self, base_model):
+        """vLLM's processes load one of their own."""
+
     @property
     def idle(self):
         return not self.prompts

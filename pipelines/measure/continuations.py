@@ -23,7 +23,7 @@ def benchmark_continuations(name, dtype, backend, prompts, settings):
     base_model = BaseModel(name, dtype=dtype, backend=backend)
     vllm = VLLMEngine(name, settings, prompts.shape[1], seed=0, dtype=dtype)
     ways = {
-        "embedded": engine_way(EmbeddedEngine(base_model, settings, seed=0)),
+        "embedded": engine_way(EmbeddedEngine(settings, 0, base_model)),
         "transformers": generate_way(base_model, settings),
         "vllm": engine_way(vllm),
         "vllm_offline": offline_way(vllm),

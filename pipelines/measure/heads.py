@@ -17,57 +17,51 @@ from torch.utils.flop_counter import FlopCounterMode
 from fms_spec.alignment import Windows
 from fms_spec.base_model import DTYPES
 from fms_spec.losses import CHUNK, LossWeights, SoftTargetLoss, compute_dtype, head_losses
-from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
+from fms_spec.speculators.interface import Corpus
+from fms_spec.speculators.registry import FAMILIES, settings_of
 from fms_spec.timing import Marks
 
 FEW = 64  # tokens on which FLOPs are counted and kernels warmed up
 KERNELS = ("ours", "linear_cross_entropy", "plain")
-FAMILIES = ("mlp", "hidden_state")  # the reference's, with the whole vocabulary; ours, with a pruned one
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a head step's cost. name: in the results. width, inner_dim: of the hidden_state trunk; the mlp family's inner width."""
+    """What decides a head step's cost. name: in the results. d: base width. loss_width: of the features that losses alone are measured on.
+    settings: {family: what a config says of it}."""
 
     name: str
     d: int
     vocab_size: int
-    draft_vocab_size: int
-    width: int
-    inner_dim: int
-    mlp_inner_dim: int
+    loss_width: int
     heads: int
     tokens: int
+    settings: dict
 
 
 class RandomBase:
     """As much of a base model as heads need, of a shape and with random weights; embedding and lm_head are tied."""
 
-    output_cap = None
+    output_cap, eos_token_ids = None, ()
 
     def __init__(self, shape, dtype, device):
+        self.width, self.vocab_size = shape.d, shape.vocab_size
         self.embedding_weight = self.output_weight = 0.04 * torch.randn(shape.vocab_size, shape.d, dtype=dtype, device=device)
 
 
 def build_heads(shape, family, base):
     """An untrained, attached speculator with fp32 weights on the base's device."""
     torch.manual_seed(0)
-    device = base.output_weight.device
-    if family == "mlp":
-        speculator = MLPSpeculator(shape.d, shape.vocab_size, shape.heads, shape.mlp_inner_dim)
-    else:
-        draft_ids = torch.arange(shape.draft_vocab_size)
-        speculator = HiddenStateSpeculator(
-            shape.d, shape.vocab_size, draft_ids, torch.ones(shape.d), shape.heads, shape.width, shape.inner_dim
-        )
-    speculator.to(device)
+    settings = settings_of({"family": family, "n_predict": shape.heads} | shape.settings[family])
+    corpus = Corpus(torch.arange(shape.vocab_size, 0, -1), torch.randn(FEW, shape.d))
+    speculator = FAMILIES[family].build(settings, base, corpus).to(base.output_weight.device)
     speculator.attach(base)
     return speculator
 
 
 def loss_weights(family, heads):
-    """The reference's loss for its family, and the quickstart's for ours."""
-    return LossWeights(1.0, 0.0, 0.0, (1.0,) * heads) if family == "mlp" else LossWeights(0.0, 1.0, 0.1, (1.0,) * heads)
+    """The quickstart's loss for families that predict states, the reference's for others."""
+    return LossWeights(0.0, 1.0, 0.1, (1.0,) * heads) if FAMILIES[family].predicts_states else LossWeights(1.0, 0.0, 0.0, (1.0,) * heads)
 
 
 def random_windows(shape, tokens, dtype, device):
@@ -146,7 +140,6 @@ def head_step(shape, family, dtype_name, device, rounds):
     base = RandomBase(shape, dtype, device)
     speculator, weights = build_heads(shape, family, base), loss_weights(family, shape.heads)
     optimizer = new_optimizer(speculator)
-    k, columns = (shape.mlp_inner_dim, shape.vocab_size) if family == "mlp" else (shape.d, shape.draft_vocab_size)
 
     def step(losses_of, windows):
         losses_of(speculator, windows, base, weights, counts_of(windows))[0].backward()
@@ -157,6 +150,7 @@ def head_step(shape, family, dtype_name, device, rounds):
         plain_losses(speculator, few, base, weights, counts_of(few))[0].backward()
     flops = counter.get_total_flops() * shape.tokens / FEW
     step(head_losses, few)
+    columns, k = next(speculator.heads(few.hidden.float(), few.tokens, few.counts))[1].shape
     windows = random_windows(shape, shape.tokens, dtype, device)
     computed, rates = compute_dtype(windows.states), []
     ways = {
@@ -193,7 +187,7 @@ def kernel_loss(kernel, features, weight, targets):
 def kernel_case(shape, dtype, device, heads, tokens):
     """Random (features, weight, targets) of `kernel_loss`; the weight is fp32, as it is kept in training."""
     torch.manual_seed(0)
-    k = shape.mlp_inner_dim
+    k = shape.loss_width
     features = [torch.randn(tokens, k, device=device).to(dtype).requires_grad_() for _ in range(heads)]
     weight = (k**-0.5 * torch.randn(shape.vocab_size, k, device=device)).requires_grad_()
     return features, weight, torch.randint(0, shape.vocab_size, (tokens,), device=device)

@@ -5,7 +5,6 @@ Shapes: p prompts, n tokens of a row, b rows, d base width, v variants.
 
 import hashlib
 import json
-import time
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
@@ -112,18 +111,11 @@ class SharedStates:
         return states, self.greedy[batch.row_ids, :n]
 
 
-def train_and_judge(trainer, validation):
-    """Train to the end; what came of it, as JSON values. Nothing but head steps must be left to do."""
+def averaged(trainer):
+    """The moving average of the trainer's weights, from now on: torch's `AveragedModel`."""
     average = AveragedModel(trainer.speculator, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     trainer.optimizer.register_step_post_hook(lambda *_: average.update_parameters(trainer.speculator))
-    start = time.process_time()
-    trainer.train()
-    seconds = time.process_time() - start
-    return {
-        "steps": trainer.step, "positions": trainer.tokens, "head_cpu_seconds": seconds,
-        "parameters": sum(weight.numel() for weight in trainer.speculator.parameters()),
-        **judge(trainer.speculator, validation), "averaged": judge(average.module, validation),
-    }  # fmt: skip
+    return average
 
 
 def judge(speculator, validation):

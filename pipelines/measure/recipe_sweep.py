@@ -1,10 +1,9 @@
-"""What `scripts.benchmark recipe` puts together: the training of each variant, with everything but its head steps done once for all."""
+"""The comparison of recipes as it runs: each variant's training, with everything but its head steps done once for all."""
 
 import hashlib
 import json
 import shutil
-from contextlib import closing
-from functools import partial
+import time
 
 from tqdm import tqdm
 
@@ -13,15 +12,13 @@ from data.reader import RowReader, read_manifest, read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError, first_difference
 from fms_spec.files import OWNER, owned, read_json, write_json, write_whole
-from pipelines.measure.recipe import SharedStates, digest, read_results, read_variants, shared_values, train_and_judge
 from pipelines.config import load_config
 from pipelines.machine.environment import environment
+from pipelines.measure.recipe import SharedStates, averaged, digest, judge, read_results, read_variants, shared_values
 from pipelines.plan.feasible import check_sizes
-from pipelines.parallel.processes import Processes
-from pipelines.train.state_cache import HiddenStates
+from pipelines.train.run import read_data, sizes_of, train
+from pipelines.train.state_cache import FILL_ROWS, HiddenStates
 from pipelines.train.validation import Validation
-from pipelines.generate.write import open_store
-from pipelines.train.run import FILL_ROWS, inputs_of, open_supply, put_together
 
 RESULTS, RECORD = "results.jsonl", "shared.json"
 
@@ -45,9 +42,7 @@ def run_missing(variants, base, out_dir, overrides):
     measured_on = environment()  # of the code that is loaded, whatever is committed while it runs
     missing = {name: parts for name, parts in variants.items() if name not in found}
     for _, config in missing.values():  # data that isn't there is told before the first variant
-        rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
-        continued = read_prompts(config.data.dir, limit=config.data.prompts)
-        check_sizes(config, len(rows), rows.seq_length, len(continued), continued.tokens.shape[1])
+        check_sizes(config, sizes_of(*read_data(config)))
     if missing:
         base_model = BaseModel(base.base_model.name, dtype=base.base_model.dtype, backend=base.base_model.backend)
         claim(out_dir, base)
@@ -82,33 +77,37 @@ def claim(out_dir, base):
 
 def run_variant(config, base_model, validation, out_dir):
     """Train and judge one; its figures as JSON values. A run that an interrupted sweep left half-way begins again."""
-    run_dir = out_dir / "run"
+    run_dir, name, found = out_dir / "run", texts_name(config), {}
     shutil.rmtree(run_dir, ignore_errors=True)
-    rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
-    prompts = read_prompts(config.data.dir, limit=config.data.prompts)
-    name = texts_name(config)
-    store = open_store(out_dir / "continuations" / name, config.data.dir, prompts, config.base_model, config.generation, config.seed)
-    with closing(open_supply(config, store, run_dir, lambda: base_model)) as supply:
-        continuations = partial(Continuations, store, supply)
-        batches = continuations(config.phase2.batch_size)
-        trainer = put_together(only_head_steps(config), run_dir, base_model, rows, prompts, batches, inputs_of(config), Processes())
-        tokens = share_states(trainer, config, out_dir / "hidden_states", rows, prompts, continuations(FILL_ROWS), name)
-        figures = train_and_judge(trainer, validation)
+
+    def before(trainer):
+        found["tokens"] = share_states(trainer, config, out_dir / "hidden_states", name)
+        found["average"] = averaged(trainer)
+        found["start"] = time.process_time()
+
+    trainer = train(only_head_steps(config, out_dir / "continuations" / name), run_dir, base_model=base_model, before=before)
+    seconds = time.process_time() - found["start"]
     shutil.rmtree(run_dir)
-    return {"config": digest(config), "base_model_tokens": tokens} | figures
+    figures = {
+        "steps": trainer.step, "positions": trainer.tokens, "head_cpu_seconds": seconds,
+        "parameters": sum(weight.numel() for weight in trainer.speculator.parameters()),
+    }  # fmt: skip
+    judged = judge(trainer.speculator, validation) | {"averaged": judge(found["average"].module, validation)}
+    return {"config": digest(config), "base_model_tokens": found["tokens"]} | figures | judged
 
 
-def share_states(trainer, config, directory, rows, prompts, continuations, name):
+def share_states(trainer, config, directory, name):
     """Have the trainer read its hidden states from the variants' cache, and fill that with what the run will read.
 
     Returns:
         {what: tokens that pass through the base model}, whether this variant or one before it paid for them: rows; generation, prompts and
         what is written after them; continuations, the same texts once more for their states.
     """
+    rows, prompts = read_data(config)
     length = prompts.tokens.shape[1] + config.generation.max_new_tokens
     readers = {
         "phase1": (RowReader(config.data.dir, batch_size=FILL_ROWS, seed=config.seed, rows=config.data.rows), len(rows), "rows"),
-        "phase2": (continuations, len(prompts), name),
+        "phase2": (Continuations(trainer.supply.store, FILL_ROWS), len(prompts), name),
     }
     sizes = {"phase1": (rows.table_rows, rows.seq_length), "phase2": (len(prompts), length)}
     tokens = dict.fromkeys(readers, 0)
@@ -116,8 +115,11 @@ def share_states(trainer, config, directory, rows, prompts, continuations, name)
         reader, available, folder = readers[phase]
         settings = getattr(config, phase)
         cache = HiddenStates(trainer.base_model, None, directory / folder, *sizes[phase], available)
-        read = min(available, steps * settings.accumulate * settings.batch_size)
-        tokens[phase] = fill(cache, reader, -(-read // FILL_ROWS))
+        count = -(-min(available, steps * settings.accumulate * settings.batch_size) // FILL_ROWS)
+        if phase == "phase2":
+            for index, begun in reader.needed(count):
+                trainer.supply.have(index, begun)
+        tokens[phase] = fill(cache, reader, count)
         trainer.states[phase] = SharedStates(cache, trainer.states[phase].best_tokens)
     return {"rows": tokens["phase1"], "generation": tokens["phase2"], "continuations": tokens["phase2"]}
 
@@ -138,9 +140,10 @@ def texts_name(config):
     return f"{config.data.prompts or 'all'}-prompts-{hashlib.sha256(values.encode()).hexdigest()[:8]}"
 
 
-def only_head_steps(config):
-    """The config of a run that does nothing beside them: no cache, validation or checkpoint of its own."""
+def only_head_steps(config, continuations):
+    """The config of a run that does nothing beside them, no cache, validation or checkpoint of its own; and reads these continuations."""
     changes = {
+        "data": config.data.model_copy(update={"continuations": str(continuations)}),
         "hidden_state_cache": False,
         "compile": False,  # the averaged copy of the heads would go on with the first ones' compiled step
         "validation": config.validation.model_copy(update={"prompts": 0}),

@@ -17,7 +17,6 @@ from fms_spec.rotary import RotaryOnce
 from fms_spec.sampling import best_token
 from fms_spec.timing import Marks
 from pipelines.measure.heads import (
-    FAMILIES,
     RandomBase,
     Shape,
     build_heads,
@@ -33,6 +32,7 @@ from pipelines.measure.heads import (
 from pipelines.train.compiled import check_compiler, compile_base_model, compile_heads
 from pipelines.train.metrics import Metrics
 
+FAMILIES = ("mlp", "hidden_state")  # the reference's, with the whole vocabulary; ours, with a pruned one
 DTYPES_TRIED = ("float32", "bfloat16")
 MLP_WIDTH = 4096  # inner width of the published MLP speculators
 SMALL_REPEATS = 50  # of things that take microseconds
@@ -42,13 +42,18 @@ FORWARD_TOKENS = 1024
 def shapes(base_model, tokens, wide_vocab):
     """Shapes of the head steps: the base model's and a wide vocabulary's; on a GPU the latter is Llama-3.1-8B's with eight heads."""
     d, v = base_model.width, base_model.vocab_size
-    pruned = min(3072, v // 2)  # 3,072, trunk 768 and 1,536: the quickstart's
-    model = Shape("base_model", d, v, pruned, 768, 1536, d, 3, tokens)
-    published = Shape("published_width", d, v, pruned, 768, 1536, MLP_WIDTH, 3, max(1, tokens // 16))
+    model = shape_of("base_model", d, v, 3072, (768, 1536), d, 3, tokens)  # 3,072, trunk 768 and 1,536: the quickstart's
+    published = shape_of("published_width", d, v, 3072, (768, 1536), MLP_WIDTH, 3, max(1, tokens // 16))
     if base_model.device.type == "cuda":
-        return model, published, Shape("wide", 4096, wide_vocab, min(32768, wide_vocab // 2), 4096, 8192, 4096, 8, tokens)
+        return model, published, shape_of("wide", 4096, wide_vocab, 32768, (4096, 8192), 4096, 8, tokens)
     # Half of the tokens: the plain version keeps about 12 GB of logits and their gradients then.
-    return model, published, Shape("wide", 512, wide_vocab, min(8192, wide_vocab // 2), 768, 1536, 512, 3, max(1, tokens // 2))
+    return model, published, shape_of("wide", 512, wide_vocab, 8192, (768, 1536), 512, 3, max(1, tokens // 2))
+
+
+def shape_of(name, d, vocab_size, pruned, trunk, mlp_width, heads, tokens):
+    """`Shape` of both families. pruned: draft vocabulary, at most half of the whole. trunk: (width, inner width) of hidden_state heads."""
+    ours = {"width": trunk[0], "inner_dim": trunk[1], "draft_vocab_size": min(pruned, vocab_size // 2)}
+    return Shape(name, d, vocab_size, mlp_width, heads, tokens, {"mlp": {"inner_dim": mlp_width}, "hidden_state": ours})
 
 
 def heads(base_model, shape, rounds):

@@ -4,10 +4,12 @@ A mesh of processes has two dimensions: "replicate", over which copies are kept 
 replicate is a shard dimension of one, so there is one path for all settings.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from fms_spec.base_model import BaseModel, read_config, resolve_base_model
 from fms_spec.errors import UserError
@@ -82,6 +84,18 @@ def share_speculator(speculator, config, processes):
     fully_shard(speculator, mesh=mesh, reshard_after_forward=False)
     speculator.set_gradient_divide_factor(1.0)
     speculator.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+    register_fsdp_forward_method(speculator, "losses")
+
+
+@contextmanager
+def gathered(speculator):
+    """Whole weights of a shared speculator on every process while the block runs, which trains nothing. All processes come here."""
+    if not isinstance(speculator, FSDPModule):
+        yield
+        return
+    speculator.unshard()
+    yield
+    speculator.reshard()
 
 
 def own_prompts(prompts, base_model, processes):

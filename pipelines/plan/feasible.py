@@ -9,18 +9,18 @@ import torch
 
 from fms_spec.base_model import DTYPES, context_length, read_config, resolve_base_model
 from fms_spec.errors import UserError
+from fms_spec.speculators.registry import FAMILIES
 from pipelines.plan.devices import device_memory
-from pipelines.plan.rehearsal import untrained
 
 TRAINED = 4 * 4  # bytes of a trained weight at least: itself, its gradient and two moments, in fp32
 
 
-def check_sizes(config, rows, seq_length, prompts, prompt_length, processes=1, memory=None):
+def check_sizes(config, sizes, processes=1, memory=None):
     """Refuse sizes that the data or the memory can't bear.
 
     Args:
-        config: `RunConfig`. rows, prompts: how many the run reads; seq_length, prompt_length: tokens of one. processes: that train
-        together. memory: bytes of one's device; those of this machine by default.
+        config: `RunConfig`. sizes: `plan.Sizes`, all known. processes: that train together. memory: bytes of one's device; those of this
+        machine by default.
 
     Raises:
         UserError: a step over the whole data, heads that no row is long enough for, a draft vocabulary over the base model's, validation
@@ -30,8 +30,8 @@ def check_sizes(config, rows, seq_length, prompts, prompt_length, processes=1, m
     base = read_config(resolve_base_model(config.base_model.name))
     heads, written = config.speculator.n_predict, config.generation.max_new_tokens
     tables = {
-        "phase1": ("rows", rows, seq_length, seq_length - 1, "data prepared with a longer --seq_length"),
-        "phase2": ("prompts", prompts, prompt_length + written, written, "more generation.max_new_tokens"),
+        "phase1": ("rows", sizes.rows, sizes.seq_length, sizes.seq_length - 1, "data prepared with a longer --seq_length"),
+        "phase2": ("prompts", sizes.prompts, sizes.prompt_length + written, written, "more generation.max_new_tokens"),
     }
     for phase in config.schedule.build().phase_steps():
         settings, (what, count, length, new, longer) = getattr(config, phase), tables[phase]
@@ -45,10 +45,10 @@ def check_sizes(config, rows, seq_length, prompts, prompt_length, processes=1, m
             raise UserError(f"speculator.n_predict {heads}: the last head finds no token in {phase}'s texts; take fewer, or {longer}")
         states = read * length * base.hidden_size * DTYPES[config.base_model.dtype].itemsize
         check_memory(states, memory, f"holding the hidden states of a step's {read:,} {what}", f"lower {phase}.batch_size or accumulate")
-    needed = prompt_length + config.validation.max_new_tokens + heads
+    needed = sizes.prompt_length + config.validation.max_new_tokens + heads
     if config.validation.prompts and needed > context_length(base):
         raise UserError(
-            f"validation.max_new_tokens {config.validation.max_new_tokens}: with prompts of {prompt_length} tokens and {heads} heads that "
+            f"validation.max_new_tokens {config.validation.max_new_tokens}: with prompts of {sizes.prompt_length} tokens and {heads} heads that "
             f"is over the context of {config.base_model.name}, {context_length(base)}; lower it"
         )
     shards = 1 if config.parallel.speculator == "replicate" else processes
@@ -57,10 +57,10 @@ def check_sizes(config, rows, seq_length, prompts, prompt_length, processes=1, m
 
 
 def count_weights(settings, base):
-    """Trained weights of a `SpeculatorSection` on a base model's config; the heads are made without data."""
+    """Trained weights of a family's settings on a base model's config; the heads are made without data."""
     sizes = SimpleNamespace(width=base.hidden_size, vocab_size=base.vocab_size)
     with torch.device("meta"):
-        return sum(weight.numel() for weight in untrained(settings, sizes).parameters())
+        return sum(weight.numel() for weight in FAMILIES[settings.family].build(settings, sizes).parameters())
 
 
 def check_memory(need, memory, what, mend):

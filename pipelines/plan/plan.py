@@ -9,13 +9,11 @@ import torch
 
 from fms_spec.errors import UserError
 from fms_spec.losses import compute_dtype
-from pipelines.train.build import SAMPLE_ROWS
 from pipelines.plan.devices import ACROSS_NODES
 from pipelines.generate.engines import sampling_of
 from pipelines.parallel.mesh import group_size
 from pipelines.plan.rehearsal import nbytes, rehearsal_of
 from pipelines.train.state_cache import FILL_ROWS
-from pipelines.train.loop import loss_weights
 from pipelines.generate.vllm_engine import GPU_OVERHEAD
 
 HEADROOM = 1.1  # a plan fits with a tenth of the memory to spare: its figures are right to within 15%
@@ -107,12 +105,13 @@ class Plan:
         return parts
 
     def building(self):
-        """Attaching the heads, and for the hidden_state family forwards over a sample of rows, whose states are kept in fp32 on the CPU."""
-        if self.config.speculator.family == "mlp":
-            return self.run.building.peak - self.run.frozen
+        """Attaching the heads, and forwards over the rows a family samples, whose states are kept in fp32 on the CPU."""
+        attaching, rows = self.run.building.peak - self.run.frozen, self.run.speculator.sample_rows
+        if not rows:
+            return attaching
         n = self.sizes.seq_length
-        kept = 2 * SAMPLE_ROWS * n * self.run.base_model.width * 4 if self.device.heap > 1 else 0
-        return max(self.run.forward(1, n).peak + kept, self.run.building.peak - self.run.frozen)
+        kept = 2 * rows * n * self.run.base_model.width * 4 if self.device.heap > 1 else 0
+        return max(self.run.forward(1, n).peak + kept, attaching)
 
     def states(self, phase):
         """Bytes of the states that a step holds: of all its micro-batches."""
@@ -152,7 +151,7 @@ class Plan:
         usable = self.lengths["phase1"] - 1 if phase == "phase1" else self.config.generation.max_new_tokens
         counts = tuple(max(1, settings.batch_size * (usable - 1 - head)) for head in range(heads))
         counts = tuple(min(count, settings.positions or count) for count in counts)
-        weights = loss_weights(self.config, phase)
+        weights = settings.loss.weights(heads)
         states = torch.empty(0, dtype=self.run.base_model.dtype)
         dtype = compute_dtype(states) if self.device.heap > 1 else states.dtype  # a CPU's choice, or a GPU's
         return self.run.heads(weights, settings.batch_size, self.lengths[phase], counts, settings.accumulate > 1, dtype)

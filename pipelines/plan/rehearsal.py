@@ -28,7 +28,7 @@ from fms_spec.fms_backend import build
 from fms_spec.losses import CHUNK, SoftTargetLoss, head_losses
 from fms_spec.proof import choose_backend, layer_stack
 from fms_spec.read_out import read_out
-from fms_spec.speculators import HiddenStateSpeculator, MLPSpeculator
+from fms_spec.speculators.registry import FAMILIES
 from fms_spec.transformers_backend import first_line
 
 LAYERS = 2  # of the base model that are rehearsed; all are alike
@@ -160,7 +160,7 @@ class Rehearsal:
                 with self.meter.measure() as cost:
                     self.base_model._settle()
                 self.tables = cost.kept
-                self.speculator = untrained(speculator_section, self.base_model)
+                self.speculator = FAMILIES[speculator_section.family].build(speculator_section, self.base_model)
                 with self.meter.measure() as self.building:
                     self.speculator.attach(self.base_model)
         self.frozen = self.building.kept
@@ -253,15 +253,3 @@ class Rehearsal:
 
     def states(self, b, n):
         return torch.empty(b, n, self.base_model.width, dtype=self.base_model.dtype)
-
-
-def untrained(section, base_model):
-    """Heads of a `SpeculatorSection`, not attached yet; their weights are fake under a FakeTensorMode."""
-    d, v = base_model.width, base_model.vocab_size
-    if section.family == "mlp":
-        return MLPSpeculator(d, v, section.n_predict, section.inner_dim, section.tie_weights, section.scale_input)
-    size = section.draft_vocab_size or v
-    if size > v:
-        raise UserError(f"speculator.draft_vocab_size {size} is over the base model's vocabulary, {v}")
-    ids = torch.zeros(size, dtype=torch.int64)
-    return HiddenStateSpeculator(d, v, ids, torch.ones(d), section.n_predict, section.width, section.inner_dim)

@@ -12,12 +12,12 @@ from fms_spec.acceptance import pooled_acceptance
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.batch import upload
 from fms_spec.errors import UserError
-from fms_spec.losses import LossWeights, head_losses
 from fms_spec.proposers import DraftShape
 from fms_spec.seeds import mixed
-from fms_spec.speculators import describe
+from fms_spec.speculators.directory import describe
 from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sweep, whole_checkpoints
 from pipelines.train.metrics import Metrics, Stopwatch, read_lines
+from pipelines.parallel.mesh import gathered
 from pipelines.parallel.processes import Processes
 from pipelines.train.schedule import learning_rate_factor
 from pipelines.train.stopping import Stopped, stopping
@@ -28,9 +28,9 @@ class Trainer:
 
     Args:
         config: `RunConfig`. speculator: fp32 weights, on the base model's device. batches: {phase: iterator of `Batch` with
-        state_dict and load_state_dict}. supply: where phase 2's continuations come from; `seconds`, {part: seconds} that it took inside the
-        batches, and `figures()`, {metric: number}. states: {phase: `HiddenStates`}. validation: a function that makes the `Validation`,
-        called when it is first needed, or None. out_dir: of the run, already claimed with `claim_out_dir`. device_metrics: `DeviceMetrics`.
+        state_dict and load_state_dict}. supply: where phase 2's continuations come from, see data.continuations.supply. states: {phase:
+        `HiddenStates`}. validation: a function that makes the `Validation`, called when it is first needed, or None. out_dir: of the run,
+        already claimed with `claim_out_dir`. device_metrics: `DeviceMetrics`.
         processes: `Processes`; each trains on batches of its own, and gradients are added up where the speculator is shared
         (`parallel.share_speculator`).
     """
@@ -47,9 +47,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             speculator.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
-        self.weights = {phase: loss_weights(config, phase) for phase in self.phase_steps}
+        self.weights = {phase: getattr(config, phase).loss.weights(speculator.n_predict) for phase in self.phase_steps}
         self.step = 0
-        self.watch = Stopwatch()
+        self.watch = Stopwatch({"generation": 0.0, "waiting": 0.0})
         self.tokens = 0  # positions trained on, in both phases
         self.logged = {}  # phase -> device tensors since the last log line, read only when logged
         self.log_lines = 0  # of metrics.jsonl when the run was saved
@@ -103,7 +103,9 @@ class Trainer:
                 position = self.batches[phase].state_dict()
                 try:
                     with stop.waiting(alone=self.processes.count == 1):
-                        micro_batches = self.next_batches(phase)
+                        if phase == "phase2":
+                            self.have_continuations()
+                        micro_batches = self.read(phase)
                 except (UserError, Stopped) as reason:
                     self.batches[phase].load_state_dict(position)  # as the step before left them
                     self.save_finished()
@@ -142,16 +144,16 @@ class Trainer:
             saved = f"step {self.step} of {self.schedule.steps} is saved" if self.step else "before its first step"
             tqdm.write(f"stopped by SIGTERM, {saved}; start it again to go on, scripts.train with --resume", file=sys.stderr)
 
-    def next_batches(self, phase):
+    def have_continuations(self):
+        """Have the texts there that the next step of phase 2 reads: generated now, waited for, or there already."""
+        needed = self.batches["phase2"].needed(self.config.phase2.accumulate)
+        for index, begun in self.watch.timed("data", needed):
+            self.watch.add(self.supply.have(index, begun))
+
+    def read(self, phase):
         """The next step's micro-batches."""
-        before = dict(self.supply.seconds)
-        try:
-            with self.watch.measure("data"):
-                return [next(self.batches[phase]) for _ in range(getattr(self.config, phase).accumulate)]
-        finally:
-            for part, seconds in self.supply.seconds.items():  # the supply's, not data's
-                self.watch.seconds[part] = self.watch.seconds.get(part, 0.0) + seconds - before[part]
-                self.watch.seconds["data"] -= seconds - before[part]
+        with self.watch.measure("data"):
+            return [next(self.batches[phase]) for _ in range(getattr(self.config, phase).accumulate)]
 
     def save_finished(self):
         """Keep what has been trained when the run can't go on; its reason stays the one that is told, even if this fails too.
@@ -202,7 +204,7 @@ class Trainer:
             windows = make_windows(hidden, batch.tokens, positions, self.speculator.n_predict)
             if self.processes.count > 1:
                 self.speculator.set_requires_gradient_sync(number == len(chosen) - 1)
-            loss, parts = self.speculator(head_losses, windows, self.base_model, self.weights[phase], counts)
+            loss, parts = self.speculator.losses(windows, self.base_model, self.weights[phase], counts)
             loss.backward()
             total = total + parts
         return total, counts
@@ -226,8 +228,8 @@ class Trainer:
     def validate(self):
         """Acceptance of a chain as deep as there are heads, as decoding would count it."""
         proposer = DraftShape().proposer(self.speculator)
-        with torch.no_grad():
-            own = self.speculator(lambda _: self.validation.accepted(proposer))
+        with torch.no_grad(), gathered(self.speculator):
+            own = self.validation.accepted(proposer)
         accepted = [count for share in self.processes.gather(own) for counts in share for count in counts]
         found = pooled_acceptance(accepted, proposer.lookahead)
         shares = {f"validation/acceptance_at_{place}": share for place, share in enumerate(found.per_position, start=1)}
@@ -252,10 +254,3 @@ class Trainer:
         values |= {f"time_share/{part}": seconds / spent for part, seconds in self.watch.seconds.items()}
         values |= self.supply.figures()
         return values | {"tokens": self.tokens, "tokens_per_s": self.tokens / spent}
-
-
-def loss_weights(config, phase):
-    """`LossWeights` of a phase, head weights filled in."""
-    loss = getattr(config, phase).loss
-    heads = tuple(loss.heads or [1.0] * config.speculator.n_predict)
-    return LossWeights(loss.cross_entropy, loss.distillation, loss.smooth_l1, heads, loss.acceptance)

@@ -95,4 +95,19 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+            self.add({part: time.perf_counter() - start})
+
+    def timed(self, part, items):
+        """The items, the time that it takes to come by each charged to `part`."""
+        items, end = iter(items), object()
+        while True:
+            with self.measure(part):
+                item = next(items, end)
+            if item is end:
+                return
+            yield item
+
+    def add(self, seconds):
+        """Charge {part: seconds} that were measured elsewhere."""
+        for part, spent in seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + spent

@@ -4,6 +4,7 @@ import sys
 
 from fms_spec.errors import UserError, first_difference
 from fms_spec.files import OWNER, read_json, write_json
+from fms_spec.speculators.registry import FAMILIES
 from pipelines.train.checkpoint import checkpoints
 
 RECORD = "run.json"
@@ -68,7 +69,10 @@ def what_decides(config, processes):
         phases[name] = {("accumulate x processes" if key == "accumulate" else key): value for key, value in config[name].items()}
         phases[name]["accumulate x processes"] *= processes
     generation = {key: value for key, value in config["generation"].items() if key not in ways}
-    return {key: value for key, value in config.items() if key != "parallel"} | phases | {"generation": generation}
+    family = FAMILIES[config["speculator"]["family"]].settings.model_fields  # records of earlier revisions hold the settings of all families
+    speculator = {key: value for key, value in config["speculator"].items() if key in family}
+    rest = {key: value for key, value in config.items() if key != "parallel"}
+    return rest | phases | {"generation": generation, "speculator": speculator}
 
 
 def claim_out_dir(out_dir, config, processes, inputs, environment):

@@ -6,6 +6,7 @@ Alignment, the same in training and decoding: h_t is the base model's state afte
 seen h_t and the tokens x_{t+1} ... x_{t+1+i}, and predicts x_{t+2+i}.
 """
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -14,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.errors import UserError
-from fms_spec.losses import CHUNK
+from fms_spec.losses import CHUNK, head_losses
 from fms_spec.read_out import read_out
-
+from fms_spec.settings import Section
 
 Size = Annotated[int, Field(ge=1, le=2**24)]  # a matrix of two such can be counted in 64 bits
 
@@ -30,22 +31,61 @@ class Sizes(BaseModel):
     n_predict: int = Field(ge=1, le=64)
 
 
+class Settings(Section):
+    """What a config says of a family; each adds its own, and names itself: `family: Literal["..."]`."""
+
+    family: str
+    n_predict: int = Field(3, ge=1, le=64)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What untrained heads are given of the text they will be trained on.
+
+    token_counts: int64 [tokenizer vocabulary], how often each token stands in it. states: fp32 [m, d] on the CPU, the base model's over a
+    family's `sample_rows`; None where it wants none.
+    """
+
+    token_counts: torch.Tensor
+    states: torch.Tensor | None
+
+
 class Speculator(nn.Module):
     """Attached heads that guess `n_predict` tokens from one hidden state of a frozen base model.
 
-    A family defines `start`, `advance` and `output`; training and proposing (`proposers`) are the same three calls. `start` may return any
-    tensor or tuple of tensors as the running state, so that a family that reads more of the base model, or keeps a cache, fits in.
+    A family is one file, and known to `registry` alone. It defines `build`, `start`, `advance` and `output`; training and proposing
+    (`proposers`) are the same three calls. `start` may return any tensor or tuple of tensors as the running state. A plan runs these calls
+    on tensors without data, so that what a family costs needs no saying; vLLM's drafter runs them too, so that it is served by them.
     """
 
-    family: str  # config.json's model_type
+    name: str  # a config's speculator.family
+    model_type: str  # config.json's
     architecture: str  # config.json's only entry under architectures
+    settings: type[Settings]
     sizes: type[Sizes]
+    sample_rows = 0  # corpus rows whose states `build` is to be given
+    needs_embedding = False  # whether `attach` takes the base model's token embedding; the lm_head is there in any case
+    predicts_states = False  # whether there is a `state_distance`
+    vocab_size: int
     n_predict: int
     draft_ids: torch.Tensor | None  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
 
-    def forward(self, work, *inputs):
-        """work(self, *inputs). What reads the weights in training goes through here: it is where those kept in parts are gathered."""
-        return work(self, *inputs)
+    @classmethod
+    def build(cls, settings, base_model, corpus=None):
+        """Untrained heads, not attached yet, drawn from torch's global generator.
+
+        Args:
+            settings: of the class's `settings`. base_model: a `BaseModel`, or whatever has its width and vocab_size. corpus: a `Corpus`; None
+            where only sizes count, as in a plan.
+
+        Raises:
+            UserError: settings that don't fit the base model.
+        """
+        raise NotImplementedError
+
+    def losses(self, windows, base_model, weights, counts):
+        """`losses.head_losses` of these heads; a method, as weights that are kept in parts are gathered around methods alone."""
+        return head_losses(self, windows, base_model, weights, counts)
 
     def attach(self, base_model):
         """Take what is frozen and shared (embedding, lm_head) from the base model. Nothing of it is trained or saved."""
@@ -87,6 +127,10 @@ class Speculator(nn.Module):
 
     def pack(self):
         """Lay the weights out for proposing, where that pays; see `BaseModel.pack`. It can't be trained or saved any more."""
+
+    def state_distance(self, features, target_states):
+        """Of `predicts_states`: how far features [m, k], an `output`'s, are from the true states [m, d]: fp32 [m]."""
+        raise NotImplementedError
 
     def saved_config(self):
         """Everything the constructor needs, as plain JSON values."""

@@ -1,0 +1,196 @@
+"""Speculators on disk: how they are written to a directory, read from one, and held to the base model they were trained for.
+
+A speculator directory holds config.json and model.safetensors. The MLP family is in IBM's published layout; our own keys stand beside
+it, among them the fingerprint of the base model it was trained for, and the sha256 of the weights.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fms_spec.base_model import DTYPES, read_config, resolve_base_model
+from fms_spec.errors import UserError
+from fms_spec.files import cannot_write, read_json, sha256_of, write_json
+from fms_spec.hub import local_directory
+from fms_spec.speculators.registry import ModelType, family_of
+from fms_spec.weights import SINGLE, fingerprint
+
+class Published(BaseModel):
+    """What a config.json says beside the family's sizes."""
+
+    model_config = ConfigDict(strict=True)
+    model_type: ModelType
+    base_model_name_or_path: str | None = None
+    base_model_fingerprint: str | None = None
+    weights_sha256: dict[Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")], str] | None = None  # {file: hexadecimal}
+
+
+class Description(Published):
+    """What `describe` says beside the family's sizes."""
+
+    base_model_name_or_path: str
+    base_model_fingerprint: str
+    torch_dtype: Literal[*DTYPES]
+
+
+def check_config(config, place, expected=Published):
+    """Refuse a config.json's value that `from_config` can't build from; place: its file. Returns `config`.
+
+    Raises:
+        UserError: names the key.
+    """
+    try:
+        found = expected.model_validate(config)
+        family_of(found.model_type).sizes.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "it"
+        problem = f"lacks {key}" if first["type"] == "missing" else f"{key} is {first['input']!r:.60}: {first['msg']}"
+        raise UserError(f"{place}: no config of a speculator ({problem}); take an undamaged copy") from None
+    return config
+
+
+def from_config(config):
+    """An untrained speculator from a config.json's values, which `check_config` has passed."""
+    return family_of(config["model_type"]).from_config(config)
+
+
+def describe(speculator, base_model):
+    """config.json of a speculator: its own values, and which base model in which dtype it was trained for."""
+    return speculator.saved_config() | {
+        "base_model_name_or_path": base_model.name,
+        "base_model_fingerprint": base_model.fingerprint,
+        "torch_dtype": str(base_model.dtype).removeprefix("torch."),
+    }
+
+
+def save_speculator(directory, speculator, config):
+    """Write model.safetensors and config.json; `config` is from `describe`, weights are written in its torch_dtype.
+
+    Raises:
+        UserError: no room for them.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = DTYPES[config["torch_dtype"]]
+    tensors = {
+        key: value.to(dtype if value.is_floating_point() else value.dtype).cpu().contiguous()
+        for key, value in speculator.published_state().items()
+    }
+    file = directory / SINGLE
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise cannot_write(file, OSError(str(error))) from None
+    write_json(directory / "config.json", config | {"weights_sha256": {file.name: sha256_of(file)}})
+
+
+def load_speculator(directory, base_model):
+    """A speculator ready to propose: attached, in the base model's dtype and on its device.
+
+    Raises:
+        UserError: not a speculator directory, damaged weights, or one that was trained for another base model.
+    """
+    directory = local_directory("speculator", directory)
+    config = read_speculator_config(directory)
+    check_base_model(directory, config, base_model.name, base_model.fingerprint, (base_model.width, base_model.vocab_size))
+    speculator = read_speculator(directory, config).to(device=base_model.device, dtype=base_model.dtype)
+    speculator.attach(base_model)
+    return speculator
+
+
+def read_speculator(directory, config):
+    """The weights of a speculator directory as fp32, not attached yet, on the CPU; `config` is its config.json.
+
+    Raises:
+        UserError: weights that are missing, damaged or of other sizes.
+    """
+    with torch.device("meta"):  # memory is taken for what the files hold, whatever the config may say
+        speculator = from_config(config)
+    tensors = {}
+    for file in check_weights(directory, config):
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"speculator weights {file}: can't be read ({error}); export them again") from error
+    own = speculator.published_state()
+    for key, value in tensors.items():
+        if value.is_floating_point() != own.get(key, value).is_floating_point():
+            raise UserError(f"speculator {directory}: tensor {key} is {value.dtype}, which it can't be; export it again")
+        tensors[key] = value.float() if value.is_floating_point() else value
+        if not tensors[key].isfinite().all():
+            raise UserError(f"speculator {directory}: tensor {key} holds values that are not finite; take another checkpoint")
+    speculator.load_published_state(tensors)
+    return speculator.eval().requires_grad_(False)
+
+
+def check_weights(directory, config):
+    """The *.safetensors files of a speculator directory, held to the sha256 that its config.json has of them; published ones have none.
+
+    Raises:
+        UserError: names a file that is missing, can't be read or was altered.
+    """
+    known = config.get("weights_sha256")
+    files = [Path(directory) / name for name in known or ([SINGLE] if (Path(directory) / SINGLE).exists() else [])]
+    files = files or sorted(Path(directory).glob("*.safetensors"))  # published in parts
+    if not files:
+        raise UserError(f"speculator {directory}: no *.safetensors weights in it")
+    for file in files:
+        try:
+            altered = known and sha256_of(file) != known[file.name]
+        except OSError as error:
+            raise UserError(f"speculator weights {file}: can't be read ({error.strerror}); copy or export them again") from None
+        if altered:
+            raise UserError(f"speculator weights {file}: altered since the export, their sha256 is another one; copy or export them again")
+    return files
+
+
+def read_speculator_config(directory):
+    """config.json of a speculator directory; raises UserError where there is none that can be used."""
+    file = Path(directory) / "config.json"
+    if not file.exists():
+        raise UserError(f"speculator {directory}: no config.json; give a directory written by scripts.export")
+    return check_config(read_json(file, "copy or export the speculator again"), file)
+
+
+def check_speculator(directory, base_model):
+    """Refuse a pair that doesn't fit before any weight is loaded; returns the speculator's config.json.
+
+    Args:
+        base_model: its directory or hub name.
+
+    Raises:
+        UserError: as `resolve_base_model`, `read_config`, `check_base_model` and `check_weights`.
+    """
+    directory = local_directory("speculator", directory)
+    config = read_speculator_config(directory)
+    path = resolve_base_model(base_model)
+    base_config = read_config(path)
+    check_base_model(directory, config, base_model, fingerprint(path), (base_config.hidden_size, base_config.vocab_size))
+    check_weights(directory, config)
+    return config
+
+
+def check_base_model(directory, config, name, print_of_weights, sizes):
+    """Refuse a speculator that was trained for another base model than `name`.
+
+    Published directories carry no fingerprint; for them, and where `print_of_weights` is None, only the sizes (width, vocabulary) have to
+    agree.
+    """
+    theirs = config.get("base_model_fingerprint")
+    trained_for = config.get("base_model_name_or_path") or "an unnamed base model"
+    if theirs and print_of_weights and theirs != print_of_weights:
+        raise UserError(
+            f"speculator {directory} was trained for {trained_for} (fingerprint {theirs}), not for {name} "
+            f"({print_of_weights}); use the base model it was trained for, or train one for this"
+        )
+    expected = (config.get("emb_dim"), config.get("vocab_size"))
+    if expected != sizes:
+        raise UserError(
+            f"speculator {directory} (for {trained_for}) fits a base model of width {expected[0]} and vocabulary {expected[1]}, "
+            f"{name} has {sizes[0]} and {sizes[1]}"
+        )
