@@ -145,9 +145,7 @@ def check_sizes(data_dir, shards):
         if not path.is_file():
             raise UserError(f"{path}: missing; {AGAIN}")
         if path.stat().st_size != shard["bytes"]:
-            raise UserError(
-                f"{path}: {path.stat().st_size} bytes where the manifest says {shard['bytes']} (cut short or altered); {AGAIN}"
-            )
+            raise UserError(f"{path}: {path.stat().st_size} bytes where the manifest says {shard['bytes']} (cut short or altered); {AGAIN}")
 
 
 def check_contents(data_dir, shard):

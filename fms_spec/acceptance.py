@@ -6,11 +6,12 @@ Acceptance at position i (from 1) = the share of steps that accepted at least i 
 Shapes: s tokens of a text, d base width, m positions.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from fms_spec.proposers import Step
+from fms_spec.proposers import Proposer, Step
 from fms_spec.verification import match
 
 
@@ -19,22 +20,22 @@ class Acceptance:
     """length: tokens a step, from 1. per_position: k shares. steps: how many drafted."""
 
     length: float
-    per_position: list
+    per_position: list[float]
     steps: int
 
 
-def pooled_acceptance(accepted, drafts):
+def pooled_acceptance(accepted: Iterable[int], drafts: int) -> Acceptance:
     """`Acceptance` from the number of accepted tokens of every step (any iterable of ints), at most `drafts` a step."""
-    accepted = torch.tensor(list(accepted), dtype=torch.int64)
-    steps = len(accepted)
+    counts = torch.tensor(list(accepted), dtype=torch.int64)
+    steps = len(counts)
     if steps == 0:
         return Acceptance(1.0, [0.0] * drafts, 0)
-    shares = [(accepted >= position).double().mean().item() for position in range(1, drafts + 1)]
-    return Acceptance(1 + accepted.double().mean().item(), shares, steps)
+    shares = [(counts >= position).double().mean().item() for position in range(1, drafts + 1)]
+    return Acceptance(1 + counts.double().mean().item(), shares, steps)
 
 
 @torch.inference_mode()
-def accepted_in_text(proposer, states, tokens, prompt_length, new_tokens):
+def accepted_in_text(proposer: Proposer, states: torch.Tensor, tokens: torch.Tensor, prompt_length: int, new_tokens: int) -> list[int]:
     """What greedy decoding of this text would have accepted at each of its steps, from the text alone.
 
     Every position of the text is given to the proposer at once, as if a step began there; the steps that decoding would have taken are

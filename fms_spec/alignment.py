@@ -22,7 +22,7 @@ class Positions:
     """
 
     index: torch.Tensor
-    counts: list
+    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,23 @@ class Windows:
     states: torch.Tensor
     index: torch.Tensor
     tokens: torch.Tensor
-    counts: list
+    counts: list[int]
 
     @property
-    def hidden(self):
+    def hidden(self) -> torch.Tensor:
         """h_t: [m, d]."""
         return self.states[self.index]
 
-    def targets(self, head):
+    def targets(self, head: int) -> torch.Tensor:
         """Head i's target x_{t+2+i}: int64 [counts[i]]."""
         return self.tokens[: self.counts[head], head + 1]
 
-    def target_states(self, head):
+    def target_states(self, head: int) -> torch.Tensor:
         """h_{t+1+i}, from which the base model itself predicts head i's target: [counts[i], d]."""
         return self.states[self.index[: self.counts[head]] + 1 + head]
 
 
-def usable_positions(segment_ids, first_states, heads, greedy=None):
+def usable_positions(segment_ids: torch.Tensor, first_states: torch.Tensor, heads: int, greedy: torch.Tensor | None = None) -> torch.Tensor:
     """Where each head has a state and a target: bool [h, b, n].
 
     Args:
@@ -71,7 +71,7 @@ def usable_positions(segment_ids, first_states, heads, greedy=None):
     return torch.stack(found)
 
 
-def choose_positions(usable, limit=None, generator=None):
+def choose_positions(usable: torch.Tensor, limit: int | None = None, generator: torch.Generator | None = None) -> Positions:
     """`Positions` from a `usable_positions` mask; at most `limit` of them, drawn evenly."""
     depth = usable.flatten(1).sum(0)  # how many heads have a target there
     index = depth.nonzero()[:, 0]
@@ -81,7 +81,7 @@ def choose_positions(usable, limit=None, generator=None):
     return Positions(index[order], [int((depth > head).sum()) for head in range(len(usable))])
 
 
-def make_windows(states, tokens, positions, heads):
+def make_windows(states: torch.Tensor, tokens: torch.Tensor, positions: Positions, heads: int) -> Windows:
     """Line up states [b, n, d] (any device) with tokens int64 [b, n] (on the CPU) at `positions`."""
     ahead = F.pad(tokens, (0, heads + 1))
     following = torch.stack([ahead[:, 1 + i : 1 + i + tokens.shape[1]] for i in range(heads + 1)], dim=-1).flatten(0, 1)

@@ -13,20 +13,26 @@ What a layer asks for besides is honoured in both: a sliding window (a token see
 sinks. Grouped-query heads are never expanded: the query heads that share a key-value head are laid side by side as further query rows.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, NoReturn
 
 import torch
 from fms.modules.attention import register_attention_op
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from fms_spec.kv_cache import Place, Visible, fold_mask
+
 PACKED = "fms_spec_packed"
 CACHED = "fms_spec_cached"
 BLOCK = 512  # queries of a windowed or soft-capped document that are attended for together: bounds the scores, 4 bytes x h x 512 x l
 
+Span = tuple[int, int, int]  # row, start, end of a document in a packed batch; end exclusive
 
-def document_spans(segment_ids):
+
+def document_spans(segment_ids: torch.Tensor) -> list[Span]:
     """Where each document of a packed batch lies.
 
     Args:
@@ -34,7 +40,7 @@ def document_spans(segment_ids):
             -1 is padding and belongs to none.
 
     Returns:
-        list of (row, start, end), end exclusive.
+        their `Span`s, row by row.
     """
     spans = []
     for row, ids in enumerate(segment_ids):
@@ -47,7 +53,7 @@ def document_spans(segment_ids):
     return spans
 
 
-def span_positions(segment_ids):
+def span_positions(segment_ids: torch.Tensor) -> torch.Tensor:
     """Position of each token within its document: int64 [b, n], restarting at 0 with every document."""
     positions = torch.zeros_like(segment_ids, dtype=torch.int64)
     for row, start, end in document_spans(segment_ids):
@@ -55,7 +61,10 @@ def span_positions(segment_ids):
     return positions
 
 
-def attend_packed(query, keys, values, spans, scale, window=None, cap=None, sinks=None):
+def attend_packed(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span], scale: float | None,
+    window: int | None = None, cap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Causal attention within each span: query [b, h, n, d], keys and values [b, g, n, d] -> [b, h, n, d]; padding gives zeros.
 
     window: tokens that each one sees, itself among them. cap, sinks: see `attend`.
@@ -79,18 +88,10 @@ def attend_packed(query, keys, values, spans, scale, window=None, cap=None, sink
     return attended
 
 
-def fold_mask(mask, shared, dtype):
-    """A boolean mask as `attend` adds it, made once for all layers: bool [b, n, l] -> dtype [b, 1, shared * n, l].
-
-    Args:
-        shared: query heads per key-value head, h / g.
-    """
-    batch, tokens, length = mask.shape
-    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return added[:, None].expand(batch, shared, tokens, length).reshape(batch, 1, shared * tokens, length)
-
-
-def attend(query, keys, values, mask, scale, cap=None, sinks=None):
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
+    cap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention under a folded mask, or over everything with None: query [b, h, n, d], keys and values [b, g, l, d] -> [b, h, n, d].
 
     Args:
@@ -113,35 +114,46 @@ def attend(query, keys, values, mask, scale, cap=None, sinks=None):
     return attended.reshape(batch, heads, tokens, values.shape[-1])
 
 
-def attend_cached(query, keys, values, visible, scale, window=None, cap=None, sinks=None):
+def attend_cached(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: Visible, scale: float | None,
+    window: int | None = None, cap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`attend` to what a `kv_cache.Visible` lets each new token see: keys and values [b, g, l, d], everything that is stored."""
     low, mask = visible.folded(window)
     return attend(query, keys[:, :, low:], values[:, :, low:], mask, scale, cap, sinks)
 
 
-def _fms_store(keys, values, key_cache, value_cache, *, place, **_):
+def _fms_store(
+    keys: torch.Tensor, values: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *, place: Place, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     seen_keys, seen_values = place.store(keys, values, key_cache, value_cache)
     return seen_keys, seen_values, key_cache, value_cache
 
 
-def _fms_store_nothing(*_, **__):
+def _fms_store_nothing(*_: Any, **__: Any) -> NoReturn:
     raise AssertionError("packed rows are attended to without a cache")
 
 
-def _fms_compute_packed(query, keys, values, nheads, kvheads, p_dropout, scale_factor, *, spans, **_):
+def _fms_compute_packed(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, nheads: int, kvheads: int, p_dropout: float, scale_factor: float | None,
+    *, spans: Sequence[Span], **_: Any,
+) -> torch.Tensor:  # fmt: skip
     attended = attend_packed(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), spans, scale_factor)
     return attended.transpose(1, 2).contiguous()
 
 
-def _fms_compute_cached(query, keys, values, nheads, kvheads, p_dropout, scale_factor, *, visible, **_):
+def _fms_compute_cached(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, nheads: int, kvheads: int, p_dropout: float, scale_factor: float | None,
+    *, visible: Visible, **_: Any,
+) -> torch.Tensor:  # fmt: skip
     return attend_cached(query.transpose(1, 2), keys, values, visible, scale_factor).transpose(1, 2).contiguous()
 
 
-_asked = ContextVar("spans or Visible of the forward of a `transformers` model that is running")
+_asked: ContextVar[Any] = ContextVar("spans or Visible of the forward of a `transformers` model that is running")
 
 
 @contextmanager
-def asking(what):
+def asking(what: Sequence[Span] | Visible) -> Iterator[None]:
     """Within it, layers of `transformers` models attend within these spans (PACKED) or to this `Visible` (CACHED).
 
     Not an argument of the model's forward, because layers of many architectures don't hand those on to their attention.
@@ -153,10 +165,14 @@ def asking(what):
         _asked.reset(token)
 
 
-def _of_layer(attention):
+def _of_layer(attention: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
     """An attention function of `transformers` that reads what the layer asks for; what it doesn't know, `proof` finds to be missing."""
 
-    def call(module, query, keys, values, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_):
+    def call(
+        module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, attention_mask: torch.Tensor | None,
+        scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
         if attention_mask is not None:  # nobody gave it one
             raise ValueError("its layers make attention masks of their own")
         attended = attention(query, keys, values, _asked.get(), scaling, sliding_window, softcap, s_aux)

@@ -5,17 +5,21 @@ Shapes: b batch, n tokens, d base width, v vocabulary.
 
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fms_spec import fms_backend, transformers_backend
-from fms_spec.attention import CACHED, PACKED, asking, document_spans, span_positions
+from fms_spec.attention import CACHED, PACKED, Span, asking, document_spans, span_positions
 from fms_spec.batch import upload
+from fms_spec.candidates import Tree
 from fms_spec.errors import UserError
 from fms_spec.hub import local_directory
 from fms_spec.kv_cache import KVCache, TransformersCacheView, Visible
@@ -30,7 +34,7 @@ SHORTEST = 8  # tokens of a context: what `proof` needs for a text that is read 
 ATTENDING = {"full_attention", "sliding_attention"}  # kinds of layers whose cache can drop tokens like any other
 
 
-def resolve_base_model(name):
+def resolve_base_model(name: Path | str) -> Path:
     """Directory of a base model given as a directory or a Hugging Face hub name.
 
     Raises:
@@ -53,7 +57,10 @@ class BaseModel:
         `read_out.with_bias`. output_cap: see `read_out.capped`; None for most models.
     """
 
-    def __init__(self, name, *, dtype="bfloat16", backend="auto", device=None, proved=False):
+    def __init__(
+        self, name: Path | str, *, dtype: str = "bfloat16", backend: str = "auto", device: torch.device | str | None = None,
+        proved: bool = False,
+    ):  # fmt: skip
         """Load the model.
 
         Args:
@@ -72,29 +79,32 @@ class BaseModel:
             backend = settle_backend(name, path, config, backend)
         self.open(name, path, config, backend, DTYPES[dtype], device)
 
-    def open(self, name, path, config, backend, dtype, device=None, model=None):
+    def open(
+        self, name: Path | str, path: Path, config: PretrainedConfig, backend: str, dtype: torch.dtype,
+        device: torch.device | str | None = None, model: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         """Load without proof. model: a loaded `transformers` one, to be taken instead of the files."""
         self.path, self.name, self.config, self.backend, self.dtype = path, str(name), config, backend, dtype
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.query_heads, self.kv_groups = attention_heads(config)
         self.fingerprint = fingerprint(path)
         if backend == "fms":
-            self.model = self._load_fms()
+            self.model: Any = self._load_fms()
         else:
             self.model = model or self._load_transformers()
         self._settle()
 
-    def _load_fms(self):
+    def _load_fms(self) -> nn.Module:
         return fms_backend.load(self.path, self.config, self.dtype, self.device)
 
-    def _load_transformers(self):
+    def _load_transformers(self) -> nn.Module:
         return transformers_backend.load(self.name, self.path, self.config, self.dtype).to(self.device)
 
-    def _settle(self):
+    def _settle(self) -> None:
         """Freeze the loaded model and take out of it what the attributes name."""
         if self.backend == "fms":
             self.trunk, lm_head = self.model.base_model, self.model.head
-            self.embedding_weight = self.trunk.embedding.weight
+            self.embedding_weight: torch.Tensor = self.trunk.embedding.weight
             look_up_once(self.trunk, self.config, self.device)
         else:
             self.trunk, lm_head = self.model.get_decoder(), self.model.get_output_embeddings()
@@ -111,14 +121,14 @@ class BaseModel:
                 f"base model {self.name}: EOS token {outside[0]} is outside its vocabulary of {self.vocab_size}; correct eos_token_id in "
                 "generation_config.json or config.json"
             )
-        self.packed_output = None  # see `pack`
+        self.packed_output: PackedLinear | None = None  # see `pack`
 
-    def together(self):
+    def together(self) -> AbstractContextManager[None]:
         """A context in which processes that hold one model between them may call for different numbers of forwards."""
         return nullcontext()
 
     @torch.no_grad()
-    def hidden_states(self, tokens, segment_ids):
+    def hidden_states(self, tokens: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
         """States after the final norm for packed rows; no vocabulary logits are computed.
 
         Args:
@@ -138,7 +148,7 @@ class BaseModel:
         tokens = upload(tokens, self.device) if tokens.device.type == "cpu" else tokens
         return self.packed_states(tokens, positions, spans)
 
-    def packed_states(self, tokens, positions, spans):
+    def packed_states(self, tokens: torch.Tensor, positions: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         """`hidden_states` with the work on the host done: positions int64 [b, n] and `document_spans`' spans of the tokens' documents."""
         if self.backend == "fms":
             return self.trunk(tokens, position_ids=positions, use_cache=False, attn_name=PACKED, spans=spans)[0]
@@ -146,13 +156,13 @@ class BaseModel:
         with asking(spans):
             return self.trunk(tokens, position_ids=positions, use_cache=False).last_hidden_state
 
-    def new_cache(self, batch, capacity):
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty `KVCache` for `batch` sequences of up to `capacity` tokens, candidates among them."""
         layers, width = self.config.num_hidden_layers, head_width(self.config)
         return KVCache(layers, batch, capacity, self.kv_groups, width, self.dtype, self.device)
 
     @torch.no_grad()
-    def extend(self, tokens, cache, tree=None):
+    def extend(self, tokens: torch.Tensor, cache: KVCache, tree: Tree | None = None) -> torch.Tensor:
         """Run new tokens on top of a cache; they are stored behind what each sequence holds, and count only once accepted there.
 
         Args:
@@ -175,7 +185,7 @@ class BaseModel:
         with asking(visible):
             return self.trunk(tokens, position_ids=visible.positions, past_key_values=view, use_cache=True).last_hidden_state
 
-    def pack(self):
+    def pack(self) -> None:
         """Lay the weights out for forwards over a few tokens, where that pays (bf16 on a CPU); for decoding, not for training.
 
         The lm_head is laid out beside the shared one, which heads and a tied embedding go on reading.
@@ -184,14 +194,14 @@ class BaseModel:
         if can_pack(self.output_weight):
             self.packed_output = PackedLinear(self.output_weight)
 
-    def logits(self, states):
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits [..., v] of states [..., d]."""
         states = read_out(states, self.output_weight)
         logits = F.linear(states, self.output_weight) if self.packed_output is None else self.packed_output(states)
         return capped(logits, self.output_cap)
 
 
-def read_config(path):
+def read_config(path: Path | str) -> PretrainedConfig:
     """The model's `transformers` config, of its text part where it also reads images, refused where speculation on it can't be exact.
 
     Raises:
@@ -210,7 +220,7 @@ def read_config(path):
     return config
 
 
-def why_unfit(config):
+def why_unfit(config: PretrainedConfig) -> str | None:
     """What in a config can't be honoured, in words, or None."""
     missing = [name for name in NEEDED if not isinstance(getattr(config, name, None), int) or getattr(config, name) < 1]
     if missing:
@@ -218,7 +228,8 @@ def why_unfit(config):
     if not isinstance(config.architectures or [], list):
         return f"architectures {config.architectures} in its config.json is no list"
     if getattr(config, "transformers_weights", None):
-        return f"transformers_weights in its config.json names {config.transformers_weights}, which engines don't read; rename the files instead"
+        named = f"transformers_weights in its config.json names {config.transformers_weights}"
+        return f"{named}, which engines don't read; rename the files instead"
     if "head_dim" in (getattr(config, "per_layer_attributes", None) or ()):
         return "its layers have heads of different widths, which the one cache doesn't hold"
     kinds = set(getattr(config, "layer_types", None) or [])
@@ -237,30 +248,30 @@ def why_unfit(config):
     return None
 
 
-def rope_kinds(config):
+def rope_kinds(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
     """{rope_type: its numbers} of a config, whose kinds of layers may have one each."""
     found = getattr(config, "rope_parameters", None) or {}
     groups = [found] if "rope_type" in found else [value for value in found.values() if isinstance(value, dict)]
     return {group.get("rope_type", "default"): group for group in groups}
 
 
-def context_length(config):
+def context_length(config: PretrainedConfig) -> int:
     """Tokens of the longest text. With longrope those of its short factors: for longer ones all positions, and all states, are others."""
     short = rope_kinds(config).get("longrope", {}).get("original_max_position_embeddings")
     return min(short or config.max_position_embeddings, config.max_position_embeddings)
 
 
-def attention_heads(config):
+def attention_heads(config: PretrainedConfig) -> tuple[int, int]:
     """(query heads, key-value heads) of a layer."""
     return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def head_width(config):
+def head_width(config: PretrainedConfig) -> int:
     """Coordinates of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def read_eos_token_ids(path, config):
+def read_eos_token_ids(path: Path | str, config: PretrainedConfig) -> set[int]:
     """Set of end-of-sequence token ids, from generation_config.json where there is one, else from the config.
 
     Raises:
@@ -274,5 +285,7 @@ def read_eos_token_ids(path, config):
     found = config.eos_token_id if found is None else found
     found = found if isinstance(found, list) else [] if found is None else [found]
     if any(type(token) is not int for token in found):
-        raise UserError(f"base model {path}: its eos_token_id {found} is no list of token ids; correct generation_config.json or config.json")
+        raise UserError(
+            f"base model {path}: its eos_token_id {found} is no list of token ids; correct generation_config.json or config.json"
+        )
     return set(found)

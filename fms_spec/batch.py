@@ -22,7 +22,7 @@ class Batch:
     row_ids: torch.Tensor
 
 
-def upload(tensor, device):
+def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A CPU tensor on `device`, without waiting for it: from ordinary memory a GPU's queue would be emptied before the copy begins."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)

@@ -6,6 +6,7 @@ The root, node 0, is the last token that was chosen and not yet run through the 
 stands before it, and the children of one node differ, so common prefixes are merged and a tree costs one token per node.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +21,7 @@ class Tree:
     0 for the root.
     """
 
-    def __init__(self, parents):
+    def __init__(self, parents: torch.Tensor):
         self.parents = parents
         nodes = parents.shape[1]
         reach = F.one_hot(parents, nodes).float() + torch.eye(nodes, device=parents.device)
@@ -31,14 +32,14 @@ class Tree:
         self.depths = self.ancestors.sum(-1) - 1
 
     @property
-    def nodes(self):
+    def nodes(self) -> int:
         """n + 1."""
         return self.parents.shape[1]
 
     @classmethod
-    def full(cls, widths, device=None):
+    def full(cls, widths: Sequence[int], device: torch.device | None = None) -> "Tree":
         """One tree for all: every node of level i has widths[i] children. Ones make a chain, an empty list the root alone."""
-        parents, level = [0], [0]
+        parents, level = [0], range(1)
         for width in widths:
             first = len(parents)
             parents += [node for node in level for _ in range(width)]
@@ -46,14 +47,14 @@ class Tree:
         return cls(torch.tensor([parents], device=device))
 
     @cached_property
-    def depth(self):
+    def depth(self) -> int:
         """Levels below the root, an int. Waits for the device, once a tree."""
         return int(self.depths.max())
 
     @cached_property
-    def children(self):
+    def children(self) -> torch.Tensor:
         """Children of each node in order, 0 where there are no more, for a tree that all sequences share: int64 [n + 1, most children]."""
-        found = [[] for _ in range(self.nodes)]
+        found: list[list[int]] = [[] for _ in range(self.nodes)]
         for node, parent in enumerate(self.parents[0].tolist()[1:], start=1):
             found[parent].append(node)
         width = max(len(nodes) for nodes in found)

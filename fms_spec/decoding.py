@@ -7,16 +7,19 @@ the base model would have said itself are accepted, and its own next token comes
 so both are compared on equal terms.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
-from fms_spec.proposers import Step
+from fms_spec.options import Options
+from fms_spec.proposers import Proposer, Step
 from fms_spec.sampling import Chance
 from fms_spec.text import TextStream
 from fms_spec.timing import Marks
-from fms_spec.verification import match, reject
+from fms_spec.verification import Verdict, match, reject
 
 # Finished sequences leave the batch once they are this share of it: leaving moves the cache of all that stay, so not at every end.
 LEAVING_SHARE = 1 / 8
@@ -34,12 +37,12 @@ class Emitted:
 
     index: int
     accepted: int | None = None
-    tokens: list = field(default_factory=list)
-    pieces: list = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
     finish_reason: str | None = None
 
     @property
-    def text(self):
+    def text(self) -> str:
         """The step's text."""
         return "".join(self.pieces)
 
@@ -51,10 +54,10 @@ class Continuation:
     accepted: for every step that had candidates, how many the base model accepted, counted before the text was cut at its end.
     """
 
-    tokens: list = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
-    accepted: list = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -68,12 +71,15 @@ class Timing:
     steps: int = 0
 
     @property
-    def decoding(self):
+    def decoding(self) -> float:
         """Seconds of all steps."""
         return self.drafting + self.verifying + self.overhead
 
 
-def decode(base_model, prompts, options, proposer=None, progress=None):
+def decode(
+    base_model: BaseModel, prompts: Sequence[torch.Tensor], options: Options, proposer: Proposer | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[Continuation], Timing]:  # fmt: skip
     """Decode a batch of prompts together, to their ends.
 
     Args:
@@ -99,7 +105,9 @@ def decode(base_model, prompts, options, proposer=None, progress=None):
     return results, decoding.timing()
 
 
-def stream(base_model, prompts, options, proposer=None):
+def stream(
+    base_model: BaseModel, prompts: Sequence[torch.Tensor], options: Options, proposer: Proposer | None = None
+) -> Iterator[list[Emitted]]:
     """Decode a batch of prompts of unequal length together, giving out what every step adds; finished sequences leave the batch.
 
     Args:
@@ -117,7 +125,7 @@ def stream(base_model, prompts, options, proposer=None):
 class Decoding:
     """One batch on its way."""
 
-    def __init__(self, base_model, prompts, options, proposer):
+    def __init__(self, base_model: BaseModel, prompts: Sequence[torch.Tensor], options: Options, proposer: Proposer | None):
         lookahead, nodes = (proposer.lookahead, proposer.nodes) if proposer else (0, 0)
         options.check(base_model, prompts, lookahead)
         self.base_model, self.options, self.proposer = base_model, options, proposer
@@ -127,18 +135,18 @@ class Decoding:
         self.emitted = [0] * len(prompts)
         self.streams = [TextStream(options.tokenizer, options.stop) if options.tokenizer else None for _ in prompts]
         self.live = list(range(len(prompts)))  # prompt of each row of the batch
-        self.done = set()  # rows that have ended and not left yet
+        self.done: set[int] = set()  # rows that have ended and not left yet
         self.eos = [] if options.ignore_eos else sorted(token for token in base_model.eos_token_ids if token < base_model.vocab_size)
         self.root = Tree.full([], base_model.device)
         capacity = max(len(prompt) for prompt in prompts) + options.max_new_tokens + nodes
         self.cache = base_model.new_cache(len(prompts), capacity)
-        self.chance = None
+        self.chance: Chance | None = None
         if options.sampling.temperature > 0:
             seeds = range(len(prompts)) if options.seeds is None else options.seeds
             self.chance = Chance(seeds, options.max_new_tokens + lookahead + 1, 2 * nodes, base_model.device)
 
     @torch.inference_mode()
-    def run(self):
+    def run(self) -> Iterator[list[Emitted]]:
         """See `stream`."""
         yield self.prefill()
         while len(self.done) < len(self.live):
@@ -149,12 +157,12 @@ class Decoding:
             self.steps += 1
             yield self.step()
 
-    def timing(self):
+    def timing(self) -> Timing:
         """`Timing` so far."""
         seconds = self.marks.seconds()
         return Timing(**{part: seconds.get(part, 0.0) for part in ("prefill", "drafting", "verifying", "overhead")}, steps=self.steps)
 
-    def prefill(self):
+    def prefill(self) -> list[Emitted]:
         """Read the prompts and choose each one's first token.
 
         Shorter prompts are padded on the right: what follows a prompt's last token is masked from it, never counted, and overwritten.
@@ -174,30 +182,32 @@ class Decoding:
         self.marks.mark("prefill")
         return emitted
 
-    def step(self):
+    def step(self) -> list[Emitted]:
         """One forward of the base model over every sequence's newest token and its candidates."""
-        numbers = self.chance.for_step(self.counts()) if self.chance and self.proposer else None
-        candidates = self.propose(None if numbers is None else numbers[:, : self.proposer.nodes])
+        drafts = tests = None
+        if self.chance and self.proposer:
+            drafts, tests = self.chance.for_step(self.counts()).tensor_split([self.proposer.nodes], dim=1)
+        candidates = self.propose(drafts)
         self.marks.mark("drafting")
         tokens = torch.cat([self.newest[:, None], candidates.tokens.clamp(min=0)], dim=1)
         states = self.base_model.extend(tokens, self.cache, candidates.tree)
         logits = self.base_model.logits(states)
         self.marks.mark("verifying")
-        verdict = self.verify(candidates, logits, None if numbers is None else numbers[:, self.proposer.nodes :])
+        verdict = self.verify(candidates, logits, tests)
         self.hidden, self.newest = states[self.rows(), verdict.last], verdict.newest
         # The one wait for the device in a step: everything the host needs of it, in one tensor.
         drafted = (candidates.tokens >= 0).any(1)
         lines = torch.cat([drafted[:, None], verdict.accepted, tokens, verdict.newest[:, None]], dim=1).tolist()
         nodes = tokens.shape[1]
         paths = [[node for node in range(nodes) if line[1 + node]] for line in lines]
-        tokens = [[line[1 + nodes + node] for node in path[1:]] + line[-1:] for line, path in zip(lines, paths)]
-        emitted = self.take(tokens, [len(path) - 1 if line[0] else None for line, path in zip(lines, paths)])
+        said = [[line[1 + nodes + node] for node in path[1:]] + line[-1:] for line, path in zip(lines, paths)]
+        emitted = self.take(said, [len(path) - 1 if line[0] else None for line, path in zip(lines, paths)])
         # Rows that have ended stay where they are, or they would outgrow the cache before they leave.
         self.cache.accept([[] if row in self.done else path for row, path in enumerate(paths)])
         self.marks.mark("overhead")
         return emitted
 
-    def propose(self, numbers):
+    def propose(self, numbers: torch.Tensor | None) -> Candidates:
         """The proposer's `Candidates`, or none at all for a plain step."""
         candidates = None
         if self.proposer:
@@ -205,7 +215,7 @@ class Decoding:
             candidates = self.proposer.propose(Step(self.hidden, self.newest, texts, self.options.sampling, numbers))
         return candidates or Candidates(self.newest.new_zeros(len(self.live), 0), self.root)
 
-    def verify(self, candidates, logits, tests):
+    def verify(self, candidates: Candidates, logits: torch.Tensor, tests: torch.Tensor | None) -> Verdict:
         """`Verdict` on the candidates: logits [b, n + 1, v], tests float64 [b, at least n]."""
         depths = candidates.tree.depths
         if self.eos and min(self.emitted[index] for index in self.live) < self.options.min_new_tokens:
@@ -213,10 +223,11 @@ class Decoding:
             logits[:, :, self.eos] = logits[:, :, self.eos].masked_fill(early[:, :, None], -torch.inf)
         numbers = self.chance.at(self.counts(), depths) if self.chance else None
         if candidates.draft_probs is not None:
+            assert tests is not None and numbers is not None  # there is no drawing without chance
             return reject(candidates, self.options.sampling.probabilities(logits), tests, numbers)
         return match(candidates, self.options.sampling.choose(logits, numbers))
 
-    def take(self, lines, accepted):
+    def take(self, lines: list[list[int]], accepted: Sequence[int | None]) -> list[Emitted]:
         """Add each row's tokens to its text, up to its end; returns the step's `Emitted`."""
         step = []
         for row, (index, line) in enumerate(zip(self.live, lines)):
@@ -226,7 +237,7 @@ class Decoding:
                     self.done.add(row)
         return step
 
-    def extend_text(self, index, line, accepted):
+    def extend_text(self, index: int, line: list[int], accepted: int | None) -> Emitted:
         options, emitted, stream = self.options, Emitted(index, accepted), self.streams[index]
         for token in line:
             self.emitted[index] += 1
@@ -242,7 +253,7 @@ class Decoding:
         self.texts[index] += emitted.tokens
         return emitted
 
-    def leave(self):
+    def leave(self) -> None:
         """Drop the rows that have ended."""
         kept = [row for row in range(len(self.live)) if row not in self.done]
         self.live, self.done = [self.live[row] for row in kept], set()
@@ -251,9 +262,9 @@ class Decoding:
             self.chance.keep_sequences(kept)
         self.hidden, self.newest = self.hidden[kept], self.newest[kept]
 
-    def rows(self):
+    def rows(self) -> torch.Tensor:
         return torch.arange(len(self.live), device=self.base_model.device)
 
-    def counts(self):
+    def counts(self) -> torch.Tensor:
         """New tokens of each row so far: int64 [b, 1]."""
         return torch.tensor([[self.emitted[index]] for index in self.live], device=self.base_model.device)

@@ -1,5 +1,7 @@
 """The one exception that is meant for the person at the keyboard, and what its messages need."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line that names the thing and the mend.
@@ -9,7 +11,7 @@ class UserError(ValueError):
     """
 
 
-def first_difference(old, new, path=""):
+def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """The first place where two JSON values differ, as (dotted name, old, new); None if they are the same."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):

@@ -7,8 +7,10 @@ import os
 import re
 import socket
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from fms_spec.errors import UserError
 
@@ -16,7 +18,7 @@ PARTIAL = re.compile(r"\..+\.\d+\.partial")  # what write_whole is writing: .NAM
 OWNER = ".owner"  # in a folder that one process writes: whose it is; locked for as long as it is
 
 
-def write_whole(path, content):
+def write_whole(path: Path, content: bytes) -> None:
     """Write bytes so that the file is there whole or not at all, even after a power failure; makes the folder.
 
     Raises:
@@ -38,12 +40,12 @@ def write_whole(path, content):
         raise cannot_write(path, error) from None
 
 
-def write_json(path, value):
+def write_json(path: Path | str, value: Any) -> None:
     """`write_whole` of a JSON value, indented."""
     write_whole(Path(path), (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path, mend):
+def read_json(path: Path | str, mend: str) -> Any:
     """The JSON value in a file. mend: what to do about one that can't be read.
 
     Raises:
@@ -56,7 +58,7 @@ def read_json(path, mend):
         raise UserError(f"{path}: can't be read ({problem}); {mend}") from None
 
 
-def sync(path):
+def sync(path: Path | str) -> None:
     """Have a file's contents, or a folder's names, on the disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -65,13 +67,13 @@ def sync(path):
         os.close(handle)
 
 
-def sha256_of(path):
+def sha256_of(path: Path | str) -> str:
     """Hexadecimal sha256 of a file's bytes, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(path):
+def check_writable(path: Path | str) -> None:
     """Try that a file can be made at `path`, or appended to, before the work whose outcome goes there; what is there stays as it is.
 
     Its folder need not be there yet, if one above it is.
@@ -95,12 +97,12 @@ def check_writable(path):
         raise cannot_write(path, error) from None
 
 
-def cannot_write(path, error):
+def cannot_write(path: Path | str, error: OSError) -> UserError:
     """The `UserError` for an `OSError` while `path` was written."""
     return UserError(f"{path}: cannot be written ({error.strerror or error}); make room or mend the folder, then start again")
 
 
-def locked(path):
+def locked(path: Path | str) -> BinaryIO | None:
     """`path` opened and locked for this process alone, or None if another one holds it; raises OSError where it can't be made.
 
     The lock is let go by the system when the process ends, however it ends.
@@ -121,7 +123,7 @@ def locked(path):
         lock.close()
 
 
-def owner_of(folder):
+def owner_of(folder: Path | str) -> str | None:
     """Who holds a folder with `owned` at this moment, as text; None if nobody does."""
     try:
         with open(Path(folder) / OWNER, "rb") as file:
@@ -135,7 +137,7 @@ def owner_of(folder):
 
 
 @contextmanager
-def owned(folder):
+def owned(folder: Path | str) -> Iterator[None]:
     """Hold `folder`, made if it is missing, for this process alone; one that was made here and is still empty in the end is removed again.
 
     Raises:

@@ -5,12 +5,18 @@ Whatever ibm-fms would silently leave out is set here or refused: a wrong number
 
 import contextlib
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from fms.models import get_model
 from fms.models.hf.config_utils import _FMS_MODEL_CONFIG_REGISTRY
 from fms.utils import serialization
 from fms.utils.activation import str_to_activation
+from torch import nn
+from torch.distributed import ProcessGroup
+from transformers import PretrainedConfig
 
 from fms_spec.transformers_backend import check_finite
 from fms_spec.weights import read_entries, read_tensors
@@ -20,7 +26,7 @@ ANY_HEAD_WIDTH = ("Qwen3ForCausalLM", "MistralForCausalLM")  # the others only w
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints hold these frequencies too; the config says them
 
 
-def unsupported(config):
+def unsupported(config: PretrainedConfig) -> str | None:
     """Why ibm-fms can't run a model with this `transformers` config as it is meant, or None."""
     architecture = (config.architectures or ["unknown"])[0]
     if architecture not in ARCHITECTURES:
@@ -41,12 +47,12 @@ def unsupported(config):
     return None
 
 
-def windowed(config):
+def windowed(config: PretrainedConfig) -> bool:
     """Whether a config without layer_types asks for sliding windows in every layer."""
     return bool(getattr(config, "sliding_window", None)) and getattr(config, "layer_types", None) is None
 
 
-def build(config, dtype, group=None):
+def build(config: PretrainedConfig, dtype: torch.dtype, group: ProcessGroup | None = None) -> Any:
     """The model on the meta device, without weights; with `group` its matrices are split over the group's processes (tensor parallel)."""
     params = _FMS_MODEL_CONFIG_REGISTRY.hf_config_to_fms_config_params(config, model_path=None)
     architecture, variant = params.pop("architecture"), params.pop("variant")
@@ -56,16 +62,14 @@ def build(config, dtype, group=None):
     # It would split the model by itself among several processes, and says on standard output that it does what it was asked for.
     strategy = "tp" if group else "none"
     with contextlib.redirect_stdout(None):
-        return get_model(
-            architecture, variant, data_type=dtype, device_type="meta", distributed_strategy=strategy, group=group, **params
-        )
+        return get_model(architecture, variant, data_type=dtype, device_type="meta", distributed_strategy=strategy, group=group, **params)
 
 
-def architecture_of(config):
+def architecture_of(config: PretrainedConfig) -> str:
     return _FMS_MODEL_CONFIG_REGISTRY.map_hf_to_fms_arch(config.architectures[0])
 
 
-def misfit(path, config):
+def misfit(path: Path | str, config: PretrainedConfig) -> str | None:
     """What of the files' tensors doesn't fit the model as ibm-fms builds it, in words, or None; nothing but their headers is read."""
     model, entries = build(config, torch.float32), read_entries(path)
     held = {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items() if not COMPUTED.search(key)}
@@ -84,14 +88,17 @@ def misfit(path, config):
     return None
 
 
-def load(path, config, dtype, device, group=None, settle_layer=None):
+def load(
+    path: Path | str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str, group: ProcessGroup | None = None,
+    settle_layer: Callable[[nn.Module], object] | None = None,
+) -> Any:  # fmt: skip
     """The model with its weights on `device`; no more than one layer's are read at once.
 
     settle_layer: called with each layer once it has its weights, to keep only a part of them.
     """
     model, entries = build(config, dtype, group), read_entries(path)
     names, layers = [key for key in entries if not COMPUTED.search(key)], model.base_model.layers
-    of_layer = [[] for _ in layers]
+    of_layer: list[list[str]] = [[] for _ in layers]
     for key in names:
         place = re.match(r"model\.layers\.(\d+)\.", key)
         if place and int(place[1]) < len(layers):

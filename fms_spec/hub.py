@@ -1,6 +1,7 @@
 """Models by directory or by name on the Hugging Face hub."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -10,7 +11,7 @@ from fms_spec.errors import UserError
 FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
 
 
-def local_directory(kind, name, **where):
+def local_directory(kind: str, name: Path | str, **where: Any) -> Path:
     """Path of a model given as a directory or a hub name, downloaded where it is not there yet.
 
     Args:

@@ -1,15 +1,18 @@
 """One preallocated cache of keys and values for a batch, shared by all candidates of every sequence.
 
-Shapes: b sequences, n new tokens, g key-value heads, d head width.
+Shapes: b sequences, n new tokens, l cached tokens, h query heads, g key-value heads, d head width.
 
 A forward stores its tokens behind what each sequence holds; they count only once they are accepted. Accepted candidates of a tree move
 up to the place where plain decoding would have put them, and nothing else ever moves: what was rejected is overwritten by the next
 forward. Nothing is concatenated, expanded or copied per candidate, so the bytes are those of the longest text plus one tree.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from fms_spec.attention import fold_mask
+from fms_spec.candidates import Tree
 
 
 class KVCache:
@@ -19,25 +22,25 @@ class KVCache:
     lengths: the same as int64 [b] on the device.
     """
 
-    def __init__(self, layers, batch, capacity, groups, width, dtype, device):
+    def __init__(self, layers: int, batch: int, capacity: int, groups: int, width: int, dtype: torch.dtype, device: torch.device):
         # Zeros, not empty: a shorter sequence's unused slots are read under a mask, and 0 x NaN would be NaN.
         self.store = torch.zeros(layers, 2, batch, capacity, groups, width, dtype=dtype, device=device)
         self.hold([0] * batch)
 
-    def hold(self, counts):
+    def hold(self, counts: list[int]) -> None:
         """From now on sequence i holds its first counts[i] slots."""
         self.counts = counts
         self.lengths = torch.tensor(counts, device=self.store.device)
 
-    def layer(self, index):
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of one layer, each [b, capacity, g, d], views."""
         return self.store[index, 0], self.store[index, 1]
 
-    def place(self, count):
+    def place(self, count: int) -> "Place":
         """Where the next `count` tokens of every sequence go."""
         return Place(self, count)
 
-    def accept(self, paths):
+    def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep, of the tokens of the last forward, those at `paths`: for each sequence ascending indices, from 0, into its n tokens."""
         moves = [(row, to, come) for row, path in enumerate(paths) for to, come in enumerate(path) if to != come]
         if moves:
@@ -46,7 +49,7 @@ class KVCache:
             self.store[:, :, rows, behind + to] = self.store[:, :, rows, behind + come]
         self.hold([count + len(path) for count, path in zip(self.counts, paths)])
 
-    def keep_sequences(self, kept):
+    def keep_sequences(self, kept: list[int]) -> None:
         """Drop finished sequences: `kept` list of m ints, ascending. Moves the survivors to the front in place, layer by layer."""
         index = torch.tensor(kept, device=self.store.device)
         for layer in self.store:
@@ -61,14 +64,16 @@ class Place:
     slots: int64 [b, n]. end: one past the last slot of the longest sequence.
     """
 
-    def __init__(self, cache, count):
+    def __init__(self, cache: KVCache, count: int):
         self.end = max(cache.counts) + count
         self.slots = cache.lengths[:, None] + torch.arange(count, device=cache.store.device)
         # Sequences of equal length, one above all, are written as a slice: two copies a layer instead of two scatters.
         self.start = self.end - count if min(cache.counts) == max(cache.counts) else None
         self.rows = torch.arange(len(cache.counts), device=cache.store.device)[:, None]
 
-    def store(self, keys, values, key_cache, value_cache):
+    def store(
+        self, keys: torch.Tensor, values: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values [b, n, g, d]; return everything there is to attend to, views [b, g, end, d]."""
         index = (self.rows, self.slots) if self.start is None else (slice(None), slice(self.start, self.end))
         key_cache[index], value_cache[index] = keys, values
@@ -80,18 +85,18 @@ class Visible:
 
     Args:
         tree: `candidates.Tree` of the new tokens, which then see what the cache holds and their ancestors; None where they are a text, each
-            seeing those before it. shared, dtype: see `attention.fold_mask`.
+            seeing those before it. shared, dtype: see `fold_mask`.
 
     Attributes:
         positions: int64 [b, n], of each new token in its text; slots hold the text in order, and behind it the new tokens.
     """
 
-    def __init__(self, cache, place, tree, shared, dtype):
+    def __init__(self, cache: KVCache, place: Place, tree: Tree | None, shared: int, dtype: torch.dtype):
         self.cache, self.place, self.tree, self.shared, self.dtype = cache, place, tree, shared, dtype
         self.positions = place.slots if tree is None else cache.lengths[:, None] + tree.depths
-        self.masks = {}
+        self.masks: dict[int | None, tuple[int, torch.Tensor | None]] = {}
 
-    def folded(self, window=None):
+    def folded(self, window: int | None = None) -> tuple[int, torch.Tensor | None]:
         """(first slot that any of them sees, folded mask over the slots from there on; None where each sees all of them)."""
         if window not in self.masks:
             # The earliest of the new tokens stands right behind what its sequence holds.
@@ -100,7 +105,7 @@ class Visible:
             self.masks[window] = low, None if mask is None else fold_mask(mask[:, :, low:], self.shared, self.dtype)
         return self.masks[window]
 
-    def mask(self, window):
+    def mask(self, window: int | None) -> torch.Tensor | None:
         """bool [b, n, end], or None."""
         slots = torch.arange(self.place.end, device=self.positions.device)
         batch, count = self.positions.shape
@@ -116,15 +121,26 @@ class Visible:
         return mask if window is None else mask & (standing > self.positions[:, :, None] - window)
 
 
+def fold_mask(mask: torch.Tensor, shared: int, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as `attention.attend` adds it, made once for all layers: bool [b, n, l] -> dtype [b, 1, shared * n, l].
+
+    Args:
+        shared: query heads per key-value head, h / g.
+    """
+    batch, tokens, length = mask.shape
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return added[:, None].expand(batch, shared, tokens, length).reshape(batch, 1, shared * tokens, length)
+
+
 class TransformersCacheView:
     """What a `transformers` model sees of a `KVCache` for one forward: an `update` that stores in place."""
 
     is_compileable = False
 
-    def __init__(self, cache, place):
+    def __init__(self, cache: KVCache, place: Place):
         self.cache, self.place = cache, place
 
-    def update(self, keys, values, layer_index, *_, **__):
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """keys, values [b, g, n, d] -> everything stored so far, views [b, g, end, d].
 
         Raises:
@@ -135,5 +151,5 @@ class TransformersCacheView:
             raise ValueError(f"layer {layer_index} has keys and values of (heads, width) {found}, the config says {tuple(held)} for both")
         return self.place.store(keys.transpose(1, 2), values.transpose(1, 2), *self.cache.layer(layer_index))
 
-    def get_seq_length(self, *_):
+    def get_seq_length(self, *_: Any) -> int:
         return max(self.cache.counts)

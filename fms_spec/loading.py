@@ -1,11 +1,17 @@
 """A base model and a speculator, ready to decode."""
 
+from pathlib import Path
+from typing import Any
+
 from fms_spec.base_model import BaseModel
-from fms_spec.proposers import DraftShape
+from fms_spec.proposers import DraftShape, Proposer
 from fms_spec.speculators.directory import check_speculator, load_speculator
+from fms_spec.speculators.interface import Speculator
 
 
-def load_for_decoding(base_model, speculator, shape=DraftShape(), **settings):
+def load_for_decoding(
+    base_model: Path | str, speculator: Path | str, shape: DraftShape = DraftShape(), **settings: Any
+) -> tuple[BaseModel, Speculator, Proposer]:
     """(BaseModel, attached speculator, its proposer), laid out for the few tokens of a decoding step.
 
     Everything that can be refused from configs and samples of the weights is refused before they are loaded.

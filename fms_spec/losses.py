@@ -10,11 +10,15 @@ Per head, with student distribution q = softmax(features @ weight.T) and the bas
 The phase's loss is the sum over heads of weight_i times the mean over that head's valid positions.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from fms_spec.alignment import Windows
+from fms_spec.base_model import BaseModel
 from fms_spec.batch import upload
 from fms_spec.read_out import capped, read_out
 
@@ -30,31 +34,33 @@ class LossWeights:
     cross_entropy: float
     distillation: float
     smooth_l1: float
-    heads: tuple
+    heads: tuple[float, ...]
     acceptance: float = 0.0
 
     @property
-    def teacher(self):
+    def teacher(self) -> bool:
         """Whether the base model's distribution is asked for."""
         return bool(self.distillation or self.acceptance)
 
 
-def compute_dtype(states):
+def compute_dtype(states: torch.Tensor) -> torch.dtype:
     """The dtype in which heads and losses are computed on base-model states of this device and dtype: the one place that chooses.
 
     bf16 is slower than fp32 on CPUs without AMX, and its rounding gains nothing there; elsewhere it is left as it is. The products of a
-    512-position chunk with 49,152 tokens ran at 132 to 138 GFLOP/s in bf16 and 235 to 258 in fp32 on two such cores. The rule asks what the CPU is
-    rather than a clock, so that a resumed run computes as it began. `scripts.benchmark train_step` (the lines named "loss") compares it
-    with torch's `F.linear_cross_entropy`, which is slower here and returns its loss in bf16, and with the plain way.
+    512-position chunk with 49,152 tokens ran at 132 to 138 GFLOP/s in bf16 and 235 to 258 in fp32 on two such cores. The rule asks what
+    the CPU is rather than a clock, so that a resumed run computes as it began. `scripts.benchmark train_step` (the lines named "loss")
+    compares it with torch's `F.linear_cross_entropy`, which is slower here and returns its loss in bf16, and with the plain way.
     """
     slow = states.device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False)
     return torch.float32 if slow else states.dtype
 
 
-def chunk_loss(log_q, log_p, spare, targets, weights):
+def chunk_loss(
+    log_q: torch.Tensor, log_p: torch.Tensor | None, spare: torch.Tensor | None, targets: torch.Tensor, weights: LossWeights
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy, distillation and acceptance of a chunk, summed: (fp32 scalar, row_scale fp32 [m, 1]).
 
-    Their gradient by the logits is row_scale times what `log_q` becomes. With weights a, b, c and acceptance rate A = sum_v min(p, q), it is
+    Their gradient by the logits is row_scale times what `log_q` becomes. With weights a, b, c and acceptance rate A = sum_v min(p, q):
         (a + b) q - a onehot - b p + (c / A) (q sum_{v: q < p} q_v - q [q < p])
     so one softmax serves all three, and everything is done in place: on a CPU each pass over [512, 49152] costs a tenth of a product.
     Where q's factor is a row's own, it is left to be applied to what is smaller.
@@ -68,8 +74,8 @@ def chunk_loss(log_q, log_p, spare, targets, weights):
     total = -(known * log_q.gather(1, places)).sum()
     if log_p is not None:
         p = torch.exp(log_p, out=spare)
-    if weights.distillation:
-        total = total + weights.distillation * log_p.sub_(log_q).mul_(p).sum(-1).sum()
+        if weights.distillation:
+            total = total + weights.distillation * log_p.sub_(log_q).mul_(p).sum(-1).sum()
     grad = q = log_q.exp_()
     row_scale = known + weights.distillation
     if weights.acceptance:
@@ -96,7 +102,10 @@ class SoftTargetLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, targets, teacher_of, teacher_weight, teacher_cap, scales, weights, dtype, *inputs):
+    def forward(
+        ctx: Any, targets: list[torch.Tensor], teacher_of: Callable[[int], torch.Tensor] | None, teacher_weight: torch.Tensor | None,
+        teacher_cap: float | None, scales: torch.Tensor, weights: LossWeights, dtype: torch.dtype, *inputs: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Returns (the heads' sum, fp32 scalar, to be trained on; each head's, fp32 [h], without gradient).
 
         Args:
@@ -122,19 +131,23 @@ class SoftTargetLoss(torch.autograd.Function):
             grad_features.append(grad.to(x.dtype))
         grad_readouts = [grads.pop(id(weight), None) for weight in readouts]  # the first of those who share it has it
         ctx.save_for_backward(*grad_features, *grad_readouts)
-        losses = torch.stack(losses)
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        each = torch.stack(losses)
+        ctx.mark_non_differentiable(each)
+        return each.sum(), each
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total, _):
+    def backward(ctx: Any, grad_total: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         """In place: autograd refuses a second call, and nobody asks for one."""
         found = [grad if grad is None else grad.mul_(grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
         return (None,) * 7 + tuple(found)
 
 
-def one_head(features, weight, grad_weight, targets, teacher, teacher_weight, teacher_cap, scale, weights, buffers):
+def one_head(
+    features: torch.Tensor, weight: torch.Tensor, grad_weight: torch.Tensor | None, targets: torch.Tensor, teacher: torch.Tensor | None,
+    teacher_weight: torch.Tensor | None, teacher_cap: float | None, scale: torch.Tensor, weights: LossWeights,
+    buffers: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Loss of a head, times `scale`, chunk by chunk: (fp32 scalar, gradient by its features [m, k]); `grad_weight`, if any, is added to.
 
     buffers: one fp32 [CHUNK, r], or three where there is a teacher.
@@ -144,9 +157,10 @@ def one_head(features, weight, grad_weight, targets, teacher, teacher_weight, te
     for start in range(0, len(features), CHUNK):
         rows = slice(start, start + CHUNK)
         x = features[rows]
-        logits, teacher_logits, spare = [buffer[: len(x)] for buffer in buffers] + [None] * (3 - len(buffers))
+        room: list[Any] = [buffer[: len(x)] for buffer in buffers]
+        logits, teacher_logits, spare = room + [None] * (3 - len(room))
         log_softmax_of(x, weight, logits)
-        if teacher is not None:
+        if teacher is not None and teacher_weight is not None:
             log_softmax_of(teacher[rows], teacher_weight, teacher_logits, teacher_cap)
         loss, row_scale = chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
         total += loss
@@ -157,24 +171,26 @@ def one_head(features, weight, grad_weight, targets, teacher, teacher_weight, te
     return total * scale, grad_features
 
 
-def log_softmax_of(features, weight, out, cap=None):
+def log_softmax_of(features: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cap: float | None = None) -> None:
     """log_softmax(features @ weight.T), fp32, into `out` [m, r]; the logits soft-capped first, where there is a cap."""
     torch.mm(features, weight.T, out=out) if features.dtype == out.dtype else out.copy_(features @ weight.T)
     torch.log_softmax(capped(out, cap), -1, out=out)
 
 
-def add_product(total, a, b):
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b; total is fp32."""
     total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 
-def head_losses(speculator, windows, base_model, weights, counts, dtype=None):
+def head_losses(
+    speculator: Any, windows: Windows, base_model: BaseModel, weights: LossWeights, counts: torch.Tensor, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(the weighted loss, fp32 scalar, to be trained on; each head's part of it, fp32 [h], without gradient).
 
     Args:
-        windows: `alignment.Windows`. weights: `LossWeights`. counts: positions of each head over the whole step, fp32 [h] on the device,
-        so that micro-batches, of all processes, add up to exactly the mean over the step. dtype: of the arithmetic; what `compute_dtype`
-        chooses by default.
+        speculator: a `Speculator`. windows: `alignment.Windows`. weights: `LossWeights`. counts: positions of each head over the whole
+        step, fp32 [h] on the device, so that micro-batches, of all processes, add up to exactly the mean over the step. dtype: of the
+        arithmetic; what `compute_dtype` chooses by default.
     """
     device, dtype = windows.states.device, dtype or compute_dtype(windows.states)
     scales = upload(torch.tensor(weights.heads), device) / counts.clamp(min=1)
@@ -182,13 +198,13 @@ def head_losses(speculator, windows, base_model, weights, counts, dtype=None):
         outputs = list(speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts))
         features, readouts = zip(*outputs)
         targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(outputs))]
-        teacher = (None, None, None)
+        teacher: tuple[Any, ...] = (None, None, None)
         if weights.teacher:
             weight = speculator.teacher_weight(base_model).to(dtype)
             teacher = (lambda head: read_out(windows.target_states(head), weight), weight, base_model.output_cap)
         total, losses = SoftTargetLoss.apply(targets, *teacher, scales, weights, dtype, *features, *readouts)
         if weights.smooth_l1:
             distances = [speculator.state_distance(x, windows.target_states(head)).sum() for head, x in enumerate(features)]
-            distances = weights.smooth_l1 * scales * torch.stack(distances)
-            total, losses = total + distances.sum(), losses + distances.detach()
+            weighted = weights.smooth_l1 * scales * torch.stack(distances)
+            total, losses = total + weighted.sum(), losses + weighted.detach()
     return total, losses

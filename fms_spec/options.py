@@ -1,7 +1,12 @@
 """What is asked of decoding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling
 
@@ -18,12 +23,12 @@ class Options:
     max_new_tokens: int
     min_new_tokens: int = 0
     ignore_eos: bool = False
-    stop: tuple = ()
-    tokenizer: object = None
+    stop: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerFast | None = None
     sampling: Sampling = Sampling()
-    seeds: tuple | None = None
+    seeds: Sequence[int] | None = None
 
-    def check(self, base_model, prompts, lookahead):
+    def check(self, base_model: BaseModel, prompts: Sequence[torch.Tensor], lookahead: int) -> None:
         """Refuse what can't be decoded, before any work.
 
         Args:

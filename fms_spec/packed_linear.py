@@ -14,22 +14,22 @@ TOKENS = 8  # oneDNN is told how many to expect; told 1, 4, 8 or 16, forwards ov
 class PackedLinear(nn.Module):
     """y = x W^T + b with W [out, in] in oneDNN's own layout, for any number of tokens."""
 
-    def __init__(self, weight, bias=None):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TOKENS)
         self.bias = bias
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def can_pack(weight):
+def can_pack(weight: torch.Tensor) -> bool:
     """Whether packing pays: bf16 on a CPU with oneDNN."""
     has_operators = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return has_operators and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
 
 
-def pack_linears(module):
+def pack_linears(module: nn.Module) -> None:
     """Replace every `nn.Linear` below `module` that can be packed, letting its own weight go."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

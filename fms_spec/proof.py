@@ -9,12 +9,15 @@ Shapes: n tokens, d base width, v vocabulary.
 
 import copy
 import logging
+from collections.abc import Sequence
 from functools import cache as remembered
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fms_spec import fms_backend, transformers_backend
 from fms_spec.base_model import BaseModel, context_length, read_config, rope_kinds
@@ -31,7 +34,7 @@ TOLERANCE = 1e-4  # of a state's or logits' norm; fp32 rounds to 1e-6 or so
 log = logging.getLogger("fms_spec")
 
 
-def settle_backend(name, path, config, backend):
+def settle_backend(name: Path | str, path: Path, config: PretrainedConfig, backend: str) -> str:
     """ "fms" or "transformers": which of them is to run a model, and is proved to compute it as it is meant.
 
     Args:
@@ -61,7 +64,7 @@ def settle_backend(name, path, config, backend):
     return "transformers"
 
 
-def choose_backend(name, config, backend):
+def choose_backend(name: Path | str, config: PretrainedConfig, backend: str) -> str:
     """What `settle_backend` tries first, from the config alone.
 
     Raises:
@@ -80,21 +83,21 @@ def choose_backend(name, config, backend):
     return "transformers" if problem else "fms"
 
 
-def stamp(path):
+def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     """What changes when a model's files do: names, sizes and times of its config and weights."""
     files = [path / "config.json", *weight_files(path)]
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 @remembered
-def proved(name, path, _, backend):
+def proved(name: Path | str, path: Path, _: tuple[tuple[str, int, int], ...], backend: str) -> str | None:
     """What keeps a backend from computing a model, or None. Remembered for a process, as long as its `stamp` stays.
 
     Raises:
         UserError: tensors that are missing, left over or damaged.
     """
     config = read_config(path)
-    reference = None
+    reference: Any = None
     try:  # whatever an architecture that doesn't fit the seam may do
         check_entries(name, path, config)
         if backend == "fms" and (problem := fms_backend.misfit(path, config)):
@@ -120,7 +123,7 @@ def proved(name, path, _, backend):
     return problem
 
 
-def check_entries(name, path, config):
+def check_entries(name: Path | str, path: Path, config: PretrainedConfig) -> None:
     """Refuse quantised weights of a model whose config doesn't say that they are, and more layers than tensors, before they are built."""
     entries = read_entries(path)
     if config.num_hidden_layers > len(entries):
@@ -132,7 +135,7 @@ def check_entries(name, path, config):
                 raise UserError(f"base model {name}: tensor {key} is {entry.dtype}, and its config.json has no quantization_config")
 
 
-def check_tied(name, model, config):
+def check_tied(name: Path | str, model: PreTrainedModel, config: PretrainedConfig) -> None:
     """Refuse an lm_head that is there and not the embedding that the config says it is: `transformers` takes it, engines don't."""
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if config.tie_word_embeddings and model._tied_weights_keys and embedding is not output and not torch.equal(embedding, output):
@@ -142,7 +145,7 @@ def check_tied(name, model, config):
         )
 
 
-def first_layers(config):
+def first_layers(config: PretrainedConfig) -> PretrainedConfig:
     """A config of the first layers up to the last one of a new kind, at least two where there are two, with narrow windows."""
     with torch.device("meta"):
         layers = layer_stack(AutoModelForCausalLM.from_config(config, trust_remote_code=False), config.num_hidden_layers)
@@ -161,7 +164,7 @@ def first_layers(config):
     return cut
 
 
-def layer_stack(model, count):
+def layer_stack(model: nn.Module, count: int) -> nn.ModuleList:
     """The `nn.ModuleList` of a model's `count` layers."""
     found = next((part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
     if found is None:
@@ -169,7 +172,9 @@ def layer_stack(model, count):
     return found
 
 
-def texts_alone(model, seed, context):
+def texts_alone(
+    model: PreTrainedModel, seed: int, context: int
+) -> tuple[list[torch.Tensor], list[int], list[torch.Tensor], list[torch.Tensor]]:
     """(list of texts int64 [n], their first positions, the states [n, d], the logits [n, v]) of `transformers` by itself."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary, lengths = model.get_input_embeddings().weight.shape[0], [min(length, context) for length in LENGTHS]
@@ -177,18 +182,21 @@ def texts_alone(model, seed, context):
     starts = [0, (context - lengths[1]) // 2, context - lengths[2]]
     rows = pad_sequence(texts, batch_first=True)  # on the right, where no token of the text sees it
     positions = torch.tensor(starts)[:, None] + torch.arange(rows.shape[1])
-    trunk, states = model.get_decoder(), []
+    trunk = model.get_decoder()
+    states: list[torch.Tensor] = []
     trunk.config._attn_implementation = "eager"
     hook = trunk.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
     with torch.no_grad():
         logits = model(rows, position_ids=positions.clamp(max=context - 1), use_cache=False).logits
     hook.remove()
     cut = [[part[row, :length] for row, length in enumerate(lengths)] for part in (states[0], logits)]
-    return texts, starts, *cut
+    return texts, starts, cut[0], cut[1]
 
 
 @torch.no_grad()
-def difference(model, texts, starts, states, logits):
+def difference(
+    model: BaseModel, texts: list[torch.Tensor], starts: Sequence[int], states: list[torch.Tensor], logits: list[torch.Tensor]
+) -> str | None:
     """Where and by how much a `BaseModel` differs from `texts_alone`, in words; None where it doesn't."""
     lengths = [len(text) for text in texts]
     ends = torch.tensor(lengths).cumsum(0).tolist()
@@ -210,7 +218,7 @@ def difference(model, texts, starts, states, logits):
     return None
 
 
-def on_cache(model, text):
+def on_cache(model: BaseModel, text: torch.Tensor) -> torch.Tensor:
     """States [n, d] of a text that is read onto a cache in three pieces, the second of them as one of a tree's two branches."""
     third = len(text) // 3
     cache, tree = model.new_cache(1, 2 * len(text)), Tree.full([2] + [1] * (third - 2), model.device)

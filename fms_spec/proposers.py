@@ -1,14 +1,12 @@
 """Who proposes candidates: a speculator's heads in three shapes of tree, or the text itself.
 
 Shapes: b sequences, n candidates, w nodes of a tree's level, d base width, r draft vocabulary, v vocabulary.
-
-Any object with these two can propose:
-- lookahead: int, deepest level of its trees; nodes: int, most candidates of one.
-- propose(step) -> `Candidates`, or None where no sequence has any; `step` is a `Step`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy
 import torch
@@ -16,7 +14,7 @@ import torch
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling, best_token, draw
-from fms_spec.speculators.interface import select
+from fms_spec.speculators.interface import Speculator, select
 
 MOST_NODES = 1024  # of a tree: who sees whom is a matrix of their square, worked out anew for each step
 
@@ -32,9 +30,19 @@ class Step:
 
     hidden: torch.Tensor
     tokens: torch.Tensor
-    texts: list
+    texts: list[list[int]]
     sampling: Sampling = Sampling()
     chance: torch.Tensor | None = None
+
+
+class Proposer(Protocol):
+    """Whatever has these three. lookahead: deepest level of its trees. nodes: most candidates of one."""
+
+    lookahead: int
+    nodes: int
+
+    def propose(self, step: Step) -> Candidates | None:
+        """None where no sequence has a candidate."""
 
 
 class TopKProposer:
@@ -47,13 +55,13 @@ class TopKProposer:
         speculator: attached. top_k_per_head: ints; `DraftShape` makes one that has been checked.
     """
 
-    def __init__(self, speculator, top_k_per_head):
+    def __init__(self, speculator: Speculator, top_k_per_head: Sequence[int]):
         self.widths = list(top_k_per_head)
         self.speculator, self.lookahead = speculator, len(self.widths)
         self.tree = Tree.full(self.widths, next(speculator.buffers(), next(speculator.parameters())).device)
         self.nodes = self.tree.nodes - 1
 
-    def propose(self, step):
+    def propose(self, step: Step) -> Candidates:
         speculator, batch = self.speculator, len(step.tokens)
         state, tokens, levels, drafts = speculator.start(step.hidden), step.tokens, [], []
         numbers = None if step.chance is None else step.chance.split(level_sizes(self.widths), dim=1)
@@ -88,10 +96,10 @@ class BestNodesProposer:
         speculator: attached. nodes: candidates. lookahead: levels; `DraftShape` makes one that has been checked.
     """
 
-    def __init__(self, speculator, nodes, lookahead):
+    def __init__(self, speculator: Speculator, nodes: int, lookahead: int):
         self.speculator, self.nodes, self.lookahead = speculator, nodes, lookahead
 
-    def propose(self, step):
+    def propose(self, step: Step) -> Candidates:
         speculator, batch = self.speculator, len(step.tokens)
         device = step.tokens.device
         state, tokens = speculator.start(step.hidden), step.tokens
@@ -106,17 +114,20 @@ class BestNodesProposer:
             scores, flat = joint.topk(min(self.nodes - head, joint.shape[1]), dim=-1)  # [b, w'], best first
             parent = flat // keep  # within the level before
             tokens = speculator.to_tokens(picked.view(batch, -1).gather(1, flat))
-            all_scores.append(scores), all_tokens.append(tokens), all_parents.append(ids.gather(1, parent))
+            all_scores.append(scores)
+            all_tokens.append(tokens)
+            all_parents.append(ids.gather(1, parent))
             if head + 1 < self.lookahead:
                 ids = first + 1 + torch.arange(scores.shape[1], device=device).expand(batch, -1)
                 first += scores.shape[1]
                 parent = torch.arange(batch, device=device)[:, None] * (len(logits) // batch) + parent
                 parent, ids, scores, tokens = (part[:, : self.nodes - head - 1] for part in (parent, ids, scores, tokens))
                 state = select(state, parent.flatten())
-        return best_nodes(*(torch.cat(level, dim=1) for level in (all_scores, all_tokens, all_parents)), self.nodes)
+        scores, tokens, parents = (torch.cat(levels, dim=1) for levels in (all_scores, all_tokens, all_parents))
+        return best_nodes(scores, tokens, parents, self.nodes)
 
 
-def best_nodes(scores, tokens, parents, count):
+def best_nodes(scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, count: int) -> Candidates:
     """`Candidates` of the `count` best of m nodes, parents before children: all [b, m], parents counted from 1 with the root as 0."""
     # A child's score never exceeds its parent's; stable, so that the parent comes first where they are equal.
     order = scores.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
@@ -134,13 +145,13 @@ class PromptLookup:
 
     LONGEST = 3
 
-    def __init__(self, lookahead):
+    def __init__(self, lookahead: int):
         """Raises UserError for a lookahead under 1."""
         if lookahead < 1:
             raise UserError(f"lookahead {lookahead}: must be at least 1")
         self.lookahead = self.nodes = lookahead
 
-    def propose(self, step):
+    def propose(self, step: Step) -> Candidates | None:
         found = [self.look_up(numpy.array(text)) for text in step.texts]
         longest = max(len(line) for line in found)
         if not longest:
@@ -149,7 +160,7 @@ class PromptLookup:
         padded = torch.tensor([[*line, *[-1] * (longest - len(line))] for line in found], device=device)
         return Candidates(padded, Tree.full([1] * longest, device))
 
-    def look_up(self, text):
+    def look_up(self, text: numpy.ndarray) -> list[int]:
         """Up to `lookahead` tokens that followed, as a list."""
         for size in range(min(self.LONGEST, len(text) - 1), 0, -1):
             # A match must end before the text does, so that something follows it.
@@ -168,10 +179,10 @@ class DraftShape:
     """
 
     lookahead: int | None = None
-    top_k_per_head: tuple | None = None
+    top_k_per_head: tuple[int, ...] | None = None
     nodes: int | None = None
 
-    def check(self, n_predict):
+    def check(self, n_predict: int) -> tuple[tuple[int, ...] | None, int | None, int]:
         """(children of each level or None, nodes, lookahead) for a speculator of `n_predict` heads.
 
         Raises:
@@ -192,21 +203,24 @@ class DraftShape:
             raise UserError(f"a tree of {nodes:,} candidates: at most {MOST_NODES:,}; lower nodes or top_k_per_head")
         return widths or (None if self.nodes else (1,) * lookahead), self.nodes, lookahead
 
-    def proposer(self, speculator):
+    def proposer(self, speculator: Speculator) -> Proposer:
         """The proposer of this shape; raises UserError as `check`, and for a level wider than the draft vocabulary."""
         widths, nodes, lookahead = self.check(speculator.n_predict)
         size = speculator.vocab_size if speculator.draft_ids is None else len(speculator.draft_ids)
         if widths and max(widths) > size:
             raise UserError(f"top_k_per_head {','.join(map(str, widths))}: this speculator's heads know {size} tokens")
-        return TopKProposer(speculator, widths) if widths else BestNodesProposer(speculator, nodes, lookahead)
+        if widths:
+            return TopKProposer(speculator, widths)
+        assert nodes is not None
+        return BestNodesProposer(speculator, nodes, lookahead)
 
 
-def level_sizes(widths):
+def level_sizes(widths: Sequence[int]) -> list[int]:
     """Candidates of each level of a full tree."""
     return [math.prod(widths[: level + 1]) for level in range(len(widths))]
 
 
-def draw_children(probabilities, numbers):
+def draw_children(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Tokens drawn one after the other without replacement: fp32 [m, r], float64 [m, k] -> int64 [m, k], -1 where none is left."""
     left, drawn = probabilities, []
     for column in numbers.unbind(1):

@@ -8,8 +8,12 @@ named "rotary"); on a GPU its range check waits for the device in every layer. I
 configs do. The frequencies are those of `transformers`, whatever the kind.
 """
 
+from typing import Any
+
 import torch
 from fms.modules.positions import PositionEncoder, RotaryEmbedding
+from torch import nn
+from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 
@@ -20,12 +24,15 @@ class RotaryOnce(PositionEncoder):
         config: of the model, a `transformers` one with rope_parameters.
     """
 
-    def __init__(self, config, device):
+    def __init__(self, config: PretrainedConfig, device: torch.device):
         theirs = LlamaRotaryEmbedding(config)  # the same for every model that ibm-fms runs here
         self.frequencies, self.scaling = theirs.inv_freq.to(device), theirs.attention_scaling  # fp32 [d / 2]
-        self.positions = self.factors = None
+        self.positions: torch.Tensor | None = None
+        self.factors: torch.Tensor  # of these positions, complex [b, n, 1, d / 2]
 
-    def adjusted_qk(self, q, k, position_ids, past_kv_state=None, use_cache=False):
+    def adjusted_qk(
+        self, q: torch.Tensor, k: torch.Tensor, position_ids: torch.Tensor, past_kv_state: Any = None, use_cache: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """q [b, n, h, d] and k [b, n, g, d], turned by their positions int64 [b, n]."""
         if position_ids is not self.positions:  # the first layer of a forward; the others are handed the same tensor
             angles = position_ids[:, :, None, None].float() * self.frequencies
@@ -35,7 +42,7 @@ class RotaryOnce(PositionEncoder):
         return turned.split([q.shape[2], k.shape[2]], dim=2)
 
 
-def look_up_once(trunk, config, device):
+def look_up_once(trunk: nn.Module, config: PretrainedConfig, device: torch.device) -> None:
     """Let every layer of an ibm-fms decoder share one `RotaryOnce`."""
     shared = RotaryOnce(config, device)
     for module in trunk.modules():

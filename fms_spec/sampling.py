@@ -7,7 +7,9 @@ there. So one seed gives one text in any batch, with or without a speculator who
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -28,7 +30,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature < math.inf):
             raise UserError(f"temperature {self.temperature}: must be 0 (greedy), or a number from {LOWEST_TEMPERATURE}")
         if self.top_k < 0:
@@ -36,19 +38,20 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: must be over 0 and at most 1 (off)")
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """Plain values, for metadata."""
         return asdict(self)
 
-    def choose(self, logits, uniforms):
+    def choose(self, logits: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
         """One token for each row: logits [..., v], uniforms float64 [...] in [0, 1), unused where greedy -> int64 [...]."""
         if self.temperature == 0:
             return best_token(logits)
+        assert uniforms is not None
         probabilities, ids = self._kept(logits)
         drawn = draw(probabilities, uniforms)
         return drawn if ids is None else ids.gather(-1, drawn[..., None]).squeeze(-1)
 
-    def probabilities(self, logits):
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The distribution that `choose` draws from: fp32, the logits' shape, each row summing to 1."""
         if self.temperature == 0:
             return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best_token(logits)[..., None], 1.0)
@@ -56,7 +59,7 @@ class Sampling:
         dense = kept if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, ids, kept)
         return dense / dense.sum(-1, keepdim=True)
 
-    def _kept(self, logits):
+    def _kept(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(probabilities fp32 [..., s] up to a factor, their tokens int64 [..., s]; None where s = v in the vocabulary's order)."""
         logits, ids = logits.float() / self.temperature, None
         if self.top_k and self.top_k < logits.shape[-1]:
@@ -70,7 +73,7 @@ class Sampling:
         return probabilities, ids
 
 
-def best_token(logits):
+def best_token(logits: torch.Tensor) -> torch.Tensor:
     """The first of the likeliest: [..., v] -> int64 [...].
 
     As argmax, which takes 0.66 ms instead of 0.19 over 5 x 49,152 bf16 on two CPU cores (`scripts.benchmark train_step`, "best_token").
@@ -78,7 +81,7 @@ def best_token(logits):
     return logits.max(-1).indices
 
 
-def draw(weights, uniforms):
+def draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Index drawn from each row by inverting its cumulated weights: weights [..., s] >= 0, uniforms float64 [...] -> int64 [...].
 
     In float64, so that no weight of 0 is ever drawn and none is lost to rounding. A row without any weight gives its last index.
@@ -97,21 +100,21 @@ class Chance:
         seeds: list of b ints. steps: most new tokens and candidates of one sequence. tests: numbers a step for drawing and testing drafts.
     """
 
-    def __init__(self, seeds, steps, tests, device):
+    def __init__(self, seeds: Iterable[int], steps: int, tests: int, device: torch.device):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         rows = [torch.rand(steps, dtype=torch.float64, generator=generator) for generator in generators]
         self.choices = torch.stack(rows).to(device)
         rows = [torch.rand(steps if tests else 0, tests, dtype=torch.float64, generator=generator) for generator in generators]
         self.tests = torch.stack(rows).to(device)
 
-    def at(self, emitted, depths):
+    def at(self, emitted: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
         """Numbers that choose the token after nodes at `depths` int64 [t, n], sequences having emitted int64 [b, 1] tokens: [b, n]."""
         return self.choices.gather(1, emitted + depths)
 
-    def for_step(self, emitted):
+    def for_step(self, emitted: torch.Tensor) -> torch.Tensor:
         """The numbers [b, tests] of a step that starts with so many emitted tokens, int64 [b, 1]."""
         return self.tests[torch.arange(len(emitted), device=emitted.device), emitted[:, 0]]
 
-    def keep_sequences(self, kept):
+    def keep_sequences(self, kept: list[int]) -> None:
         """Drop finished sequences: `kept` list of ints."""
         self.choices, self.tests = self.choices[kept], self.tests[kept]

@@ -5,7 +5,7 @@ import hashlib
 LARGEST = 2**63 - 1  # what torch, numpy and vLLM all take
 
 
-def mixed(seed, *numbers):
+def mixed(seed: int, *numbers: int) -> int:
     """A seed for the place that `numbers` name, ints from 0 on: an int from 0 to LARGEST, the same on every machine.
 
     A sum tells the places of a small seed apart. One that is over LARGEST is hashed and not cut: CPU generators look at the last 32 bits

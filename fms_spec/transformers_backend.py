@@ -1,15 +1,18 @@
 """A base model in `transformers`, every tensor of which comes from the files, and none of whose tensors is left over."""
 
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from fms_spec.errors import UserError
 
 
-def load(name, path, config, dtype, some_layers=False):
+def load(name: Path | str, path: Path | str, config: PretrainedConfig, dtype: torch.dtype, some_layers: bool = False) -> PreTrainedModel:
     """The model on the CPU.
 
     Args:
@@ -46,14 +49,14 @@ def load(name, path, config, dtype, some_layers=False):
     return model.eval().requires_grad_(False)
 
 
-def check_finite(name, weights):
+def check_finite(name: Path | str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Raise UserError for a weight with a value that is no number, or infinite. weights: iterable of (name, tensor)."""
     for key, weight in weights:
         if weight.is_floating_point() and not weight.sum(dtype=torch.float32).isfinite():
             raise UserError(f"base model {name}: weight {key} holds values that are not finite; copy or download its files again")
 
 
-def whole_config(path, config):
+def whole_config(path: Path | str, config: PretrainedConfig) -> PretrainedConfig:
     """What the files of a model that also reads images are loaded with: its own config, around that of its text part."""
     whole = AutoConfig.from_pretrained(path, trust_remote_code=False)
     text = whole.get_text_config(decoder=True)
@@ -64,7 +67,7 @@ def whole_config(path, config):
 
 
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Without `transformers`' progress and its report on tensors that weren't used."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -76,13 +79,13 @@ def quiet():
         logging.set_verbosity(level)
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     """What an exception says, in one line that is not too long."""
     text, kind = " ".join(str(error).split()[:40])[:240], type(error).__name__
     return kind if not text else text if isinstance(error, ValueError) else f"{kind}: {text}"
 
 
-def output_of(layer, config):
+def output_of(layer: Any, config: PretrainedConfig) -> tuple[torch.Tensor, torch.Tensor | None, float | None]:
     """(weight [v, d], bias [v] or None, cap or None) of how logits are made of states: cap * tanh((W h + b) / cap), or W h + b.
 
     A scale of the logits (Granite divides by logits_scaling, Cohere multiplies with logit_scale) is put into weight and bias.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fms_spec.candidates import Candidates
 from fms_spec.sampling import draw
 
 
@@ -20,7 +21,7 @@ class Verdict:
     newest: torch.Tensor
 
 
-def match(candidates, chosen):
+def match(candidates: Candidates, chosen: torch.Tensor) -> Verdict:
     """Accept a candidate where it is what the base model chose after its parent.
 
     With the base model's choices drawn independently of the candidates this is exact for greedy choice and for sampling. For picked
@@ -39,7 +40,7 @@ def match(candidates, chosen):
     return Verdict(accepted, last, chosen.gather(1, last[:, None]).squeeze(1))
 
 
-def reject(candidates, target_probs, tests, bonus):
+def reject(candidates: Candidates, target_probs: torch.Tensor, tests: torch.Tensor, bonus: torch.Tensor) -> Verdict:
     """Multi-round rejection for drawn candidates (arXiv 2305.09781; children drawn without replacement as in 2402.14160).
 
     At a node with target p and draft distribution q, the children x are tried in the order they were drawn: x is accepted with
@@ -50,6 +51,7 @@ def reject(candidates, target_probs, tests, bonus):
         candidates: with draft_probs and a tree that all sequences share. target_probs: fp32 [b, n + 1, v]. tests: float64 [b, n], one
         number for each candidate. bonus: float64 [b, n + 1], the number that draws the bonus after each node.
     """
+    assert candidates.draft_probs is not None
     tree, batch = candidates.tree, len(target_probs)
     rows = torch.arange(batch, device=target_probs.device)
     accepted = torch.zeros(batch, tree.nodes, dtype=torch.bool, device=target_probs.device)
@@ -77,7 +79,7 @@ def reject(candidates, target_probs, tests, bonus):
     return Verdict(accepted, node, newest)
 
 
-def scaled(weights, otherwise):
+def scaled(weights: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
     """Rows of `weights` [b, v] scaled to sum to 1; rows without any weight, which only rounding can bring, become `otherwise`."""
     total = weights.sum(-1, keepdim=True)
     return torch.where(total > 0, weights / total, otherwise)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fms_spec.errors import UserError
@@ -20,12 +22,12 @@ class Entry:
 
     file: Path
     dtype: str
-    shape: tuple
+    shape: tuple[int, ...]
     start: int
     end: int
 
 
-def weight_map(path):
+def weight_map(path: Path | str) -> dict[str, str]:
     """{tensor name: file name} of a directory's index.
 
     Raises:
@@ -40,7 +42,7 @@ def weight_map(path):
         raise UserError(f"base model {path}: its {INDEX} can't be read ({error!r}); copy or download it again") from error
 
 
-def weight_files(path):
+def weight_files(path: Path | str) -> list[Path]:
     """The files that hold the model in a directory, as `transformers` chooses them: model.safetensors, else those that the index names.
 
     Raises:
@@ -56,13 +58,13 @@ def weight_files(path):
     return [path / name for name in named]
 
 
-def stray_files(path):
+def stray_files(path: Path | str) -> list[str]:
     """Names of *.safetensors files that nothing here reads and vLLM does: those beside model.safetensors where there is no index."""
     named = {file.name for file in weight_files(path)}
     return [] if (Path(path) / INDEX).exists() else sorted({file.name for file in Path(path).glob("*.safetensors")} - named)
 
 
-def read_entries(path):
+def read_entries(path: Path | str) -> dict[str, Entry]:
     """{tensor name: `Entry`} of a model's directory, from the headers of its files.
 
     Raises:
@@ -79,7 +81,7 @@ def read_entries(path):
     return {name: entry for entries in found.values() for name, entry in entries.items()}
 
 
-def read_header(file):
+def read_header(file: Path) -> dict[str, Entry]:
     """{tensor name: `Entry`} of one file."""
     try:
         with safe_open(file, "pt"):
@@ -96,16 +98,16 @@ def read_header(file):
     }
 
 
-def read_tensors(entries, names, device="cpu"):
+def read_tensors(entries: Mapping[str, Entry], names: Collection[str], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """{name: tensor} for some names of `read_entries`, each file opened once."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in sorted({entries[name].file for name in names}):
         with safe_open(file, "pt", device=str(device)) as opened:
             found |= {name: opened.get_tensor(name) for name in names if entries[name].file == file}
     return found
 
 
-def fingerprint(path):
+def fingerprint(path: Path | str) -> str:
     """Hash (hex, 32 characters) that tells base models apart, whatever backend or dtype they are loaded with.
 
     Over every tensor's name, dtype, shape and 4 KiB from its middle, in name order, so that re-sharded files agree.

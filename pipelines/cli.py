@@ -35,7 +35,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 def main(argument_class, run, overrides=False, words=None):
-    """Parse the command line (or `words`) into `argument_class`, then call `run(parsed)`; with overrides `run(parsed, key.path=value words)`.
+    """Parse the command line (or `words`) into `argument_class` and call `run(parsed)`; with overrides `run(parsed, key.path=value words)`.
 
     Fire alone would run the work first and complain about unknown flags afterwards, so it only builds the argument object. A
     `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise, and a file that the

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from fms_spec.errors import UserError
-from fms_spec.sampling import Sampling
 from fms_spec.losses import LossWeights
+from fms_spec.sampling import Sampling
 from fms_spec.seeds import LARGEST
 from fms_spec.settings import Section
 from fms_spec.speculators.interface import Settings

@@ -13,22 +13,22 @@ from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, check_writable, write_whole
 from fms_spec.loading import load_for_decoding
 from fms_spec.speculators.directory import check_speculator
+from pipelines.cli import arguments, draft_shape, keep_freed_memory, main_of
+from pipelines.config import Count, GenerationSection
+from pipelines.generate.engines import check_context
+from pipelines.generate.vllm_engine import need_vllm
+from pipelines.machine.environment import environment
 from pipelines.measure.continuations import benchmark_continuations
 from pipelines.measure.decode import DTYPE, benchmark_decode
 from pipelines.measure.recipe import compared
+from pipelines.measure.recipe_sweep import RESULTS, sweep
+from pipelines.measure.results import machines, markdown, ratios, read_results, rows
 from pipelines.measure.serving import benchmark_serving
 from pipelines.measure.train_step import PARTS, benchmark_train_step
-from pipelines.config import Count, GenerationSection
 from pipelines.plan.devices import device_memory
-from pipelines.machine.environment import environment
 from pipelines.plan.feasible import check_memory
-from pipelines.generate.engines import check_context
-from pipelines.show.plots import plot_ratios
-from pipelines.measure.results import machines, markdown, ratios, read_results, rows
 from pipelines.show.console import print_recipes, print_results
-from pipelines.generate.vllm_engine import need_vllm
-from pipelines.cli import arguments, draft_shape, keep_freed_memory, main_of
-from pipelines.measure.recipe_sweep import RESULTS, sweep
+from pipelines.show.plots import plot_ratios
 
 
 @arguments

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
+from pipelines.cli import arguments, main
 from pipelines.machine.doctor import examine
 from pipelines.show.console import print_findings
-from pipelines.cli import arguments, main
 
 
 @arguments

@@ -13,14 +13,14 @@ from fms_spec.errors import UserError
 from fms_spec.files import check_writable, write_json
 from fms_spec.loading import load_for_decoding
 from fms_spec.vllm.plugin import installed_vllm
-from pipelines.measure.serving import serve
+from pipelines.cli import arguments, draft_shape, main
+from pipelines.generate.vllm_engine import need_vllm
 from pipelines.machine.environment import environment
 from pipelines.measure.evaluate import evaluate, free_memory, losslessness, parting, report, settle, side_by_side, usual_ways
-from pipelines.show.plots import plot_evaluation
+from pipelines.measure.serving import serve
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts, suggest
 from pipelines.show.console import print_evaluation
-from pipelines.generate.vllm_engine import need_vllm
-from pipelines.cli import arguments, draft_shape, main
+from pipelines.show.plots import plot_evaluation
 
 
 @arguments

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from pipelines.export import export
 from pipelines.cli import arguments, main
+from pipelines.export import export
 
 
 @arguments

@@ -16,8 +16,8 @@ from fms_spec.options import Options
 from fms_spec.proposers import PromptLookup
 from fms_spec.sampling import Sampling
 from fms_spec.transformers_backend import first_line
-from pipelines.config import Seed
 from pipelines.cli import arguments, draft_shape, main
+from pipelines.config import Seed
 
 
 @arguments

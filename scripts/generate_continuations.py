@@ -11,12 +11,12 @@ from data.continuations.writer import write_shards
 from data.reader import read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
+from pipelines.cli import arguments, main
 from pipelines.config import BaseModelSection, Count, CountOrZero, GenerationSection, Seed
-from pipelines.machine.environment import environment
 from pipelines.generate.engines import make_engine
 from pipelines.generate.producers import end_with_parent
 from pipelines.generate.supply import open_store
-from pipelines.cli import arguments, main
+from pipelines.machine.environment import environment
 
 
 @arguments

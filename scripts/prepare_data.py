@@ -3,8 +3,8 @@
 from dataclasses import asdict
 
 from data.prepare.run import prepare
-from pipelines.config import Seed
 from pipelines.cli import arguments, main
+from pipelines.config import Seed
 
 
 @arguments

@@ -5,23 +5,23 @@ import time
 from functools import partial
 from pathlib import Path
 
+from data.prepare.python_sources import copy_python_sources
 from data.prepare.run import prepare
 from data.prompts import load_prompts
-from data.prepare.python_sources import copy_python_sources
 from fms_spec.errors import UserError
 from fms_spec.files import OWNER, owned, read_json, write_json
 from fms_spec.loading import load_for_decoding
 from fms_spec.proposers import DraftShape
-from pipelines.train.checkpoint import newest_checkpoint, read_progress
-from pipelines.config import load_config
-from pipelines.machine.environment import environment
-from pipelines.measure.evaluate import evaluate, losslessness, report, settle, usual_ways
-from pipelines.export import export
-from pipelines.plan.hardware import faster_dtype
-from pipelines.machine.small_model import unpack_small_model
-from pipelines.measure.suggestion import chain_acceptance, greedy_texts
-from pipelines.show.console import print_values
 from pipelines.cli import arguments, main
+from pipelines.config import load_config
+from pipelines.export import export
+from pipelines.machine.environment import environment
+from pipelines.machine.small_model import unpack_small_model
+from pipelines.measure.evaluate import evaluate, losslessness, report, settle, usual_ways
+from pipelines.measure.suggestion import chain_acceptance, greedy_texts
+from pipelines.plan.hardware import faster_dtype
+from pipelines.show.console import print_values
+from pipelines.train.checkpoint import newest_checkpoint, read_progress
 from pipelines.train.run import train
 
 CONFIG = Path(__file__).parents[1] / "pipelines/configs/quickstart.yaml"

@@ -16,6 +16,7 @@ from pipelines.plan.plan import Plan, Ranks, Sizes, verdict
 from pipelines.show.console import print_plan
 from pipelines.train.run import check_processes, read_data, sizes_of, train
 
+
 @arguments
 class Arguments:
     """Train attached speculator heads on a frozen base model, in two phases.

@@ -105,7 +105,8 @@ base_model: {{name: {model_dir}, dtype: float32}}
 speculator: {{family: {family}, n_predict: 3{HEADS.get(family, "")}}}
 data: {{dir: {data_dir}}}
 schedule: {{steps: 9}}
-phase1: {{batch_size: 3, accumulate: 2, positions: 40, loss: {{cross_entropy: 0.5, distillation: 1.0, smooth_l1: {0.1 if family == "hidden_state" else 0.0}}}}}
+phase1: {{batch_size: 3, accumulate: 2, positions: 40,
+  loss: {{cross_entropy: 0.5, distillation: 1.0, smooth_l1: {0.1 if family == "hidden_state" else 0.0}}}}}
 phase2: {{batch_size: 4, loss: {{cross_entropy: 1.0, only_accepted: true}}}}
 generation: {{batch_size: 5, max_new_tokens: 12, temperature: 0.8, top_k: 10}}
 optimizer: {{lr: 0.01}}
@@ -121,7 +122,8 @@ def config_file(tmp_path, model_dir, data_dir):
     return lambda family="hidden_state", **changes: write_config(tmp_path / "run.yaml", model_dir, data_dir, family, **changes)
 
 
-# Small base models of twenty shapes, for tests over hundreds of random ones: vocabularies from 8 on, so that random heads are right at times.
+# Small base models of twenty shapes, for tests over hundreds of random ones: vocabularies from 8 on, so that random heads are right at
+# times.
 SHAPES = [
     {
         "vocab_size": 8 + i, "num_hidden_layers": 1 + i % 3, "num_attention_heads": heads, "num_key_value_heads": groups,

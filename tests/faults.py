@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from scripts import evaluate, export, generate, generate_continuations, prepare_data, train  # noqa: E402, F401: imported before the forks
+from scripts import evaluate, export, generate, generate_continuations, prepare_data, train  # noqa: E402, F401 (imported before the forks)
 
 KINDS = ("kills", "operations", "damage", "disk")
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "open"}

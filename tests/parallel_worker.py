@@ -14,11 +14,11 @@ import torch
 from torch.distributed import distributed_c10d
 
 from fms_spec.errors import UserError
-from pipelines.config import load_config
-from pipelines.parallel.processes import joined
-from pipelines.generate.producers import Producers
-from pipelines.train.loop import Trainer
 from pipelines.cli import fail
+from pipelines.config import load_config
+from pipelines.generate.producers import Producers
+from pipelines.parallel.processes import joined
+from pipelines.train.loop import Trainer
 from pipelines.train.run import train
 
 

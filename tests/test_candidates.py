@@ -210,9 +210,9 @@ def test_a_proposer_sees_the_state_that_chose_each_newest_token_and_the_text_up_
 
 
 # How many tokens are right, by prompt and step; and of how many candidates one branch at a random place is the right one.
-NEVER = lambda index, step: 0
-ALWAYS = lambda index, step: 99
-SOMETIMES = lambda index, step: (3, 0, 1, 2, 0)[(step + 2 * index) % 5]
+NEVER = lambda index, step: 0  # noqa: E731
+ALWAYS = lambda index, step: 99  # noqa: E731
+SOMETIMES = lambda index, step: (3, 0, 1, 2, 0)[(step + 2 * index) % 5]  # noqa: E731
 SHAPES_TRIED = pytest.mark.parametrize("lookahead, branches", list(product((2, 3, 4), (1, 3, 5))))
 MOST = 25
 

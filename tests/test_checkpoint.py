@@ -14,8 +14,8 @@ from conftest import write_config
 from safetensors.torch import load_file
 
 from fms_spec.errors import UserError
-from pipelines.train.checkpoint import checkpoints, newest_checkpoint
 from pipelines.export import export
+from pipelines.train.checkpoint import checkpoints, newest_checkpoint
 from pipelines.train.loop import Trainer
 from pipelines.train.run import train
 

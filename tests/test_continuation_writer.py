@@ -111,7 +111,7 @@ def test_a_writer_stays_the_asked_number_of_shards_ahead_of_the_reader_and_finis
     thread.start()
     for place in (0, 1, 2, 7):
         store.post_place(place)
-        wait_for(lambda: store.has(place + 2))
+        wait_for(lambda place=place: store.has(place + 2))
         time.sleep(0.3)
         assert engine.begun == list(range(place + 3)) and engine.idle
     store.post_place(12)

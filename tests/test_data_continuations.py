@@ -9,9 +9,9 @@ from continuation_helpers import SETTINGS, Engine, open_store, some_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.continuations.writer import write_shards
 from data.continuations.batches import Continuations
 from data.continuations.supply import Ahead, Inline
+from data.continuations.writer import write_shards
 from fms_spec.errors import UserError
 
 

@@ -129,7 +129,7 @@ def test_more_held_out_documents_than_there_are_is_refused(tmp_path, corpus):
     "setting", [{"seed": -1}, {"seed": 2**63}, {"seq_length": 1}, {"prompt_length": 0}, {"held_out": -1}, {"workers": 0}]
 )
 def test_a_setting_out_of_range_is_named(tmp_path, corpus, setting):
-    assert f"--{[*setting][0]}=" in refused(tmp_path, corpus, **setting)
+    assert f"--{next(iter(setting))}=" in refused(tmp_path, corpus, **setting)
 
 
 def test_a_folder_inside_the_source_is_refused(tmp_path, corpus):

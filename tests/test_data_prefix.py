@@ -32,7 +32,7 @@ def test_packing_begins_every_piece_with_the_prefix_fills_the_rows_and_loses_not
             piece, added = tokens[start:end].tolist(), (~own[start:end]).tolist()
             assert piece[: len(prefix)] == prefix[: len(piece)] and (len(piece) >= len(prefix) or end == seq_length)
             assert added == [True] * sum(added) + [False] * (len(piece) - sum(added)) and sum(added) in (0, min(len(prefix), len(piece)))
-            assert not sum(added) == len(prefix) or piece[len(prefix) : 2 * len(prefix)] != prefix  # not before one of its own
+            assert sum(added) != len(prefix) or piece[len(prefix) : 2 * len(prefix)] != prefix  # not before one of its own
 
 
 def test_a_document_in_a_row_is_what_serving_reads_of_it_and_its_end(tmp_path):

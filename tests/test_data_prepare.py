@@ -14,8 +14,8 @@ from data_helpers import EOS, WORDS, distinct_documents, pieces_of, prepare_smal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.prepare.sources
 import data.parquet
+import data.prepare.sources
 import data.tokenizer
 import scripts.prepare_data
 from data.prepare.documents import pack

@@ -10,8 +10,8 @@ from test_training import records
 from torch.utils.flop_counter import FlopCounterMode
 
 import fms_spec.losses
-import pipelines.train.metrics
 import pipelines.train.loop
+import pipelines.train.metrics
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
@@ -20,12 +20,12 @@ from fms_spec.speculators import interface as speculator_base
 from fms_spec.speculators.registry import FAMILIES
 from fms_spec.timing import Marks
 from pipelines.generate import vllm_engine
-from pipelines.train.device_metrics import DeviceMetrics, known_device
+from pipelines.generate.vllm_engine import GPU_OVERHEAD, device_settings
+from pipelines.parallel.processes import Processes
 from pipelines.plan.devices import DEVICES
 from pipelines.plan.plan import Plan, Ranks, Sizes
-from pipelines.parallel.processes import Processes
+from pipelines.train.device_metrics import DeviceMetrics, known_device
 from pipelines.train.loop import loss_weights
-from pipelines.generate.vllm_engine import GPU_OVERHEAD, device_settings
 from pipelines.train.run import train
 
 GIB = 2**30
@@ -50,7 +50,7 @@ def gpu(monkeypatch):
 
 
 def test_no_test_but_those_marked_gpu_sees_one(request):
-    assert not torch.cuda.is_available() and os.environ["CUDA_VISIBLE_DEVICES"] == "" or request.config.option.markexpr == "gpu"
+    assert (not torch.cuda.is_available() and os.environ["CUDA_VISIBLE_DEVICES"] == "") or request.config.option.markexpr == "gpu"
 
 
 def test_vllm_takes_of_a_gpu_what_training_leaves_free_and_no_more_than_its_share(gpu, model_dir):

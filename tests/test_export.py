@@ -15,8 +15,8 @@ from conftest import write_config
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
 from fms_spec.speculators.directory import load_speculator
-from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.export import export
+from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train
 
 ROOT = Path(__file__).parents[1]

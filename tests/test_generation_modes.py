@@ -19,10 +19,10 @@ import pipelines.generate.supply
 import pipelines.train.run
 from data.continuations.supply import Alongside
 from fms_spec.errors import UserError
-from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.config import GenerationSection
 from pipelines.generate.engines import EmbeddedEngine
 from pipelines.generate.producers import Producers, own_devices
+from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, WORDS, prompts_of, tiny_speculator, write_config, write_model
-from test_parallel import WAYS, figures, job, place, run_jobs, settings  # noqa: F401: place is a fixture
+from test_parallel import WAYS, figures, job, place, run_jobs, settings  # noqa: F401 (place is a fixture)
 from test_training import ROOT, records, weights_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -22,9 +22,9 @@ from fms_spec.options import Options
 from fms_spec.proposers import TopKProposer
 from fms_spec.sampling import Sampling
 from fms_spec.speculators.directory import describe, save_speculator
+from pipelines.config import load_config
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.compiled import check_compiler
-from pipelines.config import load_config
 from pipelines.train.run import train
 
 GPUS = torch.cuda.device_count()  # none unless pytest was called with -m gpu

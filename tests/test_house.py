@@ -43,14 +43,14 @@ def test_the_wheel_holds_fms_spec_and_nothing_else(tmp_path):
     # Built from a copy of what is under version control, so that no build folder is left behind; with the packages that are here.
     source = tmp_path / "source"
     shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "quickstart", "runs", "__pycache__")
+        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", ".*_cache", "*.egg-info", "build", "quickstart", "runs", "__pycache__")
     )
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path / "wheels", source]
     subprocess.run(command, check=True, capture_output=True, text=True)
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"fms_spec"}
-    assert "fms_spec/speculators/mlp.py" in names
+    assert {"fms_spec/speculators/mlp.py", "fms_spec/py.typed"} <= set(names)
 
 
 def readme_commands():

@@ -95,7 +95,7 @@ def test_distributions_with_nothing_in_common_still_give_finite_losses_and_gradi
 
 
 def test_the_acceptance_loss_is_zero_where_the_head_says_what_the_base_model_says():
-    features, _, targets, teacher, weight = case()
+    _, _, targets, teacher, weight = case()
     weights = LossWeights(0.0, 0.0, 0.0, (1.0,), 1.0)
     assert our_loss(teacher, weight, targets, teacher, weight, weights, torch.float32).item() == pytest.approx(0.0, abs=1e-5)
     assert our_loss(-teacher, weight, targets, teacher, weight, weights, torch.float32) > POSITIONS
@@ -104,6 +104,6 @@ def test_the_acceptance_loss_is_zero_where_the_head_says_what_the_base_model_say
 def test_matrix_products_are_computed_in_fp32_where_bf16_is_slow(monkeypatch):
     states = torch.zeros(1, dtype=torch.bfloat16)
     for found, expected in (({}, torch.float32), ({"amx_bf16": False}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
         assert compute_dtype(states) == expected and compute_dtype(states.float()) == torch.float32
     assert compute_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16

@@ -9,8 +9,8 @@ from conftest import write_config, write_model
 
 from fms_spec.errors import UserError
 from fms_spec.files import owned
-from scripts import benchmark, evaluate, export, generate, generate_continuations, prepare_data, quickstart, train
 from pipelines.cli import main
+from scripts import benchmark, evaluate, export, generate, generate_continuations, prepare_data, quickstart, train
 
 COMMANDS = {
     "train": (train.Arguments, train.run, True), "generate": (generate.Arguments, generate.run), "export": (export.Arguments, export.run),

@@ -17,11 +17,11 @@ from data.distributed import DistributedBatches
 from data.prepare.run import prepare
 from data.reader import RowReader
 from fms_spec.errors import UserError
-from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.config import ParallelSection
 from pipelines.export import export
 from pipelines.parallel.mesh import group_size
 from pipelines.parallel.processes import PATIENCE, Processes, take_gpu
+from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ from test_house import ROOT
 from data.prepare.run import prepare
 from fms_spec.errors import UserError
 from pipelines.config import load_config
+from pipelines.generate.vllm_engine import GPU_OVERHEAD
 from pipelines.plan.devices import CPU_FRAMEWORK, CPU_HEAP, DEVICES, Device, find_device
 from pipelines.plan.plan import Plan, Ranks, Sizes, mend, verdict
-from pipelines.generate.vllm_engine import GPU_OVERHEAD
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 CPU = Device("cpu", 64e9, 1e11, 1e10, 1e9, framework=CPU_FRAMEWORK, heap=CPU_HEAP)

@@ -108,7 +108,7 @@ def test_a_later_turn_contains_the_replies_before_it_without_their_special_token
     path = write_lines(tmp_path / "p.jsonl", {"turns": ["w1 w2", "w3", "w4"], "category": "writing", "question_id": 81})
     (chat,) = load_prompts(path, chat_tokenizer)
     assert (chat.category, chat.turns) == ("writing", 3)
-    first, second, third = (chat.tokens(replies) for replies in ([], [words(7, 8) + [EOS]], [words(7, 8) + [EOS], []]))
+    first, second, third = (chat.tokens(replies) for replies in ([], [[*words(7, 8), EOS]], [[*words(7, 8), EOS], []]))
     assert first.dtype == torch.int64 and first.tolist() == [USER, *words(1, 2), EOS, ASSISTANT]
     assert second.tolist() == [*first, *words(7, 8), EOS, USER, *words(3), EOS, ASSISTANT]
     assert third.tolist() == [*second, EOS, USER, *words(4), EOS, ASSISTANT]  # an empty reply is one, too

@@ -136,7 +136,9 @@ def test_all_kinds_of_layers_are_among_those_that_are_proved(tmp_path):
     assert cut.num_hidden_layers == len(cut.layer_types) == 6 and cut.sliding_window == proof.WINDOW
 
 
-@pytest.mark.parametrize("eos, named", [([0, 96], "EOS token 96 is outside"), (-1, "EOS token -1 is outside"), ("x", "no list of token ids")])
+@pytest.mark.parametrize(
+    "eos, named", [([0, 96], "EOS token 96 is outside"), (-1, "EOS token -1 is outside"), ("x", "no list of token ids")]
+)
 def test_eos_ids_that_are_no_tokens_of_the_model_are_refused(tmp_path, eos, named):
     directory = write_model(tmp_path / "model")
     edit_json(directory / "generation_config.json", eos_token_id=eos)

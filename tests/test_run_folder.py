@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 from conftest import write_config
-from test_checkpoint import FILES, cut, empty, finished, flip, run, weights  # noqa: F401: two are fixtures
+from test_checkpoint import FILES, cut, empty, finished, flip, run, weights  # noqa: F401 (two are fixtures)
 
 from fms_spec.errors import UserError
 from fms_spec.files import owned
-from pipelines.train.checkpoint import checkpoints
-from pipelines.train.metrics import Metrics
 from pipelines.machine.run_state import examine_run
-from pipelines.train.stopping import STOPPED, Stopped
+from pipelines.train.checkpoint import checkpoints
 from pipelines.train.loop import Trainer
+from pipelines.train.metrics import Metrics
 from pipelines.train.run import train
+from pipelines.train.stopping import STOPPED, Stopped
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +57,7 @@ def test_the_doctor_says_of_a_run_how_far_it_is_what_is_damaged_and_how_to_go_on
 
 
 def test_a_signal_just_after_the_data_was_had_loses_no_data(finished, tmp_path, monkeypatch):
-    had = Trainer.next_batches
+    had = Trainer.read
 
     def interrupted(self, phase):
         batches = had(self, phase)
@@ -66,7 +66,7 @@ def test_a_signal_just_after_the_data_was_had_loses_no_data(finished, tmp_path, 
         return batches
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "next_batches", interrupted)
+        patched.setattr(Trainer, "read", interrupted)
         with pytest.raises(Stopped):
             train(finished[0], tmp_path / "run")
     assert checkpoints(tmp_path / "run/checkpoints")[-1].name == "step-00000003"
@@ -189,7 +189,8 @@ def test_a_run_in_another_runs_folder_is_refused_and_sigterm_finishes_the_step_a
 
 
 def test_a_second_sigterm_ends_the_run_at_once(tmp_path):
-    code = "import time\nfrom pipelines.train.stopping import stopping\nwith stopping():\n print('in', flush=True)\n while True: time.sleep(0.01)"
+    code = "import time\nfrom pipelines.train.stopping import stopping\n"
+    code += "with stopping():\n print('in', flush=True)\n while True: time.sleep(0.01)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "in\n"
     process.send_signal(signal.SIGTERM)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +31,7 @@ def test_each_phase_counts_its_own_steps_without_gap_and_both_modes_give_each_ph
 def test_sequential_phases_never_come_back(pattern, steps):
     schedule = Schedule(pattern, "sequential", steps)
     order = [schedule.phase(step)[0] for step in range(steps)]
-    assert sum(a != b for a, b in zip(order, order[1:])) <= 1
+    assert sum(a != b for a, b in pairwise(order)) <= 1
 
 
 @given(

@@ -24,7 +24,6 @@ def test_places_of_small_seeds_keep_their_seeds_and_those_of_large_ones_are_told
     assert mixed(2**40, 1, 0) == 4531537966660619235
 
 
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_takes_any_seed_to_its_end(tmp_path, config_file, seed):
     trainer = train(config_file(seed=seed, **{"schedule.steps": 7, "validation.prompts": 0}), tmp_path / "run")

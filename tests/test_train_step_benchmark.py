@@ -23,8 +23,8 @@ from pipelines.measure.heads import (
     product_rate,
     random_windows,
 )
-from pipelines.measure.train_step import FAMILIES, shape_of
 from pipelines.measure.results import markdown, ratios, read_results, rows
+from pipelines.measure.train_step import FAMILIES, shape_of
 from scripts.benchmark import Report, TrainStep, run_report, run_train_step
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.proposers import DraftShape, Step
 from fms_spec.speculators.directory import load_speculator
-from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.export import export
+from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train
 
 ROOT = Path(__file__).parents[1]

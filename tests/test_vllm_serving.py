@@ -15,7 +15,16 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm_helpers import (
-    FAMILIES, SIZES, answers, counters, drafter_of, make_place, published_draft, serving, served_prompts, write_published,
+    FAMILIES,
+    SIZES,
+    answers,
+    counters,
+    drafter_of,
+    make_place,
+    published_draft,
+    served_prompts,
+    serving,
+    write_published,
 )  # fmt: skip
 
 from data.prompts import Prompt

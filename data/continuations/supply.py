@@ -25,7 +25,7 @@ class Supply:
         """Return when shard `index` is there; `begun`: shards of the first epoch that are begun, this one included.
 
         Returns:
-            {"generation": seconds of writing shards in this process, "waiting": of waiting for those of others}; what took none is left out.
+            {"generation": seconds of writing shards in this process, "waiting": of waiting for others' shards}; what took none is left out.
 
         Raises:
             UserError: it can't be had.
@@ -44,7 +44,7 @@ class Inline(Supply):
     """The trainer's own process writes a missing shard when it is needed.
 
     rows: how many the run will read. make_engine: called if a shard is missing, at once, so that an engine that isn't there is told
-    before anything is loaded. writers: trainers that will need the same shard at the same time; each writes another one of those that follow.
+    before anything is loaded. writers: trainers that will need the same shard at the same time; each writes another one of those to come.
     """
 
     def __init__(self, store, rows, make_engine, writers=1):

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from data.manifest import FORMAT_VERSION, MANIFEST, check_seed
+from data.parquet import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
 from data.prepare.documents import DocumentSpool, choose_held_out, missing_prefix, pack
 from data.prepare.folder import finished_set, refuse_inside, writing
-from data.manifest import FORMAT_VERSION, MANIFEST, check_seed
 from data.prepare.sources import Skipped, open_source
-from data.parquet import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
 from data.tokenizer import encode_documents, load_tokenizer, refuse_unknown, use_threads
 from fms_spec.errors import UserError
 from fms_spec.files import write_whole

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from data.manifest import reason
 from data.prepare.finding import find_files
 from data.prepare.formats import UNREAD, check_table, checked_text, has_mark, table_suffix, texts_of
-from data.manifest import reason
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
 

@@ -5,7 +5,7 @@ it, among them the fingerprint of the base model it was trained for, and the sha
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,11 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fms_spec.base_model import DTYPES, read_config, resolve_base_model
+from fms_spec.base_model import BaseModel as FrozenModel
 from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, read_json, sha256_of, write_json
 from fms_spec.hub import local_directory
+from fms_spec.speculators.interface import Speculator
 from fms_spec.speculators.registry import ModelType, family_of
 from fms_spec.weights import SINGLE, fingerprint
+
 
 class Published(BaseModel):
     """What a config.json says beside the family's sizes."""
@@ -34,10 +37,10 @@ class Description(Published):
 
     base_model_name_or_path: str
     base_model_fingerprint: str
-    torch_dtype: Literal[*DTYPES]
+    torch_dtype: Literal["bfloat16", "float16", "float32"]
 
 
-def check_config(config, place, expected=Published):
+def check_config(config: Any, place: Path, expected: type[Published] = Published) -> dict[str, Any]:
     """Refuse a config.json's value that `from_config` can't build from; place: its file. Returns `config`.
 
     Raises:
@@ -54,12 +57,12 @@ def check_config(config, place, expected=Published):
     return config
 
 
-def from_config(config):
+def from_config(config: dict[str, Any]) -> Speculator:
     """An untrained speculator from a config.json's values, which `check_config` has passed."""
     return family_of(config["model_type"]).from_config(config)
 
 
-def describe(speculator, base_model):
+def describe(speculator: Speculator, base_model: FrozenModel) -> dict[str, Any]:
     """config.json of a speculator: its own values, and which base model in which dtype it was trained for."""
     return speculator.saved_config() | {
         "base_model_name_or_path": base_model.name,
@@ -68,7 +71,7 @@ def describe(speculator, base_model):
     }
 
 
-def save_speculator(directory, speculator, config):
+def save_speculator(directory: Path | str, speculator: Speculator, config: dict[str, Any]) -> None:
     """Write model.safetensors and config.json; `config` is from `describe`, weights are written in its torch_dtype.
 
     Raises:
@@ -89,7 +92,7 @@ def save_speculator(directory, speculator, config):
     write_json(directory / "config.json", config | {"weights_sha256": {file.name: sha256_of(file)}})
 
 
-def load_speculator(directory, base_model):
+def load_speculator(directory: Path | str, base_model: FrozenModel) -> Speculator:
     """A speculator ready to propose: attached, in the base model's dtype and on its device.
 
     Raises:
@@ -103,7 +106,7 @@ def load_speculator(directory, base_model):
     return speculator
 
 
-def read_speculator(directory, config):
+def read_speculator(directory: Path | str, config: dict[str, Any]) -> Speculator:
     """The weights of a speculator directory as fp32, not attached yet, on the CPU; `config` is its config.json.
 
     Raises:
@@ -111,7 +114,7 @@ def read_speculator(directory, config):
     """
     with torch.device("meta"):  # memory is taken for what the files hold, whatever the config may say
         speculator = from_config(config)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in check_weights(directory, config):
         try:
             tensors |= load_file(file)
@@ -128,7 +131,7 @@ def read_speculator(directory, config):
     return speculator.eval().requires_grad_(False)
 
 
-def check_weights(directory, config):
+def check_weights(directory: Path | str, config: dict[str, Any]) -> list[Path]:
     """The *.safetensors files of a speculator directory, held to the sha256 that its config.json has of them; published ones have none.
 
     Raises:
@@ -149,7 +152,7 @@ def check_weights(directory, config):
     return files
 
 
-def read_speculator_config(directory):
+def read_speculator_config(directory: Path | str) -> dict[str, Any]:
     """config.json of a speculator directory; raises UserError where there is none that can be used."""
     file = Path(directory) / "config.json"
     if not file.exists():
@@ -157,7 +160,7 @@ def read_speculator_config(directory):
     return check_config(read_json(file, "copy or export the speculator again"), file)
 
 
-def check_speculator(directory, base_model):
+def check_speculator(directory: Path | str, base_model: Path | str) -> dict[str, Any]:
     """Refuse a pair that doesn't fit before any weight is loaded; returns the speculator's config.json.
 
     Args:
@@ -175,7 +178,9 @@ def check_speculator(directory, base_model):
     return config
 
 
-def check_base_model(directory, config, name, print_of_weights, sizes):
+def check_base_model(
+    directory: Path | str, config: dict[str, Any], name: Path | str, print_of_weights: str | None, sizes: tuple[int, int]
+) -> None:
     """Refuse a speculator that was trained for another base model than `name`.
 
     Published directories carry no fingerprint; for them, and where `print_of_weights` is None, only the sizes (width, vocabulary) have to

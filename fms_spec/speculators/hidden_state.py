@@ -13,7 +13,7 @@ n: RMS norm without parameters; sigma: standard deviation of each coordinate of 
 unit RMS. O and o start at zero, so an untrained head holds all tokens equally likely.
 """
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -24,12 +24,12 @@ from fms_spec.errors import UserError
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 from fms_spec.read_out import read_out
 from fms_spec.settings import Side
-from fms_spec.speculators.interface import Settings, Size, Sizes, Speculator
+from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Size, Sizes, Speculator, State
 
 STATE_SCALE_FLOOR = 1e-3  # keeps a coordinate that hardly moves from being blown up
 
 
-def rms(x):
+def rms(x: torch.Tensor) -> torch.Tensor:
     """RMS norm without parameters: [..., w] -> same shape and dtype."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
@@ -37,7 +37,7 @@ def rms(x):
 class Trunk(nn.Module):
     """One set of weights: for head 0, or for all later heads."""
 
-    def __init__(self, inputs, width, inner_dim, outputs):
+    def __init__(self, inputs: int, width: int, inner_dim: int, outputs: int) -> None:
         super().__init__()
         self.mix = nn.Linear(inputs, width, bias=False)
         self.gate = nn.Linear(width, inner_dim, bias=False)
@@ -48,7 +48,7 @@ class Trunk(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, inputs):
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[m, inputs] -> (predicted state in units of sigma [m, d], y [m, w])."""
         x = self.mix(inputs)
         normed = rms(x)
@@ -79,8 +79,20 @@ class HiddenStateSpeculator(Speculator):
     name, model_type, architecture = "hidden_state", "hidden_state_speculator", "HiddenStateSpeculator"
     settings, sizes = HiddenStateSettings, HiddenStateSizes
     sample_rows, needs_embedding, predicts_states = 8, True, True
+    draft_ids: torch.Tensor
+    state_scale: torch.Tensor
+    packed_output: PackedLinear | None
 
-    def __init__(self, emb_dim, vocab_size, draft_ids, state_scale, n_predict=3, width=768, inner_dim=1536):
+    def __init__(
+        self,
+        emb_dim: int,
+        vocab_size: int,
+        draft_ids: torch.Tensor,
+        state_scale: torch.Tensor,
+        n_predict: int = 3,
+        width: int = 768,
+        inner_dim: int = 1536,
+    ) -> None:
         super().__init__()
         self.emb_dim, self.vocab_size, self.n_predict, self.width, self.inner_dim = emb_dim, vocab_size, n_predict, width, inner_dim
         self.register_buffer("draft_ids", draft_ids)
@@ -89,7 +101,7 @@ class HiddenStateSpeculator(Speculator):
         self.trunks = nn.ModuleList(Trunk(size, width, inner_dim, emb_dim) for size in inputs)
 
     @classmethod
-    def build(cls, settings, base_model, corpus=None):
+    def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
         """The draft vocabulary is the corpus' most frequent tokens, and sigma the spread of its states."""
         d, v = base_model.width, base_model.vocab_size
         size = settings.draft_vocab_size or v
@@ -99,10 +111,11 @@ class HiddenStateSpeculator(Speculator):
             draft_ids, state_scale = torch.zeros(size, dtype=torch.int64), torch.ones(d)
         else:
             draft_ids = most_frequent(corpus.token_counts, size, base_model)
+            assert corpus.states is not None
             state_scale = corpus.states.std(0) + STATE_SCALE_FLOOR
         return cls(d, v, draft_ids, state_scale, settings.n_predict, settings.width, settings.inner_dim)
 
-    def attach(self, base_model):
+    def attach(self, base_model: BaseWeights) -> None:
         device = self.draft_ids.device
         self.draft_index = torch.full((self.vocab_size,), -1, device=device)
         self.draft_index[self.draft_ids] = torch.arange(len(self.draft_ids), device=device)
@@ -111,59 +124,59 @@ class HiddenStateSpeculator(Speculator):
         self.frozen = (embedding, base_model.output_weight[self.draft_ids])  # a tuple, so that neither becomes a parameter
         self.packed_output = None  # see `pack`
 
-    def teacher_weight(self, base_model):
+    def teacher_weight(self, base_model: BaseWeights) -> torch.Tensor:
         return self.frozen[1]
 
-    def draft_targets(self, tokens):
+    def draft_targets(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.draft_index[tokens]
 
-    def start(self, hidden):
+    def start(self, hidden: torch.Tensor) -> State:
         return (hidden / self.state_scale).to(hidden.dtype), None, None
 
-    def advance(self, state, tokens, head):
+    def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
         hidden, *before = state
         embedded = F.embedding(tokens, self.frozen[0]) * self.embedding_scale
         inputs = [hidden, embedded] if head == 0 else [hidden, *before, embedded]
         predicted, inner = self.trunks[min(head, 1)](torch.cat(inputs, dim=-1))
         return hidden, predicted, inner
 
-    def output(self, state, head):
+    def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return read_out(state[1] * self.state_scale, self.frozen[1]), self.frozen[1]
 
-    def logits(self, state, head):
+    def logits(self, state: Any, head: int) -> torch.Tensor:
         features, weight = self.output(state, head)
         features = features.to(weight.dtype)
         return F.linear(features, weight) if self.packed_output is None else self.packed_output(features)
 
-    def pack(self):
+    def pack(self) -> None:
         pack_linears(self.trunks)
         if can_pack(self.frozen[1]):
             self.packed_output = PackedLinear(self.frozen[1])
 
-    def state_distance(self, features, target_states):
+    def state_distance(self, features: torch.Tensor, target_states: torch.Tensor) -> torch.Tensor:
         """Smooth L1 between predicted and true states, in units of sigma (a few coordinates are fifty times the others): fp32 [m]."""
         scale = self.state_scale.float()
         return F.smooth_l1_loss(features[:, : self.emb_dim].float() / scale, target_states.float() / scale, reduction="none").mean(-1)
 
-    def saved_config(self):
+    def saved_config(self) -> dict[str, Any]:
         return {
             "model_type": self.model_type, "architectures": [self.architecture], "emb_dim": self.emb_dim, "vocab_size": self.vocab_size,
             "draft_vocab_size": len(self.draft_ids), "n_predict": self.n_predict, "width": self.width, "inner_dim": self.inner_dim,
         }  # fmt: skip
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         sizes = cls.sizes.model_validate(config).model_dump()
         draft_ids = torch.zeros(sizes.pop("draft_vocab_size"), dtype=torch.int64)
         return cls(draft_ids=draft_ids, state_scale=torch.ones(sizes["emb_dim"]), **sizes)
 
-    def load_published_state(self, tensors):
+    def load_published_state(self, tensors: dict[str, torch.Tensor]) -> None:
         super().load_published_state(tensors)
         if self.draft_ids[0] < 0 or self.draft_ids[-1] >= self.vocab_size or (self.draft_ids.diff() <= 0).any():
             raise UserError(f"speculator tensor draft_ids: no ascending tokens of a vocabulary of {self.vocab_size}; export it again")
 
 
-def most_frequent(token_counts, size, base_model):
+def most_frequent(token_counts: torch.Tensor, size: int, base_model: Any) -> torch.Tensor:
     """Ids of the `size` most frequent tokens and of EOS, ascending: int64 [size]. Equal counts go to the lower id."""
     counts = torch.zeros(base_model.vocab_size, dtype=torch.int64)
     known = min(len(token_counts), base_model.vocab_size)

@@ -6,29 +6,46 @@ Alignment, the same in training and decoding: h_t is the base model's state afte
 seen h_t and the tokens x_{t+1} ... x_{t+1+i}, and predicts x_{t+2+i}.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Protocol, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel as Checked
+from pydantic import ConfigDict, Field
 from torch import nn
 from torch.nn import functional as F
 
+from fms_spec.alignment import Windows
+from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
-from fms_spec.losses import CHUNK, head_losses
+from fms_spec.losses import CHUNK, LossWeights, head_losses
 from fms_spec.read_out import read_out
 from fms_spec.settings import Section
 
 Size = Annotated[int, Field(ge=1, le=2**24)]  # a matrix of two such can be counted in 64 bits
 
 
-class Sizes(BaseModel):
+class Sizes(Checked):
     """What a family's constructor takes from config.json; other keys stand beside them."""
 
     model_config = ConfigDict(strict=True)
     emb_dim: Size
     vocab_size: Size
     n_predict: int = Field(ge=1, le=64)
+
+
+State = torch.Tensor | tuple[torch.Tensor | None, ...]  # running, of m positions
+
+
+class BaseWeights(Protocol):
+    """What heads take from a base model, be it a `BaseModel` or vLLM's: [v, d], and [v, d], or [v, d + 1] with a bias."""
+
+    @property
+    def embedding_weight(self) -> torch.Tensor: ...
+
+    @property
+    def output_weight(self) -> torch.Tensor: ...
 
 
 class Settings(Section):
@@ -68,34 +85,36 @@ class Speculator(nn.Module):
     predicts_states = False  # whether there is a `state_distance`
     vocab_size: int
     n_predict: int
-    draft_ids: torch.Tensor | None  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
+    draft_ids: Any  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
 
     @classmethod
-    def build(cls, settings, base_model, corpus=None):
+    def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
         """Untrained heads, not attached yet, drawn from torch's global generator.
 
         Args:
-            settings: of the class's `settings`. base_model: a `BaseModel`, or whatever has its width and vocab_size. corpus: a `Corpus`; None
-            where only sizes count, as in a plan.
+            settings: of the class's `settings`. base_model: a `BaseModel`, or whatever has its width and vocab_size. corpus: None where
+            only sizes count, as in a plan.
 
         Raises:
             UserError: settings that don't fit the base model.
         """
         raise NotImplementedError
 
-    def losses(self, windows, base_model, weights, counts):
+    def losses(
+        self, windows: Windows, base_model: BaseModel, weights: LossWeights, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`losses.head_losses` of these heads; a method, as weights that are kept in parts are gathered around methods alone."""
         return head_losses(self, windows, base_model, weights, counts)
 
-    def attach(self, base_model):
+    def attach(self, base_model: BaseWeights) -> None:
         """Take what is frozen and shared (embedding, lm_head) from the base model. Nothing of it is trained or saved."""
 
-    def teacher_weight(self, base_model):
+    def teacher_weight(self, base_model: BaseWeights) -> torch.Tensor:
         """The base model's lm_head on the draft vocabulary: [r, d], or [r, d + 1]; see `read_out.with_bias`."""
         return base_model.output_weight if self.draft_ids is None else base_model.output_weight[self.draft_ids]
 
     @torch.no_grad()
-    def best_base_tokens(self, base_model, states):
+    def best_base_tokens(self, base_model: BaseWeights, states: torch.Tensor) -> torch.Tensor:
         """The base model's own best next token within the draft vocabulary: states [..., d] -> int64 [...].
 
         Like the losses' logits, these are there for `losses.CHUNK` positions at a time: of a micro-batch of 8 x 4,096 with 128k tokens all
@@ -105,47 +124,47 @@ class Speculator(nn.Module):
         best = torch.cat([F.linear(read_out(rows, weight), weight).argmax(-1) for rows in states.flatten(0, -2).split(CHUNK)])
         return self.to_tokens(best.view(states.shape[:-1]))
 
-    def draft_targets(self, tokens):
+    def draft_targets(self, tokens: torch.Tensor) -> torch.Tensor:
         """Draft-vocabulary entry of each token, -1 where it has none: int64, the tokens' shape."""
         return tokens
 
-    def start(self, hidden):
+    def start(self, hidden: torch.Tensor) -> State:
         """Running state before any token is seen: hidden [m, d]."""
         raise NotImplementedError
 
-    def advance(self, state, tokens, head):
+    def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
         """Running state after head number `head` has seen its token: tokens int64 [m]."""
         raise NotImplementedError
 
-    def output(self, state, head):
+    def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(features [m, k], weight [r, k]): the head's logits are features @ weight.T, never formed here."""
         raise NotImplementedError
 
-    def logits(self, state, head):
+    def logits(self, state: Any, head: int) -> torch.Tensor:
         """The head's logits over the draft vocabulary: [m, r]. For proposing only."""
         return F.linear(*self.output(state, head))
 
-    def pack(self):
+    def pack(self) -> None:
         """Lay the weights out for proposing, where that pays; see `BaseModel.pack`. It can't be trained or saved any more."""
 
-    def state_distance(self, features, target_states):
+    def state_distance(self, features: torch.Tensor, target_states: torch.Tensor) -> torch.Tensor:
         """Of `predicts_states`: how far features [m, k], an `output`'s, are from the true states [m, d]: fp32 [m]."""
         raise NotImplementedError
 
-    def saved_config(self):
+    def saved_config(self) -> dict[str, Any]:
         """Everything the constructor needs, as plain JSON values."""
         raise NotImplementedError
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an untrained one from a config.json's values; raises pydantic's ValidationError for wrong ones."""
         raise NotImplementedError
 
-    def published_state(self):
+    def published_state(self) -> dict[str, torch.Tensor]:
         """{key: tensor} as written to model.safetensors."""
         return self.state_dict()
 
-    def load_published_state(self, tensors):
+    def load_published_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take the tensors that `published_state` wrote as one's own, on their device.
 
         Raises:
@@ -159,7 +178,7 @@ class Speculator(nn.Module):
                 raise UserError(f"speculator tensor {key}: the file says {found}, the config {wanted}; export it again")
         self.load_state_dict(tensors, assign=True)
 
-    def heads(self, hidden, tokens, counts):
+    def heads(self, hidden: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Training forward: yield each head's (features, weight).
 
         Args:
@@ -171,11 +190,11 @@ class Speculator(nn.Module):
             state = self.advance(first(state, count), tokens[:count, head], head)
             yield self.output(state, head)
 
-    def to_tokens(self, drafts):
+    def to_tokens(self, drafts: torch.Tensor) -> torch.Tensor:
         """Token of each draft-vocabulary entry: int64, any shape; -1 stays -1."""
         return drafts if self.draft_ids is None else self.draft_ids[drafts].where(drafts >= 0, -1)
 
-    def over_vocabulary(self, probabilities):
+    def over_vocabulary(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Probabilities over the draft vocabulary [..., r] as such over the whole vocabulary, [..., v]."""
         if self.draft_ids is None:
             return probabilities
@@ -183,14 +202,14 @@ class Speculator(nn.Module):
         return whole.index_copy_(-1, self.draft_ids, probabilities)
 
 
-def select(state, index):
+def select(state: State, index: torch.Tensor) -> State:
     """Positions `index` int64 [m'] of a running state: a tensor, or a tuple of tensors and None."""
     if isinstance(state, tuple):
         return tuple(None if part is None else part[index] for part in state)
     return state[index]
 
 
-def first(state, count):
+def first(state: State, count: int) -> State:
     """The first `count` positions of a running state: a tensor, or a tuple of tensors and None."""
     if isinstance(state, tuple):
         return tuple(None if part is None else part[:count] for part in state)

@@ -7,7 +7,7 @@ Formulas (D base width, d inner width, n heads, V vocabulary; s_w = 0.5^(0.5/n),
 
 import math
 import re
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from fms_spec.errors import UserError
 from fms_spec.settings import Side
-from fms_spec.speculators.interface import Settings, Size, Sizes, Speculator
+from fms_spec.speculators.interface import Corpus, Settings, Size, Sizes, Speculator, State
 
 EPS = 1e-6
 
 
-def rms(x):
+def rms(x: torch.Tensor) -> torch.Tensor:
     """RMS norm without parameters, in fp32: [..., d] -> same shape and dtype."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
 
@@ -46,7 +46,9 @@ class MLPSpeculator(Speculator):
     settings, sizes = MLPSettings, MLPSizes
     draft_ids = None
 
-    def __init__(self, emb_dim, vocab_size, n_predict=3, inner_dim=4096, tie_weights=True, scale_input=True):
+    def __init__(
+        self, emb_dim: int, vocab_size: int, n_predict: int = 3, inner_dim: int = 4096, tie_weights: bool = True, scale_input: bool = True
+    ) -> None:
         """emb_dim: D. inner_dim: d. vocab_size: V."""
         super().__init__()
         self.emb_dim, self.vocab_size, self.n_predict = emb_dim, vocab_size, n_predict
@@ -59,27 +61,27 @@ class MLPSpeculator(Speculator):
         self.ln = nn.ModuleList(GainAndShift(inner_dim) for _ in range(copies))
         state_weight = 0.5 ** (0.5 / n_predict)
         self.token_scale = math.sqrt((1 - state_weight**2) * inner_dim / 2) / state_weight
-        for weight in [m.weight for part in (self.emb, self.proj, self.head) for m in part]:
-            nn.init.normal_(weight, std=1 / math.sqrt(inner_dim))
+        for module in (*self.emb, *self.proj, *self.head):
+            nn.init.normal_(module.get_parameter("weight"), std=1 / math.sqrt(inner_dim))
 
     @classmethod
-    def build(cls, settings, base_model, corpus=None):
+    def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
         sizes = settings.model_dump(exclude={"family"})
         return cls(base_model.width, base_model.vocab_size, **sizes)
 
-    def start(self, hidden):
+    def start(self, hidden: torch.Tensor) -> State:
         return rms(hidden) / math.sqrt(2) if self.scale_input else hidden
 
-    def advance(self, state, tokens, head):
+    def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
         own = 0 if self.tie_weights else head
         projection = self.proj[min(head, 1) if self.tie_weights else head]
         mixed = projection(state) + self.token_scale * self.emb[own](tokens)
         return F.gelu(self.ln[own](rms(mixed)))
 
-    def output(self, state, head):
-        return state, self.head[0 if self.tie_weights else head].weight
+    def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return state, self.head[0 if self.tie_weights else head].get_parameter("weight")
 
-    def saved_config(self):
+    def saved_config(self) -> dict[str, Any]:
         return {
             "model_type": self.model_type, "architectures": [self.architecture], "emb_dim": self.emb_dim,
             "inner_dim": self.inner_dim, "vocab_size": self.vocab_size, "n_predict": self.n_predict, "n_candidates": 1,
@@ -87,15 +89,15 @@ class MLPSpeculator(Speculator):
         }  # fmt: skip
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Build from a published config.json."""
         return cls(**cls.sizes.model_validate(config).model_dump())
 
-    def published_state(self):
+    def published_state(self) -> dict[str, torch.Tensor]:
         """Tensors under the published keys; tied weights are kept once, at index 0 (and proj.1)."""
         return {f"speculator.{key}": value for key, value in self.state_dict().items()}
 
-    def load_published_state(self, tensors):
+    def load_published_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Load tensors under the published keys; tied files may repeat a shared weight at every index.
 
         Raises:
@@ -126,10 +128,10 @@ class MLPSpeculator(Speculator):
 class GainAndShift(nn.Module):
     """g * x + b, the trained part of the published norm; its tensors are called weight and bias there."""
 
-    def __init__(self, width):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x + self.bias

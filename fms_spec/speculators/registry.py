@@ -1,43 +1,40 @@
 """The families by name: the one place that lists them."""
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
+from fms_spec.speculators.interface import Speculator
 from fms_spec.speculators.mlp import MLPSpeculator
 
-FAMILIES = {family.name: family for family in (MLPSpeculator, HiddenStateSpeculator)}
+FAMILIES: dict[str, type[Speculator]] = {family.name: family for family in (MLPSpeculator, HiddenStateSpeculator)}
 
 
-def one_of(names):
-    """A pydantic type: one of the strings that `names`, a function, gives when it is validated."""
-
-    def check(value):
-        if value not in names():
-            expected = " or ".join(map(repr, names()))
-            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
-        return value
-
-    return Annotated[str, AfterValidator(check)]
+def one_of(value: str, known: Iterable[str]) -> str:
+    """The value, which must be known; raises pydantic's error otherwise."""
+    if value not in known:
+        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": " or ".join(map(repr, known))})
+    return value
 
 
-ModelType = one_of(lambda: [family.model_type for family in FAMILIES.values()])
+ModelType = Annotated[str, AfterValidator(lambda value: one_of(value, [family.model_type for family in FAMILIES.values()]))]
 
 
 class Named(BaseModel):
     model_config = ConfigDict(strict=True)
-    family: one_of(lambda: list(FAMILIES))
+    family: Annotated[str, AfterValidator(lambda value: one_of(value, list(FAMILIES)))]
 
 
-def settings_of(values):
+def settings_of(values: Any) -> Any:
     """The `Settings` of the family that `values` name, checked; raises pydantic's ValidationError. What is no dict is given back."""
     if not isinstance(values, dict):
         return values
     return FAMILIES[Named.model_validate(values).family].settings.model_validate(values)
 
 
-def family_of(model_type):
+def family_of(model_type: str) -> type[Speculator]:
     """The family of a config.json's model_type, a `ModelType`."""
     return next(family for family in FAMILIES.values() if family.model_type == model_type)

@@ -3,11 +3,14 @@
 Both are in vLLM's own code and strike any speculative method there; greedy decoding is free of them. Shapes: b requests, m drafted tokens.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from vllm.v1.sample import rejection_sampler
 
 
-def mend_sampling():
+def mend_sampling() -> None:
     """Let drafted tokens be checked at their request's own temperature, top-k and top-p, and steps without drafts pass with top-k."""
     rejection_sampler.expand_batch_to_tokens = repeat_for_tokens
     constrain = rejection_sampler.apply_sampling_constraints
@@ -15,7 +18,9 @@ def mend_sampling():
         rejection_sampler.apply_sampling_constraints = passing_empty(constrain)
 
 
-def repeat_for_tokens(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0):
+def repeat_for_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
     """Each request's value for each of its drafted tokens: [b] -> [m], cu_num_tokens the running count of them, [b].
 
     vLLM's kernel fills a copy where x is not int64, as temperatures and top-k are not, and returns uninitialised memory.
@@ -24,11 +29,11 @@ def repeat_for_tokens(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0
     return torch.where(x == replace_from, torch.as_tensor(replace_to, dtype=x.dtype), x).repeat_interleave(counts, output_size=num_tokens)
 
 
-def passing_empty(constrain):
+def passing_empty(constrain: Callable[..., Any]) -> Callable[..., Any]:
     """`apply_sampling_constraints` that returns no logits [0, v] as they are: their largest top-k is asked for, and there is none."""
 
-    def apply_sampling_constraints(logits, *arguments, **named):
+    def apply_sampling_constraints(logits: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         return constrain(logits, *arguments, **named) if len(logits) else logits
 
-    apply_sampling_constraints.unmended = constrain
+    apply_sampling_constraints.unmended = constrain  # type: ignore[attr-defined]
     return apply_sampling_constraints

@@ -3,7 +3,9 @@
 Shapes: b requests of a step, k drafted tokens, d base width, v vocabulary.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_gather
@@ -23,7 +25,7 @@ from fms_spec.vllm.plugin import METHOD
 class AttachedHeadsConfig(MLPSpeculatorConfig):
     """What vLLM reads a config.json into whose model_type it doesn't know: to its configuration, one more kind of MLP speculator."""
 
-    def __init__(self, n_predict=3, **values):
+    def __init__(self, n_predict: int = 3, **values: Any) -> None:
         super().__init__(n_predict=n_predict, top_k_tokens_per_head=[1] * n_predict, **values)
         self.model_type = METHOD
 
@@ -35,9 +37,9 @@ class AttachedHeadsDrafter(MedusaProposer):
     which `handing_over` leaves in `sampled` beforehand.
     """
 
-    sampled = None  # b lists of ints: what each request was given in this step, none where its prompt is still being read
+    sampled: list[list[int]]  # b lists of ints: what each request was given in this step, none where its prompt is still being read
 
-    def load_model(self, target_model):
+    def load_model(self, target_model: torch.nn.Module) -> None:
         model_config = self.vllm_config.model_config
         directory = self.spec_config.draft_model_config.model
         self.speculator = read_speculator(directory, read_speculator_config(directory)).to(device=self.device, dtype=self.dtype)
@@ -45,7 +47,9 @@ class AttachedHeadsDrafter(MedusaProposer):
         self.speculator.pack()
         self.chain = TopKProposer(self.speculator, [1] * self.num_speculative_tokens)
 
-    def propose(self, num_speculative_tokens, target_hidden_states, sampling_metadata, slot_mappings=None):
+    def propose(
+        self, num_speculative_tokens: int, target_hidden_states: torch.Tensor, sampling_metadata: Any, slot_mappings: Any = None
+    ) -> torch.Tensor:
         """int64 [b, k] of states [b, d]; nothing here waits for the device."""
         newest = [tokens[-1] if tokens else 0 for tokens in self.sampled]  # without a token the scheduler drops the draft
         tokens = torch.tensor(newest, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
@@ -53,10 +57,10 @@ class AttachedHeadsDrafter(MedusaProposer):
         return drafted.tokens[:, :num_speculative_tokens]
 
 
-def drafting(original):
+def drafting(original: Callable[..., Any]) -> Callable[..., None]:
     """`GPUModelRunner.__init__` that makes our drafter for our method."""
 
-    def __init__(self, vllm_config, *arguments, **named):
+    def __init__(self: Any, vllm_config: Any, *arguments: Any, **named: Any) -> None:
         settings = vllm_config.speculative_config
         if settings is None or settings.method != METHOD:
             return original(self, vllm_config, *arguments, **named)
@@ -72,10 +76,10 @@ def drafting(original):
     return __init__
 
 
-def handing_over(original):
+def handing_over(original: Callable[..., Any]) -> Callable[..., Any]:
     """`GPUModelRunner.propose_draft_token_ids` that shows our drafter the sampled tokens first."""
 
-    def propose_draft_token_ids(self, scheduler_output, sampled_token_ids, *arguments, **named):
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled_token_ids: Any, *arguments: Any, **named: Any) -> Any:
         if isinstance(self.drafter, AttachedHeadsDrafter):
             self.drafter.sampled = sampled_token_ids
         return original(self, scheduler_output, sampled_token_ids, *arguments, **named)
@@ -83,7 +87,7 @@ def handing_over(original):
     return propose_draft_token_ids
 
 
-def served_weights(target_model, vocab_size):
+def served_weights(target_model: torch.nn.Module, vocab_size: int) -> SimpleNamespace:
     """What `Speculator.attach` takes from a base model, out of vLLM's: embedding_weight and output_weight, [v, d], whole on every rank."""
     layers = [layer for layer in target_model.modules() if isinstance(layer, VocabParallelEmbedding)]
     embeddings = [layer for layer in layers if not isinstance(layer, ParallelLMHead)]
@@ -91,10 +95,11 @@ def served_weights(target_model, vocab_size):
     first, last = embeddings[0], outputs[0]
     parts = ((first, first.weight), (last, last.weight), (last, getattr(last, "bias", None)))
     embedding, output, bias = (whole(layer, value, vocab_size) for layer, value in parts)
+    assert output is not None
     return SimpleNamespace(embedding_weight=embedding, output_weight=with_bias(output, bias))
 
 
-def whole(layer, value, vocab_size):
+def whole(layer: Any, value: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:
     if value is not None and layer.tp_size > 1:
         value = tensor_model_parallel_all_gather(value.data, dim=0)
     return None if value is None else value.data[:vocab_size]

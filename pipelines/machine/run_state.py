@@ -9,8 +9,8 @@ from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.files import owner_of
 from fms_spec.weights import fingerprint
-from pipelines.train.checkpoint import checkpoints, damage, read_progress
 from pipelines.machine.doctor import Finding
+from pipelines.train.checkpoint import checkpoints, damage, read_progress
 from pipelines.train.metrics import read_lines
 from pipelines.train.run_record import RECORD, read_record
 

@@ -33,7 +33,7 @@ def read_results(paths):
 
 def leaves(value, name=""):
     """(dotted name, value) of every plain value in nested dicts and lists."""
-    if isinstance(value, dict) or isinstance(value, list):
+    if isinstance(value, dict | list):
         inner = value.items() if isinstance(value, dict) else enumerate(value)
         return [leaf for key, item in inner for leaf in leaves(item, f"{name}.{key}" if name else str(key))]
     return [(name, value)]

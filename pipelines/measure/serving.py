@@ -5,6 +5,7 @@ Shapes: n tokens of a line, which is a prompt.
 
 import time
 from functools import partial
+from itertools import chain
 
 import torch
 from tqdm import tqdm
@@ -13,8 +14,8 @@ from fms_spec.base_model import context_length, read_config, read_eos_token_ids,
 from fms_spec.hub import local_directory
 from fms_spec.loading import load_for_decoding
 from fms_spec.vllm.plugin import METHOD
-from pipelines.measure.evaluate import evaluate, figures, free_memory, settle, side_by_side
 from pipelines.generate.vllm_engine import start_vllm
+from pipelines.measure.evaluate import evaluate, figures, free_memory, settle, side_by_side
 
 LOOKUP = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}  # as our own prompt lookup: its longest match is 3
 
@@ -47,7 +48,7 @@ def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
         for engine in engines.values():
             engine.llm_engine.engine_core.shutdown()
     pairs = {way: list(zip(lines, texts["plain"], texts[way])) for way in engines}
-    _, gaps = settle([], sum(pairs.values(), []), load, new_tokens)
+    _, gaps = settle([], [*chain(*pairs.values())], load, new_tokens)
     for place, way in enumerate(engines):
         rate, plain = (sum(map(len, texts[kind])) / seconds[kind] for kind in (way, "plain"))
         found = side_by_side(pairs[way], gaps[place * len(lines) :][: len(lines)])

@@ -103,7 +103,7 @@ def base_forward(base_model, rounds):
         bare, tokens = bare_forward(ours), min(FORWARD_TOKENS, base_model.context_length)
         ids = torch.randint(0, ours.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
         segments, there = torch.zeros_like(ids), ids.to(ours.device)
-        ways = {"ours": lambda: ours.hidden_states(ids, segments), "ibm_fms": torch.no_grad()(lambda: bare(there))}
+        ways = {"ours": partial(ours.hidden_states, ids, segments), "ibm_fms": torch.no_grad()(partial(bare, there))}
         in_turn(ways, ours.device, 1)
         seconds = in_turn(ways, ours.device, 2 * rounds + 1)
         yield {

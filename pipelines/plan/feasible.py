@@ -48,8 +48,8 @@ def check_sizes(config, sizes, processes=1, memory=None):
     needed = sizes.prompt_length + config.validation.max_new_tokens + heads
     if config.validation.prompts and needed > context_length(base):
         raise UserError(
-            f"validation.max_new_tokens {config.validation.max_new_tokens}: with prompts of {sizes.prompt_length} tokens and {heads} heads that "
-            f"is over the context of {config.base_model.name}, {context_length(base)}; lower it"
+            f"validation.max_new_tokens {config.validation.max_new_tokens}: with prompts of {sizes.prompt_length} tokens and {heads} heads "
+            f"that is over the context of {config.base_model.name}, {context_length(base)}; lower it"
         )
     shards = 1 if config.parallel.speculator == "replicate" else processes
     what, mend = "training the heads", "lower speculator.inner_dim, width or n_predict"

@@ -8,7 +8,7 @@ import matplotlib
 from fms_spec.files import write_whole
 
 matplotlib.use("Agg")  # files, never a window
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 def save(figure, path):

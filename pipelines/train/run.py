@@ -33,8 +33,8 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None, ba
     """Train a speculator; returns the `Trainer`, which has taken its last step and written its last checkpoint.
 
     Args:
-        config: `RunConfig`. out_dir: Path, of this run alone. resume: go on with the run that is there. processes: the `Processes` that train
-        together, all of which call this; by default this one alone. profile: "FIRST:END", steps to trace. base_model: the config's
+        config: `RunConfig`. out_dir: Path, of this run alone. resume: go on with the run that is there. processes: the `Processes` that
+        train together, all of which call this; by default this one alone. profile: "FIRST:END", steps to trace. base_model: the config's
         `BaseModel`, where it is loaded already. before: called with the trainer before its first step.
 
     Raises:
@@ -108,7 +108,10 @@ def sizes_of(rows, prompts):
 def claim(out_dir, config, processes, inputs, base_model, speculator, sizes):
     """Make `out_dir` this run's, now that all it needs is there, the disk's room included."""
     if processes.main:
-        texts, state = sizes.prompts * (sizes.prompt_length + config.generation.max_new_tokens), base_model.width * base_model.dtype.itemsize
+        texts, state = (
+            sizes.prompts * (sizes.prompt_length + config.generation.max_new_tokens),
+            base_model.width * base_model.dtype.itemsize,
+        )
         kept = state * (sizes.rows * sizes.seq_length + texts) if config.hidden_state_cache else 0
         check_space(out_dir, speculator, config.checkpoint.keep, kept, texts * TOKEN_BYTES)
         claim_out_dir(out_dir, config, processes.count, inputs, environment())

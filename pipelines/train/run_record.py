@@ -69,7 +69,9 @@ def what_decides(config, processes):
         phases[name] = {("accumulate x processes" if key == "accumulate" else key): value for key, value in config[name].items()}
         phases[name]["accumulate x processes"] *= processes
     generation = {key: value for key, value in config["generation"].items() if key not in ways}
-    family = FAMILIES[config["speculator"]["family"]].settings.model_fields  # records of earlier revisions hold the settings of all families
+    family = FAMILIES[
+        config["speculator"]["family"]
+    ].settings.model_fields  # records of earlier revisions hold the settings of all families
     speculator = {key: value for key, value in config["speculator"].items() if key in family}
     rest = {key: value for key, value in config.items() if key != "parallel"}
     return rest | phases | {"generation": generation, "speculator": speculator}
