@@ -1,6 +1,11 @@
 """The one exception that is meant for the person at the keyboard, and what its messages need."""
 
+import reprlib
 from typing import Any
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
+SHORT.maxlevel = 2
 
 
 class UserError(ValueError):
@@ -20,3 +25,11 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
                 return found
         return None
     return None if old == new else (path, old, new)
+
+
+def shown(value: Any) -> str:
+    """A value in a few words, whatever it holds."""
+    try:
+        return SHORT.repr(value)
+    except ValueError:  # Python spells no number of over 4,300 digits
+        return "a number of thousands of digits"

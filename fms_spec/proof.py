@@ -20,9 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fms_spec import fms_backend, transformers_backend
-from fms_spec.base_model import BaseModel, context_length, read_config, rope_kinds
 from fms_spec.candidates import Tree
 from fms_spec.errors import UserError
+from fms_spec.model_config import context_length, read_config, rope_kinds
 from fms_spec.weights import read_entries, stray_files, weight_files
 
 LENGTHS = (24, 17, 23)  # tokens of the texts
@@ -34,11 +34,12 @@ TOLERANCE = 1e-4  # of a state's or logits' norm; fp32 rounds to 1e-6 or so
 log = logging.getLogger("fms_spec")
 
 
-def settle_backend(name: Path | str, path: Path, config: PretrainedConfig, backend: str) -> str:
+def settle_backend(name: Path | str, path: Path, config: PretrainedConfig, backend: str, seam: Any) -> str:
     """ "fms" or "transformers": which of them is to run a model, and is proved to compute it as it is meant.
 
     Args:
         config: of the model, from `read_config`. backend: as for `BaseModel`; "auto" falls back to `transformers`, and says so.
+        seam: the class to be proved, `BaseModel`, which imports this file.
 
     Raises:
         UserError: tensors that are missing or left over, or no backend that was asked for computes the model.
@@ -52,13 +53,13 @@ def settle_backend(name: Path | str, path: Path, config: PretrainedConfig, backe
             "every token by its long ones", name, length, length,
         )  # fmt: skip
     if choose_backend(name, config, backend) == "fms":
-        problem = proved(name, path, stamp(path), "fms")
+        problem = proved(name, path, stamp(path), "fms", seam)
         if problem is None:
             return "fms"
         if backend == "fms":
             raise UserError(f"base model {name}: {problem}; use backend=transformers")
         log.warning("base model %s: %s; it runs in transformers", name, problem)
-    problem = proved(name, path, stamp(path), "transformers")
+    problem = proved(name, path, stamp(path), "transformers", seam)
     if problem:
         raise UserError(f"base model {name}: {(config.architectures or ['unknown'])[0]} is not supported ({problem})")
     return "transformers"
@@ -90,7 +91,7 @@ def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 @remembered
-def proved(name: Path | str, path: Path, _: tuple[tuple[str, int, int], ...], backend: str) -> str | None:
+def proved(name: Path | str, path: Path, _: tuple[tuple[str, int, int], ...], backend: str, seam: Any) -> str | None:
     """What keeps a backend from computing a model, or None. Remembered for a process, as long as its `stamp` stays.
 
     Raises:
@@ -111,7 +112,7 @@ def proved(name: Path | str, path: Path, _: tuple[tuple[str, int, int], ...], ba
         answers = [texts_alone(reference, seed, context_length(config)) for seed in (0, 1)]
         if backend == "fms":
             reference = None  # one of the two at a time
-        model = BaseModel.__new__(BaseModel)
+        model = seam.__new__(seam)
         model.open(name, path, first, backend, torch.float32, "cpu", reference)
         problem = difference(model, *answers[0]) and difference(model, *answers[1])
     except UserError:
@@ -195,7 +196,7 @@ def texts_alone(
 
 @torch.no_grad()
 def difference(
-    model: BaseModel, texts: list[torch.Tensor], starts: Sequence[int], states: list[torch.Tensor], logits: list[torch.Tensor]
+    model: Any, texts: list[torch.Tensor], starts: Sequence[int], states: list[torch.Tensor], logits: list[torch.Tensor]
 ) -> str | None:
     """Where and by how much a `BaseModel` differs from `texts_alone`, in words; None where it doesn't."""
     lengths = [len(text) for text in texts]
@@ -218,7 +219,7 @@ def difference(
     return None
 
 
-def on_cache(model: BaseModel, text: torch.Tensor) -> torch.Tensor:
+def on_cache(model: Any, text: torch.Tensor) -> torch.Tensor:
     """States [n, d] of a text that is read onto a cache in three pieces, the second of them as one of a tree's two branches."""
     third = len(text) // 3
     cache, tree = model.new_cache(1, 2 * len(text)), Tree.full([2] + [1] * (third - 2), model.device)

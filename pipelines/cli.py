@@ -14,8 +14,7 @@ from fire.decorators import SetParseFns
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from fms_spec.errors import UserError
-from pipelines.config import shown
+from fms_spec.errors import UserError, shown
 
 # Strict: Fire ignores annotations, so `--seed=1e3` would arrive as a float where an int was declared.
 arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))

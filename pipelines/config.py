@@ -2,19 +2,18 @@
 
 import difflib
 import os
-import reprlib
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from fms_spec.errors import UserError
+from fms_spec.errors import UserError, shown
 from fms_spec.losses import LossWeights
 from fms_spec.sampling import Sampling
 from fms_spec.seeds import LARGEST
 from fms_spec.settings import Section
 from fms_spec.speculators.interface import Settings
 from fms_spec.speculators.registry import FAMILIES, settings_of
-from pipelines.train.schedule import Schedule
+from pipelines.schedule import Schedule
 from pipelines.yaml_files import parse, read_yaml
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # of anything; the data and the memory bound most of them further, see `feasible`
@@ -24,9 +23,7 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 Place = Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$"), AfterValidator(os.path.expanduser)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 80
-SHORT.maxlevel = 2
+FILL_ROWS = 8  # of a base-model forward when hidden_state_cache keeps its states
 
 
 class BaseModelSection(Section):
@@ -252,11 +249,3 @@ def explain(problem, values):
     if problem["type"] == "string_pattern_mismatch":
         message = "should be a path or a name"
     return f"{key}: {message} (got {shown(problem['input'])})"
-
-
-def shown(value):
-    """A value in a few words, whatever it holds."""
-    try:
-        return SHORT.repr(value)
-    except ValueError:  # Python spells no number of over 4,300 digits
-        return "a number of thousands of digits"

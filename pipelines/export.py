@@ -14,7 +14,7 @@ import torch
 from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, owned, owner_of, read_json, sync
 from fms_spec.speculators.directory import Description, check_config, from_config, save_speculator
-from fms_spec.vllm.plugin import METHOD, TRIED
+from fms_spec.vllm.versions import METHOD, TRIED
 from pipelines.train.checkpoint import damage, load_weights, newest_checkpoint
 from pipelines.train.metrics import read_lines
 

@@ -8,10 +8,11 @@ from pydantic import Field
 
 from data.prompts import load_prompts
 from data.reader import RowReader, check_tokenizer, read_manifest, read_prompts
-from fms_spec.base_model import BaseModel, read_config, resolve_base_model
+from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, check_writable, write_whole
 from fms_spec.loading import load_for_decoding
+from fms_spec.model_config import read_config, resolve_base_model
 from fms_spec.speculators.directory import check_speculator
 from pipelines.cli import arguments, draft_shape, keep_freed_memory, main_of
 from pipelines.config import Count, GenerationSection

@@ -23,7 +23,7 @@ def run(parsed):
     if parsed.run is None:
         findings = examine()
     else:
-        from pipelines.machine.run_state import examine_run  # with it comes transformers, which may be what is broken
+        from pipelines.train.run_state import examine_run  # with it comes transformers, which may be what is broken
 
         findings = examine_run(Path(parsed.run))
     print_findings(findings)

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data.prompts import load_prompts
-from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.files import check_writable, write_json
 from fms_spec.loading import load_for_decoding
-from fms_spec.vllm.plugin import installed_vllm
+from fms_spec.model_config import resolve_base_model
+from fms_spec.vllm.versions import installed_vllm
 from pipelines.cli import arguments, draft_shape, main
 from pipelines.generate.vllm_engine import need_vllm
 from pipelines.machine.environment import environment

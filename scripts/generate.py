@@ -8,10 +8,11 @@ from rich.console import Console
 
 from data.tokenizer import encode_prompt, refuse_unknown, served_tokenizer
 from fms_spec.acceptance import pooled_acceptance
-from fms_spec.base_model import BaseModel, resolve_base_model
+from fms_spec.base_model import BaseModel
 from fms_spec.decoding import Decoding
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
+from fms_spec.model_config import resolve_base_model
 from fms_spec.options import Options
 from fms_spec.proposers import PromptLookup
 from fms_spec.sampling import Sampling

@@ -7,7 +7,7 @@ import sys
 import pytest
 from test_house import ROOT
 
-from fms_spec.vllm import plugin as vllm_plugin
+from fms_spec.vllm import versions as vllm_versions
 from pipelines.machine import doctor
 
 
@@ -16,8 +16,8 @@ def state(finding):
 
 
 def test_without_vllm_its_lines_say_that_it_is_missing_and_what_to_install(monkeypatch):
-    real = vllm_plugin.version_of
-    for module in (vllm_plugin, doctor):
+    real = vllm_versions.version_of
+    for module in (vllm_versions, doctor):
         monkeypatch.setattr(module, "version_of", lambda name: None if name.startswith("vllm") else real(name))
     kinds = {finding.name: finding for finding in doctor.examine()}
     assert kinds["prepare, train, decode"].state == "works"
@@ -27,13 +27,13 @@ def test_without_vllm_its_lines_say_that_it_is_missing_and_what_to_install(monke
 
 @pytest.mark.parametrize("version", ["0.1.0", "99.0.0"])
 def test_a_vllm_that_was_not_tried_is_named_with_the_range_that_was(monkeypatch, version):
-    monkeypatch.setattr(vllm_plugin, "version_of", lambda name: version)
+    monkeypatch.setattr(vllm_versions, "version_of", lambda name: version)
     finding = doctor.plugin()
-    assert finding.state == "broken" and version in finding.detail and str(vllm_plugin.TRIED) in finding.detail
+    assert finding.state == "broken" and version in finding.detail and str(vllm_versions.TRIED) in finding.detail
 
 
 def test_a_plugin_that_is_left_out_by_the_environment_is_told(monkeypatch):
-    monkeypatch.setattr(vllm_plugin, "version_of", lambda name: "0.32.0")
+    monkeypatch.setattr(vllm_versions, "version_of", lambda name: "0.32.0")
     monkeypatch.setenv("VLLM_PLUGINS", "something_else")
     assert state(doctor.plugin()) == ("broken", "VLLM_PLUGINS=something_else leaves the plugin out; add fms_spec to it")
     monkeypatch.setenv("VLLM_PLUGINS", "something_else,fms_spec")

@@ -1,6 +1,7 @@
 """Rules of the house that a reader may rely on."""
 
 import ast
+import graphlib
 import re
 import shutil
 import subprocess
@@ -31,6 +32,60 @@ def test_packages_import_only_those_they_may(package):
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             ours = {name.split(".")[0] for name in names} & set(MAY_IMPORT)
             assert ours <= MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {ours}"
+
+
+ROOMS = [
+    "pipelines.measure", "pipelines.train", "pipelines.plan", "pipelines.generate", "pipelines.parallel", "pipelines.machine", "pipelines.show",
+]  # fmt: skip
+
+
+def modules():
+    """{dotted name: file} of everything that may be imported."""
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for package in MAY_IMPORT for path in sources(package)}
+
+
+def imported(path, known):
+    """Names of `known` modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & set(known)
+
+
+def test_no_module_imports_one_that_imports_it():
+    known = modules()
+    graph = graphlib.TopologicalSorter({name: imported(path, known) for name, path in known.items()})
+    graph.prepare()  # raises CycleError, which names them
+
+
+def test_rooms_of_pipelines_import_only_those_below_them():
+    known = modules()
+    for place, room in enumerate(ROOMS):
+        for name, path in known.items():
+            if name.startswith(room + "."):
+                above = {other for other in imported(path, known) if other.startswith(tuple(f"{higher}." for higher in ROOMS[:place]))}
+                assert not above, f"{name} imports {above}"
+
+
+def test_no_command_imports_another():
+    known = [name for name in modules() if name.startswith("scripts.")]
+    assert not {name: found for name in known if (found := imported(modules()[name], known))}
+
+
+def test_every_folder_says_what_belongs_there():
+    folders = {path.parent for package in MAY_IMPORT for path in sources(package)}
+    for folder in folders:
+        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert said and len(said) > 40, folder
+
+
+def test_families_are_known_to_the_registry_alone():
+    families = {"fms_spec.speculators.mlp", "fms_spec.speculators.hidden_state"}
+    known = modules()
+    assert {name for name, path in known.items() if imported(path, known) & families} == {"fms_spec.speculators.registry"}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

@@ -15,12 +15,12 @@ from test_checkpoint import FILES, cut, empty, finished, flip, run, weights  # n
 
 from fms_spec.errors import UserError
 from fms_spec.files import owned
-from pipelines.machine.run_state import examine_run
+from pipelines.parallel.stopping import STOPPED, Stopped
 from pipelines.train.checkpoint import checkpoints
 from pipelines.train.loop import Trainer
 from pipelines.train.metrics import Metrics
 from pipelines.train.run import train
-from pipelines.train.stopping import STOPPED, Stopped
+from pipelines.train.run_state import examine_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,7 +189,7 @@ def test_a_run_in_another_runs_folder_is_refused_and_sigterm_finishes_the_step_a
 
 
 def test_a_second_sigterm_ends_the_run_at_once(tmp_path):
-    code = "import time\nfrom pipelines.train.stopping import stopping\n"
+    code = "import time\nfrom pipelines.parallel.stopping import stopping\n"
     code += "with stopping():\n print('in', flush=True)\n while True: time.sleep(0.01)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "in\n"

@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.train.schedule import Schedule, learning_rate_factor
+from pipelines.schedule import Schedule, learning_rate_factor
 
 PATTERNS = st.lists(st.tuples(st.sampled_from(["phase1", "phase2"]), st.integers(1, 7)), min_size=1, max_size=4).map(tuple)
 

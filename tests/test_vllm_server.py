@@ -30,7 +30,7 @@ from vllm_helpers import SIZES, write_published
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import Options
-from fms_spec.vllm.plugin import TRIED, version_of
+from fms_spec.vllm.versions import TRIED, version_of
 
 
 def configure(place, speculator, **settings):

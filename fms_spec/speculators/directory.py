@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fms_spec.base_model import DTYPES, read_config, resolve_base_model
 from fms_spec.base_model import BaseModel as FrozenModel
 from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, read_json, sha256_of, write_json
 from fms_spec.hub import local_directory
+from fms_spec.model_config import DTYPES, read_config, resolve_base_model
 from fms_spec.speculators.interface import Speculator
 from fms_spec.speculators.registry import ModelType, family_of
 from fms_spec.weights import SINGLE, fingerprint

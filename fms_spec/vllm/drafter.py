@@ -19,7 +19,7 @@ from fms_spec.proposers import Step, TopKProposer
 from fms_spec.read_out import with_bias
 from fms_spec.speculators.directory import read_speculator, read_speculator_config
 from fms_spec.vllm.cpu import mend_sampling
-from fms_spec.vllm.plugin import METHOD
+from fms_spec.vllm.versions import METHOD
 
 
 class AttachedHeadsConfig(MLPSpeculatorConfig):

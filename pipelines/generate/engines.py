@@ -6,9 +6,9 @@ The protocol of an engine stands in data/continuations/writer.py.
 import torch
 from tqdm import tqdm
 
-from fms_spec.base_model import context_length, read_config
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
+from fms_spec.model_config import context_length, read_config
 from fms_spec.options import Options
 from fms_spec.sampling import Sampling
 from fms_spec.seeds import mixed

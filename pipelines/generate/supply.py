@@ -9,7 +9,7 @@ from pathlib import Path
 from data.continuations.store import ContinuationStore
 from data.continuations.supply import Ahead, Alongside, Awaited, Inline, Led
 from data.reader import check_tokenizer, check_vocabulary, read_manifest
-from fms_spec.base_model import read_config, resolve_base_model
+from fms_spec.model_config import read_config, resolve_base_model
 from fms_spec.weights import fingerprint
 from pipelines.generate.engines import check_context, describe_generation, make_engine
 from pipelines.generate.group_engine import GroupEngine

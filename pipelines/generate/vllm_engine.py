@@ -11,11 +11,11 @@ from threading import Thread
 import torch
 from tqdm import tqdm
 
-from fms_spec.base_model import DTYPES, attention_heads, head_width, read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.errors import UserError
+from fms_spec.model_config import DTYPES, attention_heads, head_width, read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.proof import FLOATS
 from fms_spec.seeds import mixed
-from fms_spec.vllm.plugin import installed_vllm
+from fms_spec.vllm.versions import installed_vllm
 from fms_spec.weights import read_entries
 
 QUEUED = 1.25  # requests handed over, as a multiple of those it runs together: enough that it never waits for us

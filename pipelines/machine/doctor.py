@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 
 import torch
 
-from fms_spec.vllm.plugin import TRIED, installed_vllm, version_of
+from fms_spec.vllm.versions import TRIED, installed_vllm, version_of
 
 PLUGINS = "vllm.general_plugins"
 

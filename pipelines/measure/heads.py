@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fms_spec.alignment import Windows
-from fms_spec.base_model import DTYPES
 from fms_spec.losses import CHUNK, LossWeights, SoftTargetLoss, compute_dtype, head_losses
+from fms_spec.model_config import DTYPES
 from fms_spec.speculators.interface import Corpus
 from fms_spec.speculators.registry import FAMILIES, settings_of
 from fms_spec.timing import Marks

@@ -12,12 +12,12 @@ from data.reader import RowReader, read_manifest, read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError, first_difference
 from fms_spec.files import OWNER, owned, read_json, write_json, write_whole
-from pipelines.config import load_config
+from pipelines.config import FILL_ROWS, load_config
 from pipelines.machine.environment import environment
 from pipelines.measure.recipe import SharedStates, averaged, digest, judge, read_results, read_variants, shared_values
 from pipelines.plan.feasible import check_sizes
 from pipelines.train.run import read_data, sizes_of, train
-from pipelines.train.state_cache import FILL_ROWS, HiddenStates
+from pipelines.train.state_cache import HiddenStates
 from pipelines.train.validation import Validation
 
 RESULTS, RECORD = "results.jsonl", "shared.json"

@@ -10,10 +10,10 @@ from itertools import chain
 import torch
 from tqdm import tqdm
 
-from fms_spec.base_model import context_length, read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.hub import local_directory
 from fms_spec.loading import load_for_decoding
-from fms_spec.vllm.plugin import METHOD
+from fms_spec.model_config import context_length, read_config, read_eos_token_ids, resolve_base_model
+from fms_spec.vllm.versions import METHOD
 from pipelines.generate.vllm_engine import start_vllm
 from pipelines.measure.evaluate import evaluate, figures, free_memory, settle, side_by_side
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from fms_spec.base_model import BaseModel, read_config, resolve_base_model
+from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
+from fms_spec.model_config import read_config, resolve_base_model
 from fms_spec.proof import settle_backend
 from pipelines.parallel.processes import PATIENCE
 from pipelines.parallel.shared_base_model import ShardedBaseModel, TensorParallelBaseModel

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fms_spec.errors import UserError
-from pipelines.train.stopping import STOPPED, Stopped
+from pipelines.parallel.stopping import STOPPED, Stopped
 
 # All that torchrun sets but OMP_NUM_THREADS, which may be the user's own. With some of them left vLLM waits for a launcher for ever.
 LAUNCHER_VARIABLES = (

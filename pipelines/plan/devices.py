@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fms_spec.base_model import DTYPES
 from fms_spec.errors import UserError
+from fms_spec.model_config import DTYPES
 
 ACROSS_NODES = 50e9  # bytes/s a GPU: 400 Gb/s each, as in NVIDIA's reference clusters
 CPU_FRAMEWORK = 660 * 2**20  # measured: python, torch, ibm-fms, transformers, pyarrow and their first calls

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import torch
 
-from fms_spec.base_model import DTYPES, context_length, read_config, resolve_base_model
 from fms_spec.errors import UserError
+from fms_spec.model_config import DTYPES, context_length, read_config, resolve_base_model
 from fms_spec.speculators.registry import FAMILIES
 from pipelines.plan.devices import device_memory
 

@@ -9,12 +9,12 @@ import torch
 
 from fms_spec.errors import UserError
 from fms_spec.losses import compute_dtype
+from pipelines.config import FILL_ROWS
 from pipelines.generate.engines import sampling_of
 from pipelines.generate.vllm_engine import GPU_OVERHEAD
 from pipelines.parallel.mesh import group_size
 from pipelines.plan.devices import ACROSS_NODES
 from pipelines.plan.rehearsal import nbytes, rehearsal_of
-from pipelines.train.state_cache import FILL_ROWS
 
 HEADROOM = 1.1  # a plan fits with a tenth of the memory to spare: its figures are right to within 15%
 WHOLE = ("framework", "base: layers", "base: embeddings", "kept", "KV cache")  # few large blocks, taken once: the allocator adds nothing

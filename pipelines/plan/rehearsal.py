@@ -21,11 +21,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop
 from transformers import AutoModelForCausalLM
 
 from fms_spec.alignment import Positions, make_windows
-from fms_spec.base_model import DTYPES, BaseModel, attention_heads, read_config
+from fms_spec.base_model import BaseModel
 from fms_spec.decoding import PREFILL_CHUNK
 from fms_spec.errors import UserError
 from fms_spec.fms_backend import build
 from fms_spec.losses import CHUNK, SoftTargetLoss, head_losses
+from fms_spec.model_config import DTYPES, attention_heads, read_config
 from fms_spec.proof import choose_backend, layer_stack
 from fms_spec.read_out import read_out
 from fms_spec.speculators.registry import FAMILIES

@@ -17,10 +17,10 @@ from fms_spec.seeds import mixed
 from fms_spec.speculators.directory import describe
 from pipelines.parallel.mesh import gathered
 from pipelines.parallel.processes import Processes
+from pipelines.parallel.stopping import Stopped, stopping
+from pipelines.schedule import learning_rate_factor
 from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sweep, whole_checkpoints
 from pipelines.train.metrics import Metrics, Stopwatch, read_lines
-from pipelines.train.schedule import learning_rate_factor
-from pipelines.train.stopping import Stopped, stopping
 
 
 class Trainer:

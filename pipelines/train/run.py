@@ -8,10 +8,11 @@ from data.distributed import DistributedBatches
 from data.manifest import data_fingerprint
 from data.parquet import TOKEN_BYTES
 from data.reader import RowReader, read_prompts
-from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.files import owned
+from fms_spec.model_config import resolve_base_model
 from fms_spec.weights import fingerprint
+from pipelines.config import FILL_ROWS
 from pipelines.generate.supply import open_store, open_supply
 from pipelines.machine.environment import environment
 from pipelines.parallel.mesh import load_base_model, own_prompts
@@ -25,7 +26,7 @@ from pipelines.train.disk_space import check_space
 from pipelines.train.loop import Trainer
 from pipelines.train.profiling import profiled_steps, profiling
 from pipelines.train.run_record import check_out_dir, claim_out_dir
-from pipelines.train.state_cache import FILL_ROWS, HiddenStates
+from pipelines.train.state_cache import HiddenStates
 from pipelines.train.validation import Validation
 
 

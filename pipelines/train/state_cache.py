@@ -18,8 +18,6 @@ from fms_spec.batch import upload
 from fms_spec.errors import UserError
 from fms_spec.files import cannot_write
 
-FILL_ROWS = 8  # rows of a base-model forward when hidden states are kept
-
 
 class HiddenStates:
     """Calls the frozen base model, and with a directory keeps what it gave in memory-mapped files for the next pass.

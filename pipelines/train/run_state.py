@@ -5,9 +5,9 @@ from pathlib import Path
 
 from data.continuations.shard import read_shard
 from data.manifest import check_contents, data_fingerprint, read_manifest
-from fms_spec.base_model import resolve_base_model
 from fms_spec.errors import UserError
 from fms_spec.files import owner_of
+from fms_spec.model_config import resolve_base_model
 from fms_spec.weights import fingerprint
 from pipelines.machine.doctor import Finding
 from pipelines.train.checkpoint import checkpoints, damage, read_progress

