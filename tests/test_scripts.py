@@ -1,19 +1,20 @@
-"""The commands as a user types them: the README's own, and mistakes on the command line."""
+"""The commands as a user types them: those of the README and of docs/, and mistakes on the command line."""
 
 import json
 import os
-import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import write_model
-from test_house import ROOT, readme_commands
+from documents import GUIDES, ROOT, blocks, commands
+
+from pipelines.config import load_config
+from pipelines.yaml_files import parse
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-
-
 CONTINUE = "scripts.generate_continuations --engine=embedded --out_dir=new"
 
 
@@ -23,7 +24,10 @@ def run(directory, *words):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, corpus_dir):
-    """A directory with what the README supposes: corpus/, base_model/ and first.yaml, the README's own."""
+    """A directory with what the README supposes, corpus/, base_model/ and first.yaml, and what its commands make of it.
+
+    What they printed stands in printed.json: {script: text}.
+    """
     directory = tmp_path_factory.mktemp("readme")
     (directory / "corpus").symlink_to(corpus_dir)
     write_model(directory / "base_model")
@@ -31,22 +35,24 @@ def place(tmp_path_factory, corpus_dir):
     (directory / "recurrent").mkdir()
     (directory / "recurrent/config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
     (directory / "recurrent/model.safetensors").write_bytes(b"no weights: refused before they are looked at")
-    (yaml,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (yaml,) = blocks("README.md", "yaml")
     (directory / "first.yaml").write_text(yaml)
+    printed = {}
+    for command in commands("README.md"):
+        if command.startswith("python -m "):
+            finished = run(directory, *shlex.split(command)[1:])
+            assert finished.returncode == 0, finished.stderr
+            printed[command.split()[2]] = finished.stdout
+    (directory / "printed.json").write_text(json.dumps(printed))
     return directory
 
 
 def test_the_readmes_commands_do_what_it_says(place):
-    commands = [command for command in readme_commands() if command.startswith("python -m scripts.")]
-    assert [command.split()[2] for command in commands] == [
+    printed = json.loads((place / "printed.json").read_text())
+    assert list(printed) == [
         "scripts.prepare_data", "scripts.generate_continuations", "scripts.train", "scripts.export", "scripts.evaluate", "scripts.generate",
-        "scripts.benchmark", "scripts.train", "scripts.doctor",
+        "scripts.benchmark",
     ]  # fmt: skip
-    printed = {}
-    for command in commands:
-        finished = run(place, *command.split()[1:])
-        assert finished.returncode == 0, finished.stderr
-        printed[command.split()[2]] = finished.stdout
     card = (place / "speculator/README.md").read_text()
     assert """vllm serve base_model --host 127.0.0.1 --speculative-config '{"method": "mlp_speculator", "model": "speculator",""" in card
     assert "14 steps over" in card and "acceptance length" in card
@@ -66,12 +72,36 @@ def test_the_readmes_commands_do_what_it_says(place):
     assert all(sum(line["texts"].values()) == 2 for line in lines if "texts" in line)
 
 
-def test_the_readmes_torchrun_line_trains_with_two_processes(place):
-    (command,) = (command for command in readme_commands() if command.startswith("torchrun "))
-    finished = run(place, "-m", "torch.distributed.run", *command.split()[1:])
+@pytest.mark.parametrize("document, command", [(document, command) for document in GUIDES[1:] for command in commands(document)])
+def test_the_commands_in_docs_run(place, document, command):
+    name, *words = shlex.split(command)
+    if name == "vllm":  # the card's, which tests/test_vllm_server.py starts
+        assert shlex.join([name, *words]) in (place / "speculator/README.md").read_text().splitlines()
+        return
+    module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[name]
+    finished = run(place, *module, *words)
     assert finished.returncode == 0, finished.stderr
-    assert json.loads((place / "runs/two/run.json").read_text())["processes"] == 2
-    assert "phase2/loss" in (place / "runs/two/metrics.jsonl").read_text()
+    if name == "torchrun":
+        assert json.loads((place / "runs/two/run.json").read_text())["processes"] == 2
+        assert "phase2/loss" in (place / "runs/two/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("document", [document for document in GUIDES if blocks(document, "python")])
+def test_the_documents_python_runs(place, document):
+    for block in blocks(document, "python"):
+        finished = run(place, "-c", block + "\nprint(step[0].finish_reason)")
+        assert finished.returncode == 0 and finished.stdout.split()[-1] in ("length", "stop"), finished.stderr
+
+
+def test_the_settings_in_docs_are_taken(tmp_path):
+    (first,) = blocks("README.md", "yaml")
+    for document in GUIDES[1:]:
+        for block in blocks(document, "yaml"):
+            config = parse(first, "README.md")
+            for section, settings in parse(block, document).items():
+                config[section] = config.get(section, {}) | settings
+            (tmp_path / "run.yaml").write_text(json.dumps(config))
+            load_config(tmp_path / "run.yaml", [])
 
 
 @pytest.mark.parametrize(
@@ -128,11 +158,6 @@ def test_the_readmes_torchrun_line_trains_with_two_processes(place):
     ],
 )
 def test_a_mistake_ends_with_one_line_exit_code_1_and_nothing_written(place, words, message):
-    test_needs = place / "prepared"
-    if "first.yaml --out_dir=base_model" in words and not test_needs.exists():
-        run(
-            place, *readme_commands()[[c.split()[2] for c in readme_commands() if "scripts" in c].index("scripts.prepare_data")].split()[1:]
-        )
     before = sorted(place.iterdir())
     finished = run(place, "-m", *words.split())
     lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
@@ -178,14 +203,6 @@ def test_texts_on_the_command_line_stay_as_they_are_typed(place):
     for prompt in ("[1]", "1e3", "None", "w1,w2", "{'a': 1}"):
         finished = run(place, "-m", "scripts.generate", "--base_model=base_model", f"--prompt={prompt}", "--max_new_tokens=2")
         assert finished.returncode == 0, finished.stderr
-
-
-def test_the_readmes_python_runs(place):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    finished = run(
-        place, "-c", "import torch\nprompts = [torch.tensor([3, 4, 5]), torch.tensor([6])]\n" + block + "\nprint(step[0].finish_reason)"
-    )
-    assert finished.returncode == 0 and finished.stdout.strip() in ("length", "stop"), finished.stderr
 
 
 def test_generate_gives_the_same_text_with_and_without_a_speculator_and_ends_at_a_stop_string(place):

@@ -62,7 +62,7 @@ def load_base_model(config, processes):
     backend = None
     if processes.main:  # its proof is that of all
         path = resolve_base_model(section.name)
-        backend = settle_backend(section.name, path, read_config(path), section.backend)
+        backend = settle_backend(section.name, path, read_config(path), section.backend, BaseModel)
     backend = processes.gather(backend)[0]
     settings = {"dtype": section.dtype, "backend": backend, "device": processes.device, "proved": True}
     size = group_size(kind, config.parallel, processes)
