@@ -1,34 +1,9 @@
 """The whole way on one machine: python -m scripts.quickstart --out_dir=quickstart [--scale=1.0]"""
 
-import resource
-import time
-from functools import partial
 from pathlib import Path
 
-from data.prepare.python_sources import copy_python_sources
-from data.prepare.run import prepare
-from data.prompts import load_prompts
-from fms_spec.errors import UserError
-from fms_spec.files import OWNER, owned, read_json, write_json
-from fms_spec.loading import load_for_decoding
-from fms_spec.proposers import DraftShape
 from pipelines.cli import arguments, main
-from pipelines.config import load_config
-from pipelines.export import export
-from pipelines.machine.environment import environment
-from pipelines.machine.small_model import unpack_small_model
-from pipelines.measure.evaluate import evaluate, losslessness, report, settle, usual_ways
-from pipelines.measure.suggestion import chain_acceptance, greedy_texts
-from pipelines.plan.hardware import faster_dtype
-from pipelines.show.console import print_values
-from pipelines.train.checkpoint import newest_checkpoint, read_progress
-from pipelines.train.run import train
-
-CONFIG = Path(__file__).parents[1] / "pipelines/configs/quickstart.yaml"
-ROW_TOKENS = 512  # rows of one document each, mostly: short enough that attention costs little, longer than any evaluated context
-HELD_OUT = 40  # documents that no training step sees
-SHAPE = DraftShape(lookahead=2, nodes=4)  # chosen on prompts that are in no split
-PROMPTS, NEW_TOKENS = 24, 64  # evaluated: one prompt a held-out document
+from pipelines.quickstart import quickstart
 
 
 @arguments
@@ -46,121 +21,8 @@ class Arguments:
     scale: float = 1.0
 
 
-def read_or_none(path):
-    """The JSON value in a file, None where there is none that can be read."""
-    try:
-        return read_json(path, "")
-    except UserError:
-        return None
-
-
-class Parts:
-    """Runs each part once, and remembers over restarts which are done and how many seconds they took."""
-
-    def __init__(self, path):
-        self.path, found = path, read_or_none(path)
-        self.seconds = found if isinstance(found, dict) else {}  # parts that are done end at once: only their seconds are lost
-
-    def run(self, name, work):
-        if name not in self.seconds:
-            print(f"== {name}", flush=True)
-            start = time.perf_counter()
-            work()
-            self.seconds[name] = time.perf_counter() - start
-            write_json(self.path, self.seconds)
-
-
 def run(parsed):
-    if not 0 < parsed.scale <= 1:
-        raise UserError(f"--scale={parsed.scale}: must be over 0 and at most 1")
-    out = Path(parsed.out_dir)
-    with owned(out):
-        go_through(out, scaled_config(out, parsed.scale, claim(out, parsed.scale)), parsed.scale)
-
-
-def go_through(out, config, scale):
-    parts = Parts(out / "parts.json")
-    parts.run("base model", lambda: unpack_small_model(out / "base_model"))
-    parts.run("data", lambda: prepare_data(out))
-    parts.run("training", lambda: train(config, out / "run", resume=True))
-    parts.run("export", lambda: (out / "speculator").exists() or export(out / "run", out / "speculator"))
-    if not isinstance(read_or_none(out / "evaluation.json"), dict):
-        parts.seconds.pop("evaluation", None)
-    parts.run("evaluation", lambda: measure(out, scale))
-    write_report(out, config, parts.seconds)
-
-
-def claim(out, scale):
-    """Refuse an out_dir that holds something else, or a quickstart at another scale; returns the dtype the base model trains in."""
-    record = out / "quickstart.json"
-    if not any(place.name not in (record.name, OWNER) for place in out.iterdir()):  # nothing yet that an older one would say something of
-        write_json(record, {"scale": scale, "dtype": faster_dtype()})
-    if not record.is_file():
-        raise UserError(f"{out} holds other files; give an empty or new --out_dir")
-    found = read_or_none(record)
-    if not isinstance(found, dict) or not {"scale", "dtype"} <= found.keys():
-        raise UserError(f"{record}: can't be read, it may be damaged; give another --out_dir")
-    if found["scale"] != scale:
-        raise UserError(f"{out} holds a quickstart at --scale={found['scale']}; give that scale to go on, or another --out_dir")
-    return found["dtype"]
-
-
-def scaled_config(out, scale, dtype):
-    """quickstart.yaml with this run's places and dtype, and with its budget scaled."""
-    places = [f"base_model.name={out / 'base_model'}", f"data.dir={out / 'data'}", f"base_model.dtype={dtype}"]
-    full = load_config(CONFIG, places)
-    smaller = {
-        "schedule.steps": max(7, round(full.schedule.steps * scale)),
-        "data.rows": max(full.phase1.batch_size, round(full.data.rows * scale)),
-        "data.prompts": max(full.phase2.batch_size, round(full.data.prompts * scale)),
-        "generation.batch_size": max(full.phase2.batch_size, round(full.generation.batch_size * scale)),
-        "validation.every": max(7, round(full.validation.every * scale)),
-        "checkpoint.every": max(7, round(full.checkpoint.every * scale)),
-    }
-    return load_config(CONFIG, places + [f"{key}={value}" for key, value in smaller.items()])
-
-
-def prepare_data(out):
-    files = copy_python_sources(out / "corpus")
-    print(f"{files} Python files")
-    prepare(
-        source=str(out / "corpus"), tokenizer=str(out / "base_model"), out_dir=str(out / "data"), seq_length=ROW_TOKENS, held_out=HELD_OUT
-    )
-
-
-def measure(out, scale):
-    """Decode held-out prompts; the result waits in evaluation.json for the report."""
-    load = partial(load_for_decoding, str(out / "base_model"), out / "speculator", SHAPE)
-    prompts = load_prompts(out / "data", out / "base_model", max(2, round(PROMPTS * scale)))
-    samples, values = decode_prompts(load, prompts)
-    samples, _ = settle(samples, [], load, NEW_TOKENS)
-    del values["categories"]  # there is but one
-    write_json(out / "evaluation.json", values | losslessness(samples, prompts))
-
-
-def decode_prompts(load, prompts):
-    """(samples, their figures); the models are let go of on return."""
-    base_model, speculator, proposer = load()
-    samples = evaluate(base_model, prompts, usual_ways(proposer), NEW_TOKENS)
-    chain = chain_acceptance(speculator, greedy_texts(base_model, samples, speculator.n_predict))
-    return samples, report(samples, proposer) | chain
-
-
-def write_report(out, config, seconds):
-    """Write report.json and print it as a table."""
-    progress = read_progress(newest_checkpoint(out / "run/checkpoints"))
-    steps = config.schedule.build().phase_steps()
-    # A run that was stopped and resumed took longer than its last start; the checkpoints carry the seconds of all of them.
-    seconds = seconds | {"training": max(seconds["training"], sum(progress["seconds"].values()))}
-    values = read_or_none(out / "evaluation.json") | {
-        "phase1_steps": steps["phase1"],
-        "phase2_steps": steps["phase2"],
-        "seconds_by_part": seconds | {f"training: {part}": spent for part, spent in progress["seconds"].items()},
-        "seconds_in_all": sum(seconds.values()),
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,  # Linux counts in KiB
-    }
-    write_json(out / "report.json", values | {"environment": environment()})
-    print_values(values, str(out / "report.json"))
+    quickstart(Path(parsed.out_dir), parsed.scale)
 
 
 if __name__ == "__main__":
