@@ -1,10 +1,12 @@
 """Files that are believed later: written whole or not at all, and told from damaged ones; folders that one process owns."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
 from fms_spec.errors import UserError
 
 PARTIAL = re.compile(r"\..+\.\d+\.partial")  # what write_whole is writing: .NAME.PROCESS.partial
 OWNER = ".owner"  # in a folder that one process writes: whose it is; locked for as long as it is
+NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without locks answer, as some of clusters' do
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -40,9 +45,19 @@ def write_whole(path: Path, content: bytes) -> None:
         raise cannot_write(path, error) from None
 
 
-def write_json(path: Path | str, value: Any) -> None:
-    """`write_whole` of a JSON value, indented."""
-    write_whole(Path(path), (json.dumps(value, indent=2) + "\n").encode())
+def write_json(path: Path | str, value: Any, **how: Any) -> None:
+    """`write_whole` of a JSON value, indented. how: more of `json.dumps`'s arguments."""
+    write_whole(Path(path), (json.dumps(value, indent=2, **how) + "\n").encode())
+
+
+@contextmanager
+def whole_folder(directory: Path) -> Iterator[Path]:
+    """A new folder beside `directory` that takes its name when the block has filled it; raises OSError where it can't be made."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(directory)
 
 
 def read_json(path: Path | str, mend: str) -> Any:
@@ -102,38 +117,70 @@ def cannot_write(path: Path | str, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written ({error.strerror or error}); make room or mend the folder, then start again")
 
 
-def locked(path: Path | str) -> BinaryIO | None:
-    """`path` opened and locked for this process alone, or None if another one holds it; raises OSError where it can't be made.
-
-    The lock is let go by the system when the process ends, however it ends.
-    """
-    while True:
-        # A link is not followed: in a folder from someone else it may lead to a file of the user's, which would be emptied.
-        lock = open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+def knows_flock(folder: Path) -> bool:
+    """Whether the file system of `folder` locks files; raises OSError where nothing can be made there."""
+    with tempfile.TemporaryFile(dir=folder) as trial:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(trial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            return False
+    return True
+
+
+def locked(path: Path, seconds: float = 0) -> BaseFileLock | None:
+    """The `filelock` of `path` for this process alone, or None if another one holds it for `seconds`; raises OSError if it can't be made.
+
+    It is let go when the process ends, however it ends, by the system. Where that knows no flock, the next process of the same host that
+    wants it takes it over, if the file system can exchange two names; else the file has to be removed. A link is not followed: in a folder
+    from someone else it may lead to a file of the user's. End it with `let_go`.
+    """
+    kind = FileLock if knows_flock(path.parent) else SoftFileLock
+    lock = kind(path, timeout=seconds, thread_local=False)
+    while True:
+        try:
+            lock.acquire()
+            return lock
+        except Timeout:
             # The holder removes the file before it lets go: a lock on a removed file excludes nobody, so it is sought again.
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                return lock
-        except BlockingIOError:
-            lock.close()
-            return None
-        except FileNotFoundError:
-            pass
-        lock.close()
+            if os.path.lexists(path):
+                return None
+
+
+def let_go(lock: BaseFileLock) -> None:
+    """End a lock of `locked`, and remove its file."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def owner_of(folder: Path | str) -> str | None:
     """Who holds a folder with `owned` at this moment, as text; None if nobody does."""
+    path = Path(folder) / OWNER
     try:
-        with open(Path(folder) / OWNER, "rb") as file:
+        with open(path, "rb") as file:
             try:
+                # Not filelock's: that is exclusive, which a network disk grants to nobody who may only read.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
             except BlockingIOError:
-                return file.read().decode() or "another process"
+                return signed(file)
+            except OSError as error:
+                if error.errno not in NO_FLOCK:
+                    raise
+                lock = locked(path)
+                if lock is None:
+                    return signed(file)
+                let_go(lock)
+                return None
     except OSError:
-        pass
-    return None
+        return None
+
+
+def signed(file: BinaryIO) -> str:
+    """Who has signed an open file, as text."""
+    lines = file.read().decode(errors="replace").split()
+    return f"process {lines[0]} on {lines[1].partition('?')[0]}" if len(lines) > 1 else "another process"
 
 
 @contextmanager
@@ -149,10 +196,11 @@ def owned(folder: Path | str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder / OWNER)
         if lock is None:
-            raise UserError(f"{folder}: {owner_of(folder) or 'another process'} is writing there; wait for it, or give another folder")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        lock.flush()
+            more = "" if knows_flock(folder) else f"; if that one is gone, remove {folder / OWNER}"
+            owner = owner_of(folder) or "another process"
+            raise UserError(f"{folder}: {owner} is writing there; wait for it, or give another folder{more}")
+        if not isinstance(lock, SoftFileLock):  # which has signed by itself
+            (folder / OWNER).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
         for name in filter(PARTIAL.fullmatch, os.listdir(folder)):  # of an owner that was killed
             (folder / name).unlink()
     except OSError as error:
@@ -165,4 +213,4 @@ def owned(folder: Path | str) -> Iterator[None]:
             for place in made:
                 if place.is_dir() and not any(place.iterdir()):
                     place.rmdir()
-        lock.close()
+        lock.release()

@@ -69,13 +69,14 @@ def whole_config(path: Path | str, config: PretrainedConfig) -> PretrainedConfig
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without `transformers`' progress and its report on tensors that weren't used."""
-    level = logging.get_verbosity()
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
         logging.set_verbosity(level)
 
 

@@ -10,10 +10,12 @@ import re
 import sys
 
 import fire
+import torch
 from fire.decorators import SetParseFns
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
+from data.progress import quiet_libraries
 from fms_spec.errors import UserError, shown
 
 # Strict: Fire ignores annotations, so `--seed=1e3` would arrive as a float where an int was declared.
@@ -33,20 +35,22 @@ MENDS = {
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
-def main(argument_class, run, overrides=False, words=None):
+def main(argument_class, run, overrides=False, words=None, computes=True):
     """Parse the command line (or `words`) into `argument_class` and call `run(parsed)`; with overrides `run(parsed, key.path=value words)`.
 
     Fire alone would run the work first and complain about unknown flags afterwards, so it only builds the argument object. A
     `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise, and a file that the
-    machine refuses; Ctrl-C with 130.
+    machine refuses; Ctrl-C with 130. computes: whether `run` has models compute, on the CPU where there is no GPU.
     """
-    keep_freed_memory()
+    quiet_libraries()
     keep_texts(argument_class)
     words = sys.argv[1:] if words is None else words
     try:
         flags, settings = read_words(argument_class, words, overrides)
         parsed = fire.Fire(argument_class, command=flags, serialize=lambda _: None)
         if isinstance(parsed, argument_class):
+            if computes and not torch.cuda.is_available():
+                keep_freed_memory()
             run(parsed, settings) if overrides else run(parsed)
     except ValidationError as error:
         first = error.errors()[0]

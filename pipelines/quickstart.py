@@ -18,7 +18,7 @@ from pipelines.machine.environment import environment
 from pipelines.machine.small_model import unpack_small_model
 from pipelines.measure.evaluate import evaluate, losslessness, report, settle, usual_ways
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts
-from pipelines.plan.hardware import faster_dtype
+from pipelines.plan.devices import faster_dtype
 from pipelines.show.console import print_values
 from pipelines.train.checkpoint import newest_checkpoint, read_progress
 from pipelines.train.run import train

@@ -31,4 +31,4 @@ def run(parsed):
 
 
 if __name__ == "__main__":
-    main(Arguments, run)
+    main(Arguments, run, computes=False)

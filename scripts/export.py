@@ -25,4 +25,4 @@ def run(parsed):
 
 
 if __name__ == "__main__":
-    main(Arguments, run)
+    main(Arguments, run, computes=False)

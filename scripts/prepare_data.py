@@ -39,4 +39,4 @@ class Arguments:
 
 
 if __name__ == "__main__":
-    main(Arguments, lambda parsed: prepare(**asdict(parsed)))
+    main(Arguments, lambda parsed: prepare(**asdict(parsed)), computes=False)

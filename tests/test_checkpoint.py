@@ -13,9 +13,10 @@ import torch
 from conftest import write_config
 from safetensors.torch import load_file
 
+import pipelines.train.checkpoint
 from fms_spec.errors import UserError
 from pipelines.export import export
-from pipelines.train.checkpoint import checkpoints, newest_checkpoint
+from pipelines.train.checkpoint import checkpoints, newest_checkpoint, tensors_of
 from pipelines.train.loop import Trainer
 from pipelines.train.run import train
 
@@ -38,7 +39,7 @@ def run(finished, tmp_path):
 
 
 def weights(run):
-    """Every tensor of its last checkpoint as bytes: weights, moments, RNG. (safetensors' header is written in a drawn order.)"""
+    """Every tensor of its last checkpoint as bytes: weights, moments. (safetensors' header is written in a drawn order.)"""
     tensors = load_file(run / "checkpoints/step-00000009" / FILES[0])
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
@@ -204,3 +205,17 @@ def test_a_damaged_checkpoint_is_not_exported_and_a_run_gives_its_newest_whole_o
     export(run, tmp_path / "exported")
     assert "6 steps" in (tmp_path / "exported/README.md").read_text()
     assert "step-00000008 is damaged" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_older_code_which_also_kept_the_state_of_a_generator(finished, tmp_path, monkeypatch):
+    def older(*held):
+        tensors, moments = tensors_of(*held)
+        return tensors | {"rng": torch.get_rng_state()}, moments
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipelines.train.checkpoint, "tensors_of", older)
+        train(finished[0], tmp_path / "run")
+    assert "rng" in weights(tmp_path / "run") and "rng" not in weights(finished[1])
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000009")
+    train(finished[0], tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(finished[1])

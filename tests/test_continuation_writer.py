@@ -92,9 +92,10 @@ def test_a_claim_sought_in_the_moment_another_ends_is_alone_and_only_on_a_missin
     store, other, flock = open_store(tmp_path), open_store(tmp_path), fcntl.flock
     before = other.claim(0)
 
-    def late(file, how):  # the other claim ends between opening and locking
-        monkeypatch.setattr(fcntl, "flock", flock)
-        before.write(list(some_prompts(4).tokens), ["stop"] * 4) if written else before.release()
+    def late(file, how):
+        if isinstance(file, int):  # the claim's, not a trial of the disk; the other claim ends between opening and locking
+            monkeypatch.setattr(fcntl, "flock", flock)
+            before.write(list(some_prompts(4).tokens), ["stop"] * 4) if written else before.release()
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)

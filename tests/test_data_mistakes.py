@@ -1,6 +1,5 @@
 """Every mistake a user can make when preparing data ends in one line that names it, and writes nothing."""
 
-import fcntl
 import json
 import os
 
@@ -11,6 +10,7 @@ from data_helpers import distinct_documents, prepare_small, write_corpus, write_
 
 from data.prepare.run import prepare
 from fms_spec.errors import UserError
+from fms_spec.files import owned
 
 
 def refused(tmp_path, source, **settings):
@@ -214,10 +214,7 @@ def test_what_a_process_left_that_was_killed_in_its_last_moment_is_removed(tmp_p
 def test_two_processes_do_not_write_one_folder(tmp_path):
     manifest = json.loads((prepare_small(tmp_path) / "manifest.json").read_text())
     (tmp_path / "busy").mkdir()
-    with open(tmp_path / "busy" / "incomplete.json", "w") as marker:
-        json.dump(manifest["inputs"], marker)
-        marker.flush()
-        fcntl.flock(marker, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is preparing it"):
-            prepare_small(tmp_path, out="busy")
+    (tmp_path / "busy/incomplete.json").write_text(json.dumps(manifest["inputs"]))
+    with owned(tmp_path / "busy"), pytest.raises(UserError, match=f"busy: process {os.getpid()} on .* is writing there"):
+        prepare_small(tmp_path, out="busy")
     assert [path.name for path in (tmp_path / "busy").iterdir()] == ["incomplete.json"]

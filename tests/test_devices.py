@@ -10,6 +10,7 @@ from test_training import records
 from torch.utils.flop_counter import FlopCounterMode
 
 import fms_spec.losses
+import fms_spec.timing
 import pipelines.train.loop
 import pipelines.train.metrics
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
@@ -115,7 +116,7 @@ def test_what_a_gpu_has_queued_counts_in_the_rate_and_stands_in_a_part_of_its_ow
             clock[0] += 100.0
         return tolist(tensor)
 
-    monkeypatch.setattr(pipelines.train.metrics.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(fms_spec.timing.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch.Tensor, "tolist", slow)
     train(config_file(**{"validation.prompts": 0}), tmp_path / "run", resume=False)
     last = records(tmp_path / "run")[-1]

@@ -1,5 +1,6 @@
 """The commands as a user types them: those of the README and of docs/, and mistakes on the command line."""
 
+import ctypes
 import json
 import os
 import shlex
@@ -224,3 +225,37 @@ def test_shards_of_continuations_are_kept_where_the_readme_says(place):
     assert list((place / "continuations").glob("*.parquet")) and (place / "continuations/manifest.json").is_file()
     assert not (place / "runs/first/continuations").exists()
     assert Path(place / "runs/first/metrics.jsonl").is_file()
+
+
+ALLOCATE = """
+import ctypes, sys, torch
+from pipelines.cli import arguments, main
+
+class Told(ctypes.Structure):  # mallinfo2 of malloc.h
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "f", "g", "h", "i", "j")]
+
+@arguments
+class Nothing:
+    pass
+
+def run(_):
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = Told
+    before = libc.mallinfo2().hblkhd
+    block = torch.empty(2**26, dtype=torch.uint8)
+    print(libc.mallinfo2().hblkhd - before > 2**25)
+
+computes, gpu = map(int, sys.argv[1:])
+if gpu:
+    torch.cuda.is_available = lambda: True
+main(Nothing, run, words=[], computes=bool(computes))
+"""
+
+
+@pytest.mark.parametrize("computes, gpu, fetched", [(1, 0, False), (0, 0, True), (1, 1, True)])
+def test_freed_memory_is_kept_only_by_commands_that_compute_on_the_cpu(tmp_path, computes, gpu, fetched):
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("only glibc tells where a block comes from")
+    (tmp_path / "allocate.py").write_text(ALLOCATE)
+    finished = run(tmp_path, "allocate.py", str(computes), str(gpu))
+    assert finished.stdout == f"{fetched}\n", finished.stderr

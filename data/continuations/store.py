@@ -18,7 +18,7 @@ from data.continuations.shard import REWRITE, read_made_by, read_shard, shard_by
 from data.manifest import MANIFEST, Count, Known, Shard, check_seed, checked, shown
 from data.parquet import shard_entry
 from fms_spec.errors import UserError, first_difference
-from fms_spec.files import cannot_write, locked, read_json, write_whole
+from fms_spec.files import cannot_write, let_go, locked, read_json, write_whole
 
 # Head 0 sees the state at the end of the prompt and the first token after it, and predicts the second: fewer teach nothing.
 USEFUL_TOKENS = 2
@@ -242,18 +242,12 @@ class Claim:
 
     def release(self):
         """End the claim; more than once does nothing more."""
-        if not self._lock.closed:
+        if self._lock.is_locked:
             let_go(self._lock)
-
-
-def let_go(lock):
-    """End a lock of `locked` and remove its file."""
-    Path(lock.name).unlink(missing_ok=True)
-    lock.close()
 
 
 def remove_partials(lock):
     """Remove what was left half-written of the file that `lock` is for, by processes that were killed: we hold it now."""
-    path = Path(lock.name)
+    path = Path(lock.lock_file)
     for stale in path.parent.glob(f"{path.name.removesuffix('.lock')}.*.partial"):
         stale.unlink(missing_ok=True)

@@ -7,11 +7,10 @@ the `BaseModel` to decode with before anything is submitted, if it wants one, an
 
 import json
 import time
-from contextlib import contextmanager
 
-from tqdm import tqdm
-
+from data.progress import progress
 from fms_spec.files import write_whole
+from fms_spec.timing import Stopwatch
 
 POLL_SECONDS = 0.2  # between looks at what others have written
 STATUS_SECONDS = 5  # between status files, where no shard is finished
@@ -34,7 +33,7 @@ def write_shards(store, engine, indices, ahead=None, status=None):
     store.sweep()
     writer = ShardWriter(store, engine, indices, ahead)
     # One shard takes one step of the embedded engine, which has a bar of its own.
-    with tqdm(total=len(indices), desc="continuations", unit="shard", disable=len(indices) == 1, dynamic_ncols=True) as bar:
+    with progress(total=len(indices), desc="continuations", unit="shard", disable=len(indices) == 1) as bar:
         try:
             while not writer.done:
                 shards = writer.tally.shards
@@ -48,21 +47,13 @@ def write_shards(store, engine, indices, ahead=None, status=None):
     return writer.tally
 
 
-class Tally:
-    """What a writer has done, and where its time went."""
+class Tally(Stopwatch):
+    """What a writer has done, and where its time went: `waiting`, and `writing`, the engine's steps and the files."""
 
     def __init__(self):
+        super().__init__({"waiting": 0.0, "writing": 0.0})
         self.shards, self.tokens = 0, 0  # tokens of the continuations
-        self.seconds = {"waiting": 0.0, "writing": 0.0}  # writing: the engine's steps and the files
         self._kept = time.monotonic()
-
-    @contextmanager
-    def measure(self, part):
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[part] += time.monotonic() - start
 
     def values(self):
         """Plain numbers; tokens_per_s without the waiting."""

@@ -1,6 +1,5 @@
 """The output folder: what may be written where. Nothing of a user's is ever overwritten."""
 
-import fcntl
 import json
 import os
 import re
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from data.manifest import MANIFEST, check_sizes, read_manifest, shown
 from fms_spec.errors import UserError, first_difference
-from fms_spec.files import cannot_write
+from fms_spec.files import OWNER, PARTIAL, cannot_write, owned, write_json
 
 # Written first, with the inputs, and removed last: a folder with this file and without a manifest is half-written, and ours.
 MARKER = "incomplete.json"
@@ -28,7 +27,7 @@ def finished_set(out_dir, inputs):
             return None
         if not folder.is_dir():
             raise UserError(f"out_dir {out_dir}: is a file, or a link to none; give another --out_dir")
-        names = sorted(entry.name for entry in folder.iterdir())
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name != OWNER and not PARTIAL.fullmatch(entry.name))
     except OSError as error:
         raise cannot_write(out_dir, error) from None
     if MANIFEST in names:
@@ -78,31 +77,21 @@ def writing(out_dir, inputs):
         UserError: the folder cannot be written, the disk is full, or another process is writing it.
     """
     folder = Path(out_dir)
-    existed = os.path.exists(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / MARKER, "a+", encoding="utf-8") as marker:
-            try:
-                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when the process ends, however it ends
-            except BlockingIOError:
-                raise UserError(f"out_dir {out_dir}: another process is preparing it") from None
-            if (folder / MANIFEST).exists():
-                raise UserError(f"out_dir {out_dir}: another process has just prepared it; run again to use it")
+    with owned(folder):
+        if (folder / MANIFEST).exists():
+            raise UserError(f"out_dir {out_dir}: another process has just prepared it; run again to use it")
+        try:
             remove_ours(folder, keep=MARKER)
-            marker.truncate(0)
-            marker.write(json.dumps(inputs, indent=2, sort_keys=True) + "\n")
-            marker.flush()
+            write_json(folder / MARKER, inputs, sort_keys=True)
             try:
                 yield folder
             except BaseException:
                 if not (folder / MANIFEST).exists():  # interrupted after the last step: the set is whole
                     remove_ours(folder)
-                if not existed and not any(folder.iterdir()):
-                    folder.rmdir()
                 raise
             (folder / MARKER).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror or error})") from None
+        except OSError as error:
+            raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror or error})") from None
 
 
 def remove_ours(folder, keep=None):

@@ -4,25 +4,24 @@ The documents are tokenised once into a file on disk (documents.DocumentSpool); 
 """
 
 import heapq
-import json
 import sys
-import time
 from dataclasses import asdict, dataclass
 from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from data.manifest import FORMAT_VERSION, MANIFEST, check_seed
 from data.parquet import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
 from data.prepare.documents import DocumentSpool, choose_held_out, missing_prefix, pack
 from data.prepare.folder import finished_set, refuse_inside, writing
 from data.prepare.sources import Skipped, open_source
+from data.progress import progress
 from data.tokenizer import encode_documents, load_tokenizer, refuse_unknown, use_threads
 from fms_spec.errors import UserError
-from fms_spec.files import write_whole
+from fms_spec.files import write_json
+from fms_spec.timing import Stopwatch
 
 # Each random choice has a stream of its own, so that e.g. asking for prompts of another length does not reorder the rows.
 READING, HOLDING_OUT, SHUFFLING, PROMPTING = range(4)
@@ -84,9 +83,8 @@ def prepare(*, source, tokenizer, out_dir, workers=None, **settings):
         return manifest
 
     tell_sizes(loaded)
-    started = time.monotonic()
-    skipped = Skipped(opened)
-    with writing(out_dir, inputs) as folder, DocumentSpool(folder) as spool:
+    skipped, watch = Skipped(opened), Stopwatch()
+    with watch.measure("all"), writing(out_dir, inputs) as folder, DocumentSpool(folder) as spool:
         read_documents(spool, opened, loaded, settings, skipped)
         if not len(spool):
             raise UserError(f"source {source}: no documents" + (f"; {skipped}" if skipped.first else ""))
@@ -102,10 +100,10 @@ def prepare(*, source, tokenizer, out_dir, workers=None, **settings):
             "tokenizer": loaded.identity(),
             "tables": tables,
         }
-        write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        write_json(folder / MANIFEST, manifest, sort_keys=True, ensure_ascii=False)
     if skipped.first:
         print(f"warning: {skipped}", file=sys.stderr)
-    rate = spool.token_count / (time.monotonic() - started)
+    rate = spool.token_count / watch.seconds["all"]
     print(f"{out_dir}: {summary(manifest)}; {rate:,.0f} tokens/s")
     return manifest
 
@@ -141,12 +139,12 @@ def read_documents(spool, source, tokenizer, settings, skipped):
     """Tokenise the source into the spool; with max_tokens, only as much of it as is needed."""
     enough = Enough(settings)
     documents = source.documents(settings.generator(READING))
-    with tqdm(desc="tokenise", unit="token", unit_scale=True, total=settings.max_tokens) as progress:
+    with progress(desc="tokenise", unit="token", unit_scale=True, total=settings.max_tokens) as bar:
         for document, tokens in encode_documents(documents, tokenizer, skipped):
             if tokenizer.overflows:
                 refuse_unknown(tokens, tokenizer.embedding_size, tokenizer.backend, source.label(document.file, document.row))
             spool.append(tokens, document.file, document.row)
-            progress.update(len(tokens))
+            bar.update(len(tokens))
             if enough.after(len(tokens)):
                 return
 
@@ -219,7 +217,7 @@ def write_rows(folder, split, documents, spool, settings, about, prefix, counts)
 
     writer = TableWriter(folder, f"rows-{split}", rows_schema(seq_length, about), seq_length)
     rows = islice(pack(taken(), seq_length, prefix), limit)
-    for tokens, starts, own in tqdm(rows, desc=f"pack {split}", unit="row", leave=False):
+    for tokens, starts, own in progress(rows, desc=f"pack {split}", unit="row", leave=False):
         tokens_packed += int(own.sum())
         if counts is not None:
             np.add.at(counts, tokens[own], 1)

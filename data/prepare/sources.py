@@ -7,11 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from data.manifest import reason
 from data.prepare.finding import find_files
 from data.prepare.formats import UNREAD, check_table, checked_text, has_mark, table_suffix, texts_of
+from data.progress import progress
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
 
@@ -70,7 +69,7 @@ class FileSource:
     def fingerprint(self):
         """sha256 over every file's name within the source and its contents: the same wherever the source lies."""
         digest = hashlib.sha256()
-        for index, file in enumerate(tqdm(self.files, desc="fingerprint", unit="file", leave=False)):
+        for index, file in enumerate(progress(self.files, desc="fingerprint", unit="file", leave=False)):
             # What once was read as one text, or not at all, must not pass for the same set.
             kind = "" if file.endswith((".jsonl", ".jsonl.gz", ".parquet")) else table_suffix(file) or ("mark" if has_mark(file) else "")
             digest.update(f"{self.label(index, -1)}\0{sha256_of(file)}{kind}\n".encode())

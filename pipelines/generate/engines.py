@@ -4,8 +4,8 @@ The protocol of an engine stands in data/continuations/writer.py.
 """
 
 import torch
-from tqdm import tqdm
 
+from data.progress import progress
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
 from fms_spec.model_config import context_length, read_config
@@ -101,7 +101,7 @@ class EmbeddedEngine:
         seeds = tuple(mixed(self.seed, index, row) for row in rows)
         options = Options(max_new_tokens=self.settings.max_new_tokens, sampling=self.sampling, seeds=seeds)
         total = len(rows) * self.settings.max_new_tokens
-        with tqdm(total=total, desc=f"continuations {index}", unit="token", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
+        with progress(total=total, desc=f"continuations {index}", unit="token", unit_scale=True, leave=False) as bar:
             results, _ = decode(self.base_model, [prompts[row] for row in rows], options, progress=bar.update)
         return [(torch.tensor(result.tokens), result.finish_reason) for result in results]
 

@@ -9,8 +9,8 @@ import sys
 from threading import Thread
 
 import torch
-from tqdm import tqdm
 
+from data.progress import progress
 from fms_spec.errors import UserError
 from fms_spec.model_config import DTYPES, attention_heads, head_width, read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.proof import FLOATS
@@ -160,7 +160,7 @@ class VLLMEngine:
         )  # fmt: skip
         self.stepped = False
         if self.bar is None:  # not `or`: a bar without a total has no truth
-            self.bar = tqdm(desc="vLLM", unit="token", unit_scale=True, leave=False, dynamic_ncols=True)
+            self.bar = progress(desc="vLLM", unit="token", unit_scale=True, leave=False)
         Thread(target=wake_when_dead, args=[self.llm.llm_engine.engine_core], daemon=True).start()
 
     def restart(self):
@@ -202,7 +202,7 @@ def start_vllm(path, dtype, length, memory_share=0.9, **settings):
 
     device = device_settings(path, dtype, length, memory_share)
     try:
-        return LLM(str(path), dtype=dtype, max_model_len=length, **device, **settings)
+        return LLM(str(path), dtype=dtype, max_model_len=length, use_tqdm_on_load=sys.stderr.isatty(), **device, **settings)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"vLLM did not start ({str(error).strip().splitlines()[-1][:200]}); its log above says why") from error
 

@@ -1,17 +1,18 @@
 """How fast phase 2's text is written here: vLLM, the embedded engine and `transformers` generate, in turn in one run."""
 
 import statistics
-import time
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from fms_spec.base_model import BaseModel
+from fms_spec.timing import Stopwatch, timed
 from pipelines.generate.engines import EmbeddedEngine
 from pipelines.generate.vllm_engine import VLLMEngine
+from pipelines.timer import in_turn, medians
 
 BATCHES = (1, 4, 16, 48, 96)
-ROUNDS = 4  # of each way at each batch, every other one backwards: what ran before may have warmed or cooled; medians count
+ROUNDS = 4  # of each way at each batch; medians count
 
 
 def benchmark_continuations(name, dtype, backend, prompts, settings):
@@ -31,47 +32,29 @@ def benchmark_continuations(name, dtype, backend, prompts, settings):
     try:
         for way in ways.values():  # the first call starts vLLM, chooses kernels and allocates
             way(prompts[:2], 0)
-        inside = Inside(vllm.llm.llm_engine)
+        inside = Stopwatch({"vllm": 0.0})  # in vLLM's own calls; what is left of an engine's time is the wrapper's
+        engine = vllm.llm.llm_engine
+        engine.step, engine.add_request = map(inside.measure("vllm"), (engine.step, engine.add_request))
         for batch in BATCHES:
             chosen = prompts[torch.arange(batch) % len(prompts)]
-            rates, shares = {way: [] for way in ways}, []
-            for place in range(ROUNDS):
-                for way, write in list(ways.items())[:: 1 if place % 2 == 0 else -1]:
-                    start, before = time.perf_counter(), inside.seconds
-                    tokens = write(chosen, 1 + place)
-                    seconds = time.perf_counter() - start
-                    rates[way].append(tokens / seconds)
-                    if way == "vllm":
-                        shares.append(1 - (inside.seconds - before) / seconds)
-            yield result(batch, rates) | {"vllm_wrapper_share": statistics.median(shares)}
+
+            def rate_and_share(write, number, chosen=chosen):
+                before = inside.seconds["vllm"]
+                tokens, seconds = timed(lambda: write(chosen, number))
+                return tokens / seconds, 1 - (inside.seconds["vllm"] - before) / seconds
+
+            found = in_turn(ways, range(1, 1 + ROUNDS), rate_and_share)
+            rates = {way: [rate for rate, _ in pairs] for way, pairs in found.items()}
+            yield result(batch, rates) | {"vllm_wrapper_share": statistics.median(share for _, share in found["vllm"])}
     finally:
         vllm.close()
-
-
-class Inside:
-    """Counts the seconds spent in vLLM's own calls; what is left of an engine's time is the wrapper's."""
-
-    def __init__(self, llm_engine):
-        self.seconds = 0.0
-        for name in ("step", "add_request"):
-            setattr(llm_engine, name, self.timed(getattr(llm_engine, name)))
-
-    def timed(self, call):
-        def run(*arguments, **named):
-            start = time.perf_counter()
-            try:
-                return call(*arguments, **named)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        return run
 
 
 def result(batch, rates):
     """rates: {way: tokens per second, round by round}. Ratios are medians over rounds, each of which has all ways side by side."""
     over = lambda way, other: statistics.median(ours / theirs for ours, theirs in zip(rates[way], rates[other]))  # noqa: E731
     return {
-        "batch": batch, "tokens_per_s": {way: statistics.median(values) for way, values in rates.items()},
+        "batch": batch, "tokens_per_s": medians(rates),
         "embedded_over_transformers": over("embedded", "transformers"), "vllm_over_transformers": over("vllm", "transformers"),
         "vllm_over_its_offline_generate": over("vllm", "vllm_offline"),
     }  # fmt: skip

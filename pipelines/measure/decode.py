@@ -1,10 +1,6 @@
 """How fast decoding is here, as ratios of things measured in turn in one run. Batch 1 unless said otherwise."""
 
-import statistics
-import time
-
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from fms_spec.base_model import BaseModel
@@ -13,6 +9,7 @@ from fms_spec.options import Options
 from fms_spec.proposers import DraftShape, PromptLookup, TopKProposer
 from pipelines.measure.evaluate import evaluate, figures, logit_gap, side_by_side
 from pipelines.measure.suggestion import forward_seconds
+from pipelines.timer import in_turn, medians, texts_in_turn
 
 DTYPE = "bfloat16"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 13, 17)  # tokens of a forward: 9 verifies 8 candidates
@@ -29,39 +26,26 @@ class Generate:
         self.eos = sorted(base_model.eos_token_ids)
 
     def __call__(self, prompt, new_tokens, lookup=False):
-        """(new tokens, seconds in all) of one prompt, int64 [n]."""
+        """New tokens of one prompt, int64 [n], as a list of ints."""
         extra = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if lookup else {}
-        start = time.perf_counter()
         output = self.model.generate(
             prompt[None].to(self.model.device), attention_mask=torch.ones_like(prompt[None]), max_new_tokens=new_tokens, do_sample=False,
             eos_token_id=self.eos, pad_token_id=0, **extra,
         )  # fmt: skip
-        tokens = output[0, len(prompt) :].tolist()
-        return tokens, time.perf_counter() - start
+        return output[0, len(prompt) :].tolist()
 
 
 def whole(base_model, prompt, new_tokens, proposer=None):
-    """(new tokens, seconds in all) of our own decoding, counted as `Generate` is: with reading the prompt."""
-    start = time.perf_counter()
+    """New tokens of our own decoding, as `Generate` gives them: reading the prompt is part of it."""
     (result,), _ = decode(base_model, [prompt], Options(max_new_tokens=new_tokens), proposer)
-    return result.tokens, time.perf_counter() - start
+    return result.tokens
 
 
-def in_turn(ways, prompts, new_tokens, title):
-    """Functions (prompt, new_tokens) -> (tokens, seconds), each prompt by all of them in turn.
-
-    Returns:
-        ({name: tokens per second}, {name: list of each prompt's new tokens})
-    """
-    texts, seconds = {name: [] for name in ways}, dict.fromkeys(ways, 0.0)
+def rates_and_texts(ways, prompts, new_tokens, title):
+    """`texts_in_turn` of functions (prompt, new_tokens) -> tokens, warmed up."""
     for way in ways.values():
         way(prompts[0], 4)
-    for prompt in tqdm(prompts, desc=title, unit="prompt", dynamic_ncols=True):
-        for name, way in ways.items():
-            tokens, spent = way(prompt, new_tokens)
-            texts[name].append(tokens)
-            seconds[name] += spent
-    return {name: sum(map(len, texts[name])) / seconds[name] for name in ways}, texts
+    return texts_in_turn({name: lambda prompt, way=way: way(prompt, new_tokens) for name, way in ways.items()}, prompts, title)
 
 
 def forwards(base_model):
@@ -78,7 +62,7 @@ def forwards(base_model):
 def plain(base_model, generate, prompts, new_tokens):
     """Plain decoding against `transformers` generate, both with reading the prompt; and whether they wrote the same, by bf16 logits."""
     ways = {"ours": lambda *job: whole(base_model, *job), "transformers": generate}
-    rates, texts = in_turn(ways, prompts, new_tokens, "plain")
+    rates, texts = rates_and_texts(ways, prompts, new_tokens, "plain")
     pairs = list(zip(prompts, texts["transformers"], texts["ours"]))
     ratio = rates["ours"] / rates["transformers"]
     texts = side_by_side(pairs, [logit_gap(base_model, *pair) for pair in pairs])
@@ -109,7 +93,7 @@ def against_prompt_lookup(base_model, speculator, generate, prompts, shape, new_
     }  # fmt: skip
     for category in dict.fromkeys(prompt.category for prompt in prompts):
         own = [prompt.tokens([]) for prompt in prompts if prompt.category == category]
-        rates, _ = in_turn(ways, own, new_tokens, category or "prompts")
+        rates, _ = rates_and_texts(ways, own, new_tokens, category or "prompts")
         ratio = rates["ours"] / rates["transformers_prompt_lookup"]
         yield {
             "name": "prompt_lookup",
@@ -126,13 +110,13 @@ def batches(base_model, speculator, prompts, shape, new_tokens):
     options = Options(max_new_tokens=new_tokens, ignore_eos=True)
     for batch in BATCHES:
         chosen = [prompts[place % len(prompts)] for place in range(batch)]
-        rates = {"plain": [], "speculator": []}
-        for _ in range(3):
-            for name, way in (("plain", None), ("speculator", proposer)):
-                results, timing = decode(base_model, chosen, options, way)
-                rates[name].append(sum(len(result.tokens) - 1 for result in results) / timing.decoding)
-        medians = {name: statistics.median(values) for name, values in rates.items()}
-        yield {"name": "batch", "batch": batch, "tokens_per_s": medians, "speedup": medians["speculator"] / medians["plain"]}
+
+        def rate(way, _, chosen=chosen):
+            results, timing = decode(base_model, chosen, options, way)
+            return sum(len(result.tokens) - 1 for result in results) / timing.decoding
+
+        rates = medians(in_turn({"plain": None, "speculator": proposer}, range(3), rate))
+        yield {"name": "batch", "batch": batch, "tokens_per_s": rates, "speedup": rates["speculator"] / rates["plain"]}
 
 
 def benchmark_decode(base_model, speculator, prompts, spec_bench, new_tokens, shape=DraftShape()):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from tqdm import tqdm
 
+from data.progress import progress
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.decoding import Timing, decode
 from fms_spec.errors import UserError
@@ -73,7 +73,7 @@ def evaluate(base_model, prompts, ways, max_new_tokens):
     for way in ways.values():  # first calls choose kernels and allocate
         decode(base_model, [first], short, way)
     samples = []
-    for number, prompt in enumerate(tqdm(prompts, desc="decode", unit="prompt", dynamic_ncols=True)):
+    for number, prompt in enumerate(progress(prompts, desc="decode", unit="prompt")):
         replies = []
         while len(replies) < prompt.turns and len(tokens := prompt.tokens(replies)) <= room:
             for kind, way in ways.items():
@@ -157,7 +157,7 @@ def settle(samples, pairs, load, max_new_tokens):
 
     def work(base_model, _, proposer):
         settled = list(samples)
-        for place in tqdm(parted, desc="in float32", unit="text", dynamic_ncols=True):
+        for place in progress(parted, desc="in float32", unit="text"):
             settled[place] = replace(samples[place], verdict=verdict_in(base_model, proposer, samples[place], max_new_tokens))
         return settled, [logit_gap(base_model, *pair) for pair in pairs]
 
@@ -249,26 +249,37 @@ def figures(samples, kind, lookahead):
             sums[first + 1, place] = sum(sample.timing.decoding for sample in mine)
         counts = [count for sample in own if sample.prompt == number for count in sample.accepted]
         sums[0, place], sums[1, place] = sum(counts), len(counts)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(numbers), (RESAMPLES, len(numbers)), generator=generator)
-    resampled = sums[:, drawn].sum(-1)
+    drawn = resampled(sums)
     length = lambda total: 1 + total[0] / total[1].clamp(min=1)  # noqa: E731
     speedup = lambda total: (total[2] / total[3]) / (total[4] / total[5])  # noqa: E731
     total, seconds = sums.sum(-1), sum(sample.timing.decoding for sample in own)
     return {
         "acceptance_length": acceptance.length,
-        "acceptance_length_interval": interval(length(resampled)),
+        "acceptance_length_interval": interval(length(drawn)),
         "acceptance_per_position": acceptance.per_position,
         "draft_steps": acceptance.steps,
         "new_tokens": sum(sample.new_tokens for sample in own),
         "plain_tokens_per_s": (total[4] / total[5]).item(),
         "tokens_per_s": (total[2] / total[3]).item(),
         "speedup": speedup(total).item(),
-        "speedup_interval": interval(speedup(resampled)),
+        "speedup_interval": interval(speedup(drawn)),
         "shares": {
             part: sum(getattr(s.timing, part) for s in own) / seconds if seconds else 0.0 for part in ("drafting", "verifying", "overhead")
         },
     }
+
+
+def resampled(sums):
+    """What the prompts add up to in `RESAMPLES` drawings of as many of them, the same ones for every table of p prompts.
+
+    Args:
+        sums: fp64 [..., p], of each prompt.
+
+    Returns:
+        fp64 [..., RESAMPLES]
+    """
+    p = sums.shape[-1]
+    return sums[..., torch.randint(p, (RESAMPLES, p), generator=torch.Generator().manual_seed(0))].sum(-1)
 
 
 def interval(values):

@@ -19,7 +19,7 @@ from fms_spec.losses import CHUNK, LossWeights, SoftTargetLoss, compute_dtype, h
 from fms_spec.model_config import DTYPES
 from fms_spec.speculators.interface import Corpus
 from fms_spec.speculators.registry import FAMILIES, settings_of
-from fms_spec.timing import Marks
+from pipelines.timer import median_seconds
 
 FEW = 64  # tokens on which FLOPs are counted and kernels warmed up
 KERNELS = ("ours", "linear_cross_entropy", "plain")
@@ -109,28 +109,12 @@ def update(speculator, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
-def seconds_of(work, device):
-    marks = Marks(device)
-    work()
-    marks.mark("work")
-    return marks.seconds()["work"]
-
-
-def in_turn(ways, device, rounds):
-    """{name: median seconds} of functions, called in turn, every other round backwards."""
-    taken = {name: [] for name in ways}
-    for place in range(rounds):
-        for name, work in list(ways.items())[:: 1 if place % 2 == 0 else -1]:
-            taken[name].append(seconds_of(work, device))
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
 def product_rate(k, columns, dtype, device, repeats=7):
     """FLOP/s of the fastest of a loss's three matrix products, [CHUNK, k] by [k, columns], their results written to ready memory."""
     x, weight, grad = (torch.randn(*size, device=device).to(dtype) for size in ((CHUNK, k), (columns, k), (CHUNK, columns)))
     products = {"logits": (x, weight.T), "features": (grad, weight), "weight": (grad.T, x)}
     ready = {name: a @ b for name, (a, b) in products.items()}
-    seconds = in_turn({name: lambda name=name: torch.mm(*products[name], out=ready[name]) for name in products}, device, repeats)
+    seconds = median_seconds({name: lambda name=name: torch.mm(*products[name], out=ready[name]) for name in products}, device, repeats)
     return 2 * CHUNK * k * columns / min(seconds.values())
 
 
@@ -157,7 +141,7 @@ def head_step(shape, family, dtype_name, device, rounds):
         "ours": lambda: step(head_losses, windows), "plain": lambda: step(plain_losses, windows),
         "products": lambda: rates.append(product_rate(k, columns, computed, device)),
     }  # fmt: skip
-    seconds = in_turn(ways, device, rounds)
+    seconds = median_seconds(ways, device, rounds)
     del seconds["products"]
     rate = statistics.median(rates)  # in turn with the steps: a machine's speed may change within minutes
     return {
@@ -205,7 +189,7 @@ def loss_kernels(shape, dtype_name, device, rounds):
         loss.backward()
         found[kernel] = loss.detach()
 
-    seconds = in_turn({kernel: lambda kernel=kernel: work(kernel) for kernel in KERNELS}, device, rounds)
+    seconds = median_seconds({kernel: lambda kernel=kernel: work(kernel) for kernel in KERNELS}, device, rounds)
     with torch.no_grad():
         exact = sum(  # in chunks: double-precision logits of 4,096 x 49,152 would take 1.6 GB
             F.cross_entropy(x.double() @ weight.double().T, y, reduction="sum")

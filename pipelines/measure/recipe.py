@@ -14,7 +14,7 @@ from fms_spec.acceptance import pooled_acceptance
 from fms_spec.errors import UserError, first_difference
 from fms_spec.proposers import DraftShape
 from pipelines.config import Section, load_config
-from pipelines.measure.evaluate import RESAMPLES, interval
+from pipelines.measure.evaluate import interval, resampled
 from pipelines.yaml_files import read_yaml
 
 AVERAGE = 0.99  # the moving average of the weights that is judged beside them reaches back over about a hundred steps
@@ -131,10 +131,8 @@ def judge(speculator, validation):
 
 
 def resampled_lengths(by_prompt):
-    """Acceptance lengths of `RESAMPLES` draws of the prompts, the same draws for every list of p pairs: fp64."""
-    sums = torch.tensor(by_prompt, dtype=torch.float64)
-    drawn = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=torch.Generator().manual_seed(0))
-    accepted, steps = sums[drawn].sum(1).unbind(-1)
+    """Acceptance lengths of drawings of the prompts, see `resampled`: fp64. by_prompt: list of p pairs."""
+    accepted, steps = resampled(torch.tensor(by_prompt, dtype=torch.float64).T)
     return 1 + accepted / steps.clamp(min=1)
 
 

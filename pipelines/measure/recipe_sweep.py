@@ -5,9 +5,8 @@ import json
 import shutil
 import time
 
-from tqdm import tqdm
-
 from data.continuations.batches import Continuations
+from data.progress import progress
 from data.reader import RowReader, read_manifest, read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError, first_difference
@@ -127,7 +126,7 @@ def share_states(trainer, config, directory, name):
 def fill(cache, batches, count):
     """Pass `count` batches through the cache; returns how many tokens their different rows hold."""
     lengths = {}
-    for _ in tqdm(range(count), desc="hidden states", unit="batch", dynamic_ncols=True):
+    for _ in progress(range(count), desc="hidden states", unit="batch"):
         batch = next(batches)
         cache(batch)
         lengths |= zip(batch.row_ids.tolist(), (batch.segment_ids >= 0).sum(1).tolist())

@@ -3,12 +3,11 @@
 Shapes: n tokens of a line, which is a prompt.
 """
 
-import time
+import sys
 from functools import partial
 from itertools import chain
 
 import torch
-from tqdm import tqdm
 
 from fms_spec.hub import local_directory
 from fms_spec.loading import load_for_decoding
@@ -16,6 +15,7 @@ from fms_spec.model_config import context_length, read_config, read_eos_token_id
 from fms_spec.vllm.versions import METHOD
 from pipelines.generate.vllm_engine import start_vllm
 from pipelines.measure.evaluate import evaluate, figures, free_memory, settle, side_by_side
+from pipelines.timer import texts_in_turn
 
 LOOKUP = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}  # as our own prompt lookup: its longest match is 3
 
@@ -42,7 +42,7 @@ def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
     try:
         warm_up(engines, lines[0])
         before = counters(engines["speculator"])
-        seconds, texts = in_turn(engines, lines, new_tokens)
+        rates, texts = texts_in_turn({way: writing(engine, new_tokens) for way, engine in engines.items()}, lines, "serving")
         counted = acceptance(counters(engines["speculator"]) - before)
     finally:
         for engine in engines.values():
@@ -50,9 +50,9 @@ def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
     pairs = {way: list(zip(lines, texts["plain"], texts[way])) for way in engines}
     _, gaps = settle([], [*chain(*pairs.values())], load, new_tokens)
     for place, way in enumerate(engines):
-        rate, plain = (sum(map(len, texts[kind])) / seconds[kind] for kind in (way, "plain"))
         found = side_by_side(pairs[way], gaps[place * len(lines) :][: len(lines)])
-        yield {"way": way, "tokens_per_s": rate, "speedup": rate / plain} | found | (counted | ours if way == "speculator" else {})
+        speed = {"tokens_per_s": rates[way], "speedup": rates[way] / rates["plain"]}
+        yield {"way": way} | speed | found | (counted | ours if way == "speculator" else {})
 
 
 def our_decoding(load, prompts, new_tokens, dtype):
@@ -84,7 +84,7 @@ def serve(name, speculator, lines, new_tokens, tokens, dtype):
     try:
         # Ends as ours do, whatever the tokenizer calls its EOS.
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, stop_token_ids=ends, detokenize=False)
-        outputs = engine.generate([{"prompt_token_ids": line.tolist()} for line in lines], params)
+        outputs = engine.generate([{"prompt_token_ids": line.tolist()} for line in lines], params, use_tqdm=sys.stderr.isatty())
         return [list(output.outputs[0].token_ids) for output in outputs], acceptance(counters(engine))
     finally:
         engine.llm_engine.engine_core.shutdown()
@@ -113,19 +113,17 @@ def warm_up(engines, line):
         engine.generate({"prompt_token_ids": line.tolist()[::-1]}, params, use_tqdm=False)
 
 
-def in_turn(engines, lines, new_tokens):
-    """({way: seconds in all}, {way: token lists}) of every line [n] through every engine, one after the other."""
+def writing(engine, new_tokens):
+    """Function of a line [n] that puts it through an engine and returns its new tokens, a list of ints."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=new_tokens, detokenize=False)
-    seconds, texts = dict.fromkeys(engines, 0.0), {way: [] for way in engines}
-    for line in tqdm(lines, desc="serving", unit="prompt", dynamic_ncols=True):
-        for way, engine in engines.items():
-            start = time.perf_counter()
-            (output,) = engine.generate({"prompt_token_ids": line.tolist()}, params, use_tqdm=False)
-            seconds[way] += time.perf_counter() - start
-            texts[way].append(list(output.outputs[0].token_ids))
-    return seconds, texts
+
+    def write(line):
+        (output,) = engine.generate({"prompt_token_ids": line.tolist()}, params, use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+    return write
 
 
 def counters(engine):

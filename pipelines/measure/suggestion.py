@@ -3,8 +3,6 @@
 Shapes: n candidates.
 """
 
-import statistics
-import time
 from functools import partial
 from itertools import islice
 
@@ -15,25 +13,13 @@ from fms_spec.candidates import Tree
 from fms_spec.decoding import decode
 from fms_spec.options import Options
 from fms_spec.proposers import DraftShape, Step
+from pipelines.timer import median_seconds
 
 FORWARDS = (1, 2, 3, 4, 5, 7, 9, 13, 17)  # tokens of the measured forwards: the root and up to 16 candidates
 REPEATS = 9
 SHOWN = 8
 TEXTS = 64  # that trees are tried on: their states are kept in memory
 CONTEXT = 256  # cached tokens of the measured forwards
-
-
-def median_seconds(works, device):
-    """{name: median seconds} of functions {name: work}, called in turn, so that all meet the same machine; first calls don't count."""
-    taken = {name: [] for name in works}
-    for _ in range(1 + REPEATS):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
 def forward_seconds(base_model, sizes=FORWARDS):
@@ -47,7 +33,7 @@ def forward_seconds(base_model, sizes=FORWARDS):
         tokens = torch.ones(1, size, dtype=torch.int64, device=base_model.device)
         base_model.logits(base_model.extend(tokens, cache, Tree.full([1] * (size - 1), base_model.device)))
 
-    return median_seconds({size: partial(forward, size) for size in sizes}, base_model.device)
+    return median_seconds({size: partial(forward, size) for size in sizes}, base_model.device, REPEATS, left_out=1)
 
 
 def shapes(n_predict):
@@ -74,7 +60,8 @@ def suggest(base_model, speculator, texts):
     step = Step(states[-1:], tokens[-1:], [tokens.tolist()])
     proposers = {shape: shape.proposer(speculator) for shape in shapes(speculator.n_predict)}
     costs = forward_seconds(base_model)
-    drafting = median_seconds({shape: partial(proposer.propose, step) for shape, proposer in proposers.items()}, base_model.device)
+    drafts = {shape: partial(proposer.propose, step) for shape, proposer in proposers.items()}
+    drafting = median_seconds(drafts, base_model.device, REPEATS, left_out=1)
     rows = []
     for shape, proposer in proposers.items():
         accepted = [count for text in texts for count in accepted_in_text(proposer, *text)]

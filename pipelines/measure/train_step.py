@@ -22,13 +22,13 @@ from pipelines.measure.heads import (
     build_heads,
     counts_of,
     head_step,
-    in_turn,
     loss_kernels,
     loss_weights,
     new_optimizer,
     random_windows,
     update,
 )
+from pipelines.timer import median_seconds, medians, seconds_in_turn
 from pipelines.train.compiled import check_compiler, compile_base_model, compile_heads
 from pipelines.train.metrics import Metrics
 
@@ -104,8 +104,7 @@ def base_forward(base_model, rounds):
         ids = torch.randint(0, ours.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
         segments, there = torch.zeros_like(ids), ids.to(ours.device)
         ways = {"ours": partial(ours.hidden_states, ids, segments), "ibm_fms": torch.no_grad()(partial(bare, there))}
-        in_turn(ways, ours.device, 1)
-        seconds = in_turn(ways, ours.device, 2 * rounds + 1)
+        seconds = median_seconds(ways, ours.device, 2 * rounds + 1, left_out=1)
         yield {
             "name": "base_forward", "dtype": dtype, "tokens": tokens, "seconds": seconds,
             "tokens_per_s": {name: tokens / spent for name, spent in seconds.items()}, "over_ibm_fms": seconds["ibm_fms"] / seconds["ours"],
@@ -176,8 +175,8 @@ def features_and_back(speculator, windows):
 def compile_line(what, ways, device, rounds):
     """First calls, which compile, and the median of later ones; or what went wrong."""
     try:
-        first = in_turn(ways, device, 1)
-        seconds = in_turn(ways, device, 2 * rounds + 1)
+        taken = seconds_in_turn(ways, device, 2 * rounds + 2)
+        first, seconds = {name: times[0] for name, times in taken.items()}, medians({name: times[1:] for name, times in taken.items()})
     except Exception as error:  # of torch.compile: there are as many kinds as ways to fail
         return {"name": "compile", "what": what, "skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     return {
@@ -194,10 +193,11 @@ def small_parts(base_model, keep_freed_memory):
         ways, config = {"ours": RotaryOnce(base_model.config, device), "ibm_fms": theirs}, base_model.config
         for tokens in (1, 9):
             q, k = (torch.randn(1, tokens, h, theirs.dim, device=device) for h in (config.num_attention_heads, config.num_key_value_heads))
-            seconds = in_turn({name: partial(turn, encoder, len(layers), q, k) for name, encoder in ways.items()}, device, SMALL_REPEATS)
+            turns = {name: partial(turn, encoder, len(layers), q, k) for name, encoder in ways.items()}
+            seconds = median_seconds(turns, device, SMALL_REPEATS)
             yield {"name": "rotary", "tokens": tokens, "layer_us": {name: 1e6 * spent / len(layers) for name, spent in seconds.items()}}
     logits = torch.randn(5, base_model.vocab_size, device=device).bfloat16()
-    seconds = in_turn({"max": partial(best_token, logits), "argmax": partial(logits.argmax, -1)}, device, SMALL_REPEATS)
+    seconds = median_seconds({"max": partial(best_token, logits), "argmax": partial(logits.argmax, -1)}, device, SMALL_REPEATS)
     yield {
         "name": "best_token",
         "rows": 5,
@@ -225,7 +225,7 @@ def forward_rate(name, prepare):
         prepare()
     base_model = BaseModel(name, dtype="float32", device="cpu")
     ids = torch.randint(0, base_model.vocab_size, (4, min(512, base_model.context_length)))
-    seconds = in_turn({"forward": lambda: base_model.hidden_states(ids, torch.zeros_like(ids))}, base_model.device, 4)
+    seconds = median_seconds({"forward": lambda: base_model.hidden_states(ids, torch.zeros_like(ids))}, base_model.device, 4)
     return ids.numel() / seconds["forward"]
 
 

@@ -13,11 +13,9 @@ import time
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partialmethod
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from fms_spec.errors import UserError
 from pipelines.parallel.stopping import STOPPED, Stopped
@@ -181,8 +179,6 @@ def joined():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=count, timeout=PATIENCE)
     processes = Processes(dist.PrefixStore("run", store))
-    if rank:  # one progress bar is enough
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     processes.watch()
     # The launcher asks all to end as soon as one is gone: time for the watch to say which. Within the training loop, see stopping.
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(3 * WATCH_SECONDS, os._exit, [STOPPED]).start())

@@ -1,13 +1,14 @@
 """What devices can do: public figures by name, or this machine's own, measured in a second."""
 
 import os
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fms_spec.errors import UserError
 from fms_spec.model_config import DTYPES
+from pipelines.timer import seconds_in_turn
 
 ACROSS_NODES = 50e9  # bytes/s a GPU: 400 Gb/s each, as in NVIDIA's reference clusters
 CPU_FRAMEWORK = 660 * 2**20  # measured: python, torch, ibm-fms, transformers, pyarrow and their first calls
@@ -65,23 +66,31 @@ def measure_here(dtype):
     place, size = ("cuda", 8192) if cuda else ("cpu", 1024)
     matrix = torch.randn(size, size, device=place).to(DTYPES[dtype])
     block = torch.empty(2**26, dtype=torch.uint8, device=place)
-    flops, bandwidth = 2 * size**3 / seconds(lambda: matrix @ matrix), 2 * block.nbytes / seconds(block.clone)
+    seconds = fastest({"product": lambda: matrix @ matrix, "copy": block.clone}, place)
+    flops, bandwidth = 2 * size**3 / seconds["product"], 2 * block.nbytes / seconds["copy"]
     shared = {"compute_share": 1.0, "bandwidth_share": 1.0}  # measured, not promised
     if cuda:
         return Device("here", device_memory(), flops, bandwidth, 32e9, **shared)
     return Device("here", device_memory(), flops, bandwidth, bandwidth / 2, **shared, framework=CPU_FRAMEWORK, heap=CPU_HEAP)
 
 
-def seconds(work, repeats=5):
-    """Fastest of a few runs; the first ones warm up."""
-    times = []
-    for _ in range(2 + repeats):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[2:])
+def fastest(works, device):
+    """{name: seconds of the fastest of a few calls} of functions without arguments; the first calls warm up."""
+    return {name: min(seconds) for name, seconds in seconds_in_turn(works, torch.device(device), 5, left_out=2).items()}
+
+
+def faster_dtype(rows=512, inner=576, columns=8192):
+    """ "bfloat16" or "float32", whichever multiplies matrices faster here; bfloat16 on a GPU.
+
+    CPUs differ: bf16 can run at twice the rate of fp32, and on the cores of the README's figures it runs at half. The shape is that of
+    a training step's read-out.
+    """
+    if torch.cuda.is_available():
+        return "bfloat16"
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    factors = {name: (a.to(DTYPES[name]), b.to(DTYPES[name])) for name in ("float32", "bfloat16")}
+    seconds = fastest({name: partial(torch.mm, *pair) for name, pair in factors.items()}, "cpu")
+    return min(seconds, key=seconds.get)
 
 
 def device_memory():

@@ -1,4 +1,4 @@
-"""Checkpoints that hold everything needed to go on: weights, optimiser, data positions, counters, RNG.
+"""Checkpoints that hold everything needed to go on: weights, optimiser, data positions, counters.
 
 Tensors go through torch.distributed.checkpoint into safetensors files, each process writing its part, and are read back in any other
 parts; the rest is JSON, so that reading one never runs code. A checkpoint is written beside its final name and renamed, and believed only
@@ -11,7 +11,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -73,7 +72,7 @@ def sweep(directory):
 def tensors_of(speculator, optimizer):
     """({name: tensor} of all that a checkpoint holds in tensors, the optimiser's flat state); both share the tensors with the two."""
     weights, moments = get_state_dict(speculator, optimizer, options=FLAT)
-    tensors = {f"speculator.{name}": value for name, value in weights.items()} | {"rng": torch.get_rng_state()}
+    tensors = {f"speculator.{name}": value for name, value in weights.items()}
     # What else is in it, param_groups, comes from the config at every step.
     return tensors | {f"optimizer.{name}": value for name, value in moments.items() if name.startswith("state.")}, moments
 
@@ -186,7 +185,7 @@ def newest_checkpoint(directory, processes=Processes()):
 
 
 def load_checkpoint(path, speculator, optimizer):
-    """Restore weights, optimiser and RNG in place from a whole checkpoint; returns what was saved as progress.
+    """Restore weights and optimiser in place from a whole checkpoint; returns what was saved as progress.
 
     Raises:
         UserError: it doesn't fit.
@@ -196,7 +195,6 @@ def load_checkpoint(path, speculator, optimizer):
     weights = {name.removeprefix("speculator."): value for name, value in tensors.items() if name.startswith("speculator.")}
     moments |= {name.removeprefix("optimizer."): value for name, value in tensors.items() if name.startswith("optimizer.")}
     set_state_dict(speculator, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
-    torch.set_rng_state(tensors["rng"])
     return read_progress(path)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from data.progress import progress
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.batch import upload
@@ -15,12 +16,13 @@ from fms_spec.errors import UserError
 from fms_spec.proposers import DraftShape
 from fms_spec.seeds import mixed
 from fms_spec.speculators.directory import describe
+from fms_spec.timing import Stopwatch
 from pipelines.parallel.mesh import gathered
 from pipelines.parallel.processes import Processes
 from pipelines.parallel.stopping import Stopped, stopping
 from pipelines.schedule import learning_rate_factor
 from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sweep, whole_checkpoints
-from pipelines.train.metrics import Metrics, Stopwatch, read_lines
+from pipelines.train.metrics import Metrics, read_lines
 
 
 class Trainer:
@@ -97,7 +99,7 @@ class Trainer:
         """
         total, saved = self.schedule.steps, None
         self.metrics = Metrics(self.out_dir, self.step, self.log_lines, keeps=self.processes.main)
-        with stopping() as stop, tqdm(total=total, initial=self.step, desc="train", unit="step", dynamic_ncols=True, mininterval=1) as bar:
+        with stopping() as stop, progress(total=total, initial=self.step, desc="train", unit="step", mininterval=1) as bar:
             while self.step < total:
                 phase, step_in_phase = self.schedule.phase(self.step)
                 position = self.batches[phase].state_dict()
@@ -131,7 +133,7 @@ class Trainer:
         if self.step % config.log_every == 0 or saving:  # so that what is saved has been seen to be finite
             values = self.read_log()
             self.metrics.write(self.step, values)
-            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items() if name.endswith("/loss")})
+            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items() if name.endswith("/loss")}, refresh=False)
         if self.make_validation and (self.step % config.validation.every == 0 or last):
             with self.watch.measure("validation"):
                 self.metrics.write(self.step, self.validate())

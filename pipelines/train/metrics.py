@@ -1,8 +1,7 @@
-"""Where a run's figures go: JSON lines, TensorBoard, and the time each part took."""
+"""Where a run's figures go: JSON lines and TensorBoard."""
 
 import json
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,36 +77,3 @@ def read_lines(path):
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
-
-
-class Stopwatch:
-    """Seconds by part, added up over a run; `seconds` travels with the checkpoints.
-
-    On a GPU, work is queued: what a part is charged for is the time in which the host was held up by it.
-    """
-
-    def __init__(self, seconds=None):
-        self.seconds = dict(seconds or {})
-
-    @contextmanager
-    def measure(self, part):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add({part: time.perf_counter() - start})
-
-    def timed(self, part, items):
-        """The items, the time that it takes to come by each charged to `part`."""
-        items, end = iter(items), object()
-        while True:
-            with self.measure(part):
-                item = next(items, end)
-            if item is end:
-                return
-            yield item
-
-    def add(self, seconds):
-        """Charge {part: seconds} that were measured elsewhere."""
-        for part, spent in seconds.items():
-            self.seconds[part] = self.seconds.get(part, 0.0) + spent

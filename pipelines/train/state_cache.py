@@ -3,7 +3,6 @@
 Shapes: b rows, n tokens, d base width.
 """
 
-import fcntl
 import json
 import mmap
 import os
@@ -12,11 +11,13 @@ import zlib
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from data.progress import progress
 from fms_spec.batch import upload
 from fms_spec.errors import UserError
-from fms_spec.files import cannot_write
+from fms_spec.files import cannot_write, let_go, locked, write_whole
+
+PATIENCE = 60  # seconds for what takes milliseconds
 
 
 class HiddenStates:
@@ -55,16 +56,18 @@ class HiddenStates:
         identity = {"base_model": model.fingerprint, "backend": model.backend, "dtype": str(model.dtype), "states": shape}
         wanted = json.dumps(identity | {"greedy": self.best_tokens is not None}).encode()
         self.directory.mkdir(parents=True, exist_ok=True)
-        written = self.directory / "written.bin"
-        with open(self.directory / "identity.json", "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # processes that share the files open them at the same time
-            file.seek(0)
-            if file.read() != wanted:
+        written, record, place = (self.directory / name for name in ("written.bin", "identity.json", ".identity.lock"))
+        lock = locked(place, PATIENCE)  # processes that share the files open them at the same time
+        if lock is None:
+            raise UserError(f"{place}: another process has held it for {PATIENCE} s; remove it if that one is gone")
+        try:
+            if not record.exists() or record.read_bytes() != wanted:
                 if written.exists():
                     self._warn("was kept of another base model, dtype or backend, or in another layout; it is computed again")
                 written.unlink(missing_ok=True)  # and not emptied: a process that maps it would be killed
-                file.truncate(0)
-                file.write(wanted)
+                write_whole(record, wanted)
+        finally:
+            let_go(lock)
 
     def _map(self, name, shape, dtype):
         """A tensor in `name`.bin, which becomes as large as it has to be; raises OSError."""
@@ -143,7 +146,7 @@ class HiddenStates:
 
     def fill(self, batches, count):
         """Run the base model over `count` batches beforehand, so that training's own pace shows from its first step on."""
-        with tqdm(total=count, desc="hidden states", unit="batch", dynamic_ncols=True) as bar:
+        with progress(total=count, desc="hidden states", unit="batch") as bar:
             for _ in range(count):
                 self(next(batches))
                 bar.update()
