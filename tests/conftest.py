@@ -30,6 +30,22 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing has asked torch for a GPU yet
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`pytest -m "not slow"` leaves out vLLM, which takes seconds to import."""
+    return True if config.option.markexpr == "not slow" and collection_path.name.startswith("test_vllm") else None
+
+
+# Each takes from 200 seconds (the first) to 15 (the last but vLLM's) of one core.
+LONGEST = ["test_quickstart", "test_parallel", "test_plan", "test_scripts", "test_compiled", "test_run_folder", "test_generation_modes",
+           "test_decoding", "test_recipe", "test_train_step_benchmark", "test_vllm_serving", "test_vllm_continuations"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first, so that no worker waits long for the other; vLLM's last: it changes classes of transformers."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (item.path.stem.startswith("test_vllm"), order.get(item.path.stem, len(order))))
+
+
 def need_vllm():
     """Skip a module of tests where no vLLM is installed that runs without a GPU."""
     pytest.importorskip("vllm", reason="vLLM is not installed (make vllm installs it)")

@@ -271,6 +271,7 @@ def plant(parents, truth, chance):
     return line, len(right) - 1
 
 
+@pytest.mark.slow
 @settings(max_examples=100, **EXAMPLES)
 @given(shape=st.integers(0, 19), backend=st.sampled_from(["fms", "transformers"]), batch=trees(most=7), seed=st.integers(0, 100_000))
 def test_a_right_path_through_any_tree_is_accepted_exactly_as_far_as_it_goes(tiny_models, shape, backend, batch, seed):

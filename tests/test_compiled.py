@@ -12,6 +12,8 @@ from fms_spec.errors import UserError
 from pipelines.train.compiled import check_compiler
 from pipelines.train.run import train
 
+pytestmark = pytest.mark.slow
+
 
 def figures(run_dir):
     """{(step, name): value} of losses, gradient norms and acceptance."""

@@ -46,6 +46,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.parquet"))}
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_table_and_write_no_row_twice(tmp_path):
     writers = [start_writer(tmp_path / "shared", 0.1, room=2) for _ in range(2)]
     assert [writer.wait(60) for writer in writers] == [0, 0], [writer.stderr.read() for writer in writers]

@@ -48,6 +48,7 @@ def tokenizer(model_dir):
     return AutoTokenizer.from_pretrained(model_dir)
 
 
+@pytest.mark.slow
 def test_speculative_greedy_decoding_equals_plain_decoding_token_for_token(tiny_models, tokenizer):
     wins, losses, far, ends = Counter(), Counter(), Counter(), Counter()
 

@@ -26,7 +26,6 @@ from pipelines.parallel.processes import Processes
 from pipelines.plan.devices import DEVICES
 from pipelines.plan.plan import Plan, Ranks, Sizes
 from pipelines.train.device_metrics import DeviceMetrics, known_device
-from pipelines.train.loop import loss_weights
 from pipelines.train.run import train
 
 GIB = 2**30
@@ -142,7 +141,7 @@ def test_a_plans_flops_are_those_that_torch_counts(tmp_path, model_dir, data_dir
     positions = choose_positions(usable_positions(segments, torch.zeros(3, dtype=torch.int64), heads))
     windows = make_windows(states, tokens, positions, heads)
     with FlopCounterMode(display=False) as counted:
-        head_losses(speculator, windows, base_model, loss_weights(config, "phase1"), torch.ones(heads))[0].backward()
+        head_losses(speculator, windows, base_model, config.phase1.loss.weights(config.speculator.n_predict), torch.ones(heads))[0].backward()
     assert work["heads and losses"][0] == counted.get_total_flops()
 
 

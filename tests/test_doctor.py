@@ -40,6 +40,7 @@ def test_a_plugin_that_is_left_out_by_the_environment_is_told(monkeypatch):
     assert doctor.plugin().state == "works"
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_does_not_fit_ends_with_exit_code_1_and_the_mend(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])

@@ -139,6 +139,7 @@ def test_a_disk_that_is_full_or_read_only_is_one_line_and_nothing_is_left(run, t
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_left_is_removed_by_the_next_one_and_a_living_ones_is_not(run, tmp_path):
     out = tmp_path / "speculator"
     script = (
@@ -163,6 +164,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one_and_a_living_ones_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "speculator"]
 
 
+@pytest.mark.slow
 def test_of_exports_at_once_one_is_there_whole_and_nothing_is_left_of_the_others(run, tmp_path):
     command = [sys.executable, "-c", "import sys; from scripts.export import *; input(); main(Arguments, run)"]
     words = [f"--checkpoint={run}", f"--out_dir={tmp_path}/some/where/../speculator"]

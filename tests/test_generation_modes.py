@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import prompts_of, write_config
+from forked import Command, run
 from test_continuation_writer import contents, wait_for
 from test_training import losses, records, weights_of
 
@@ -25,8 +25,8 @@ from pipelines.generate.producers import Producers, own_devices
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+pytestmark = pytest.mark.slow
+
 # Five shards of two prompts, the last of one; four steps of phase 2 on three rows each, so that batches span shards and epochs.
 SMALL = {"generation.batch_size": 2, "phase2.batch_size": 3, "schedule.steps": 14, "checkpoint.every": 4, "validation.prompts": 0}
 ALONGSIDE = SMALL | {"generation.mode": "alongside", "generation.shards_ahead": 1}
@@ -62,11 +62,12 @@ def test_continuations_written_ahead_by_the_command_give_the_bits_of_a_run_that_
         with pytest.raises(UserError, match="ahead: 5 shards .* are missing; run python -m scripts.generate_continuations ") as error:
             train(config_file(**ahead), tmp_path / "run", resume=False)
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["run.yaml"]
-    command = [sys.executable, *str(error.value).split("run python ")[1].split()]
-    subprocess.run([*command, "--shards=3:5"], env=ENVIRONMENT, check=True, capture_output=True)
-    finished = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    command = str(error.value).split("run python -m ")[1].split()
+    assert run(*command, "--shards=3:5").returncode == 0
+    finished = run(*command)
     assert "3 shards of 5 written" in finished.stdout and "9 rows" in finished.stdout
-    again = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
     assert "shards of" not in again.stdout and "is complete" in again.stdout
     assert json.loads((tmp_path / "ahead/manifest.json").read_text())["environment"]["versions"]["torch"]
     train(config_file(**ahead), tmp_path / "run", resume=False)
@@ -103,10 +104,10 @@ def test_producers_keep_the_asked_distance_and_may_die_without_a_bit_of_differen
 def test_a_killed_trainer_takes_its_producers_with_it_and_its_run_goes_on_to_the_same_bits(tmp_path, config_file, inline):
     config, run_dir = config_file(**ALONGSIDE), tmp_path / "run"
     words = [f"{key}={value}" for key, value in ALONGSIDE.items()]
-    command = [sys.executable, "-m", "scripts.train", f"--config={tmp_path / 'run.yaml'}", f"--out_dir={run_dir}", *words]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["scripts.train", f"--config={tmp_path / 'run.yaml'}", f"--out_dir={run_dir}", *words]
+    process = Command(command)
     wait_for(lambda: producers_of(run_dir) and (run_dir / "continuations").exists() and contents(run_dir / "continuations"))
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     wait_for(lambda: not producers_of(run_dir), seconds=10)
     train(config, run_dir, resume=True)

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, WORDS, prompts_of, tiny_speculator, write_config, write_model
+from test_house import ROOT
 from test_parallel import WAYS, figures, job, place, run_jobs, settings  # noqa: F401 (place is a fixture)
-from test_training import ROOT, records, weights_of
+from test_training import records, weights_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 

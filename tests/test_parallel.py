@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from pipelines.parallel.mesh import group_size
 from pipelines.parallel.processes import PATIENCE, Processes, take_gpu
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 # One step: four micro-batches of one row in phase 1, of two continuations in phase 2; shards of five prompts, which nothing divides.
@@ -97,10 +100,22 @@ def alone(place):
 
 @pytest.fixture(scope="module")
 def shared(place):
-    """Runs of two and of four processes in every way of sharing."""
-    for count, ways in WAYS.items():
-        code, output = run_jobs(place, count, [job(place, f"{way}{count}", **settings(count, **changes)) for way, changes in ways.items()])
+    """Runs of four and of two processes in every way of sharing; and "moved", begun sharded by four and gone on with by two."""
+    early = {"checkpoint.every": 4, "checkpoint.keep": 9}
+    moved = {
+        4: job(place, "moved", **settings(4, **early, **WAYS[4]["shard"])),
+        2: job(place, "moved", resume=True, **settings(2, **early)),
+    }
+    for count in (4, 2):
+        jobs = [job(place, f"{way}{count}", **settings(count, **changes)) for way, changes in WAYS[count].items()]
+        code, output = run_jobs(place, count, [moved[count], *jobs])
         assert code == 0, output[-3000:]
+        if count == 4:
+            checkpoints = whole_checkpoints(place / "moved/checkpoints")
+            assert [path.name for path in checkpoints] == ["step-00000004", "step-00000008", "step-00000009"]
+            for later in checkpoints[1:]:
+                shutil.rmtree(later)
+    assert "going on from step 4" in output
     return place
 
 
@@ -152,22 +167,10 @@ def test_what_is_sharded_is_held_in_parts(shared):
             assert sum(one[name] for one in held[way]) == pytest.approx(4 * whole[name] / parts, rel=0.01)
 
 
-def test_a_run_goes_on_with_another_number_of_processes_and_another_sharding(place, alone, shared, tmp_path):
-    early = {"checkpoint.every": 4, "checkpoint.keep": 9}
-    code, output = run_jobs(place, 4, [job(place, "moved", **settings(4, **early, **WAYS[4]["shard"]))])
-    assert code == 0, output[-3000:]
-    checkpoints = whole_checkpoints(place / "moved/checkpoints")
-    assert [path.name for path in checkpoints] == ["step-00000004", "step-00000008", "step-00000009"]
-    for later in checkpoints[1:]:
-        for file in later.iterdir():
-            file.unlink()
-        later.rmdir()
-    code, output = run_jobs(place, 2, [job(place, "moved", resume=True, **settings(2, **early))])
-    assert code == 0, output[-3000:]
-    assert "going on from step 4" in output
-    for (step, key, value), (_, _, expected) in zip(figures(place, "moved"), alone, strict=True):
+def test_a_run_goes_on_with_another_number_of_processes_and_another_sharding(alone, shared, tmp_path):
+    for (step, key, value), (_, _, expected) in zip(figures(shared, "moved"), alone, strict=True):
         assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), f"{key} at step {step}"
-    export(place / "moved", tmp_path / "speculator")  # in one process
+    export(shared / "moved", tmp_path / "speculator")  # in one process
 
 
 def test_a_run_is_not_gone_on_with_where_its_steps_would_be_other_ones(place, shared):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import forked
 import pytest
 from conftest import write_config, write_model
 from test_house import ROOT
@@ -108,7 +109,7 @@ def test_a_draft_vocabulary_or_texts_over_the_base_models_are_refused(llama):
 
 
 def run(directory, *words):
-    return subprocess.run([sys.executable, "-m", *words], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return forked.run(*words, cwd=directory, env=ENVIRONMENT)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,22 @@ def test_a_plan_is_printed_and_nothing_is_written_even_where_a_run_stands(tmp_pa
         assert word in finished.stdout
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """(base model, prepared data) large enough for python and torch themselves not to decide a run's memory: 100 million weights."""
+    place = tmp_path_factory.mktemp("large")
+    (place / "corpus").mkdir()
+    for i in range(40):  # enough for the steps below
+        (place / "corpus" / f"{i:02}.txt").write_text(" ".join(f"w{(7 * i + j) % 90}" for j in range(128)))
+    base = write_model(
+        place / "base", vocab_size=32768, hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=4,
+        num_hidden_layers=8,
+    )  # fmt: skip
+    prepare(source=str(place / "corpus"), tokenizer=str(base), out_dir=str(place / "data"), seq_length=128, prompt_length=8, held_out=3)
+    return base, place / "data"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, processes, changes",
     [
@@ -158,26 +175,16 @@ def test_a_plan_is_printed_and_nothing_is_written_even_where_a_run_stands(tmp_pa
         ),
     ],
 )  # fmt: skip
-def test_the_planned_peak_is_within_15_percent_of_what_a_run_takes(tmp_path, family, processes, changes):
-    for i in range(40):  # enough for the steps below
-        text = " ".join(f"w{(7 * i + j) % 90}" for j in range(128))
-        (tmp_path / "corpus").mkdir(exist_ok=True)
-        (tmp_path / "corpus" / f"{i:02}.txt").write_text(text)
-    # Large enough for python and torch themselves not to decide it: 100 million weights.
-    base = write_model(
-        tmp_path / "base", vocab_size=32768, hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=4,
-        num_hidden_layers=8,
-    )  # fmt: skip
-    places = {"source": str(tmp_path / "corpus"), "tokenizer": str(base), "out_dir": str(tmp_path / "data")}
-    prepare(**places, seq_length=128, prompt_length=8, held_out=3)
+def test_the_planned_peak_is_within_15_percent_of_what_a_run_takes(tmp_path, large, family, processes, changes):
+    base, data = large
     of_family = {"phase1.loss.smooth_l1": 0.0}
     if family == "hidden_state":
         of_family = {"speculator.draft_vocab_size": 16384, "speculator.width": 512}
     changes = {
-        "schedule.steps": 3, "speculator.inner_dim": 1024, "phase1.batch_size": 16, "phase1.positions": "null", "phase2.batch_size": 32,
+        "schedule.steps": 2, "speculator.inner_dim": 1024, "phase1.batch_size": 8, "phase1.positions": "null", "phase2.batch_size": 32,
         "phase2.loss.distillation": 1.0, "phase2.loss.only_accepted": "false", "validation.prompts": 0,
     } | of_family | changes  # fmt: skip
-    config = write_config(tmp_path / "run.yaml", base, tmp_path / "data", family, **changes)
+    config = write_config(tmp_path / "run.yaml", base, data, family, **changes)
     planned = Plan(config, Sizes(128, 8), Ranks(processes, processes), CPU).peak
     overrides = [f"{key}={value}" for key, value in changes.items()]
     child = (

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from conftest import write_config
+from forked import Command, run
 from test_house import ROOT
 
 from pipelines.measure.recipe import SharedStates, compared, read_variants
@@ -33,14 +32,14 @@ def place(tmp_path, model_dir, data_dir):
 
 def command(*more):
     words = ["recipe", "--config=run.yaml", "--variants=variants.yaml", "--out_dir=out", *more]
-    return [sys.executable, "-m", "scripts.benchmark", *words]
+    return ["scripts.benchmark", *words]
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}  # no heading of the table is broken
 
 
 def sweep(place, *more):
-    return subprocess.run(command(*more), cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return run(*command(*more), cwd=place, env=ENVIRONMENT)
 
 
 def lines(place):
@@ -48,7 +47,7 @@ def lines(place):
 
 
 def test_an_interrupted_comparison_goes_on_with_what_is_missing_and_ends_with_a_table(place):
-    first = subprocess.Popen(command(), cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = Command(command(), cwd=place, env=ENVIRONMENT)
     deadline = time.monotonic() + 300
     while not (place / "out/results.jsonl").is_file() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

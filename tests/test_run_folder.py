@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from conftest import write_config
+from forked import ROOT, Command
 from test_checkpoint import FILES, cut, empty, finished, flip, run, weights  # noqa: F401 (two are fixtures)
 
 from fms_spec.errors import UserError
@@ -21,8 +21,6 @@ from pipelines.train.loop import Trainer
 from pipelines.train.metrics import Metrics
 from pipelines.train.run import train
 from pipelines.train.run_state import examine_run
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_a_run_that_has_no_room_says_so_before_it_writes(finished, tmp_path, monkeypatch):
@@ -159,8 +157,7 @@ def test_an_owners_file_that_is_a_link_is_not_written_through(tmp_path):
 
 
 def start(config_file, out_dir, *words):
-    command = [sys.executable, "-m", "scripts.train", f"--config={config_file}", f"--out_dir={out_dir}", *words]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Command(["scripts.train", f"--config={config_file}", f"--out_dir={out_dir}", *words])
 
 
 def wait_for(condition, process):
@@ -200,6 +197,7 @@ def test_a_second_sigterm_ends_the_run_at_once(tmp_path):
     assert process.wait(timeout=20) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_drawn_kills_and_damages_lose_nothing():
     """The short form of `python -m tests.faults`."""
     command = [sys.executable, "-m", "tests.faults", "--tries=1", "--kinds=kills,operations,damage"]

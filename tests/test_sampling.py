@@ -107,6 +107,7 @@ def test_a_seeds_numbers_do_not_depend_on_its_neighbours_nor_on_how_many_are_dra
     assert torch.equal(together.choices, alone.choices) and torch.equal(together.tests, alone.tests)
 
 
+@pytest.mark.slow
 def test_picked_candidates_leave_a_sampled_text_as_it_is_token_for_token(tiny_models):
     wins, losses = Counter(), Counter()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import write_model
 from documents import GUIDES, ROOT, blocks, commands
@@ -19,7 +20,18 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 CONTINUE = "scripts.generate_continuations --engine=embedded --out_dir=new"
 
 
+pytestmark = pytest.mark.slow
+
+
 def run(directory, *words):
+    """What comes of `python` with these words."""
+    if words[0] == "-m" and words[1].startswith("scripts."):
+        return forked.run(*words[1:], cwd=directory, env=ENVIRONMENT)
+    return start(directory, *words)
+
+
+def start(directory, *words):
+    """The same, in a process that has imported nothing yet."""
     return subprocess.run([sys.executable, *words], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
@@ -41,7 +53,7 @@ def place(tmp_path_factory, corpus_dir):
     printed = {}
     for command in commands("README.md"):
         if command.startswith("python -m "):
-            finished = run(directory, *shlex.split(command)[1:])
+            finished = start(directory, *shlex.split(command)[1:])
             assert finished.returncode == 0, finished.stderr
             printed[command.split()[2]] = finished.stdout
     (directory / "printed.json").write_text(json.dumps(printed))

@@ -1,11 +1,13 @@
 """The training step's benchmark on a tiny model, and the report over result files."""
 
 import json
+import multiprocessing
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from forked import FORKS
 
 from fms_spec.losses import head_losses
 from pipelines.measure import heads as benchmark_heads
@@ -36,9 +38,11 @@ def results(tmp_path_factory, model_dir, data_dir):
     """A file with the lines of every part but torch.compile's, which takes minutes."""
     out = tmp_path_factory.mktemp("results") / "tiny.jsonl"
     parts = ("heads", "wide_heads", "loss", "base_forward", "rest", "small")
-    run_train_step(TrainStep(
-        base_model=str(model_dir), data=str(data_dir), tokens=128, rounds=1, wide_vocab=64, parts=parts, dtype="float32", out=str(out),
-    ))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda _: FORKS)  # eight processes of its own, which import all of torch each
+        run_train_step(TrainStep(
+            base_model=str(model_dir), data=str(data_dir), tokens=128, rounds=1, wide_vocab=64, parts=parts, dtype="float32", out=str(out),
+        ))  # fmt: skip
     return out
 
 
@@ -76,6 +80,7 @@ def test_every_loss_kernel_gives_the_same_loss_and_gradients():
         torch.testing.assert_close(others, found[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_the_loss_takes_less_than_a_tenth_of_the_plain_versions_memory():
     shape = shape_of("some", 16, 8192, 64, (8, 8), 16, heads=3, tokens=4096)

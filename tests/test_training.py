@@ -1,12 +1,10 @@
 import json
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from forked import Command
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,8 +15,6 @@ from fms_spec.speculators.directory import load_speculator
 from pipelines.export import export
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train
-
-ROOT = Path(__file__).parents[1]
 
 
 def weights_of(run_dir, tmp_path):
@@ -87,9 +83,9 @@ def test_phases_alternate_five_to_two_and_every_figure_is_logged(tmp_path, confi
 def test_a_killed_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, config_file, cached):
     config = config_file(hidden_state_cache=cached)
     train(config, tmp_path / "whole", resume=False)
-    command = [sys.executable, "-m", "scripts.train", f"--config={tmp_path / 'run.yaml'}", f"--out_dir={tmp_path / 'killed'}"]
+    command = ["scripts.train", f"--config={tmp_path / 'run.yaml'}", f"--out_dir={tmp_path / 'killed'}"]
     command.append(f"hidden_state_cache={str(cached).lower()}")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Command(command)
     deadline = time.monotonic() + 120
     while not whole_checkpoints(tmp_path / "killed/checkpoints") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
