@@ -141,7 +141,7 @@ def test_a_plans_flops_are_those_that_torch_counts(tmp_path, model_dir, data_dir
     positions = choose_positions(usable_positions(segments, torch.zeros(3, dtype=torch.int64), heads))
     windows = make_windows(states, tokens, positions, heads)
     with FlopCounterMode(display=False) as counted:
-        head_losses(speculator, windows, base_model, config.phase1.loss.weights(config.speculator.n_predict), torch.ones(heads))[0].backward()
+        head_losses(speculator, windows, base_model, config.phase1.loss.weights(heads), torch.ones(heads))[0].backward()
     assert work["heads and losses"][0] == counted.get_total_flops()
 
 
