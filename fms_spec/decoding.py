@@ -14,7 +14,7 @@ import torch
 
 from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Proposer, Step
 from fms_spec.sampling import Chance
 from fms_spec.text import TextStream
@@ -77,7 +77,7 @@ class Timing:
 
 
 def decode(
-    base_model: BaseModel, prompts: Sequence[torch.Tensor], options: Options, proposer: Proposer | None = None,
+    base_model: BaseModel, prompts: Sequence[torch.Tensor], options: DecodingOptions, proposer: Proposer | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[list[Continuation], Timing]:  # fmt: skip
     """Decode a batch of prompts together, to their ends.
@@ -106,12 +106,12 @@ def decode(
 
 
 def stream(
-    base_model: BaseModel, prompts: Sequence[torch.Tensor], options: Options, proposer: Proposer | None = None
+    base_model: BaseModel, prompts: Sequence[torch.Tensor], options: DecodingOptions, proposer: Proposer | None = None
 ) -> Iterator[list[Emitted]]:
     """Decode a batch of prompts of unequal length together, giving out what every step adds; finished sequences leave the batch.
 
     Args:
-        prompts: list of 1-D int64 tensors. options: `options.Options`. proposer: see `proposers`; None for plain decoding.
+        prompts: list of 1-D int64 tensors. options: `options.DecodingOptions`. proposer: see `proposers`; None for plain decoding.
 
     Returns:
         iterator of lists of `Emitted`, one for each text that is still going on: the first after the prompts were read, then one a step.
@@ -125,7 +125,7 @@ def stream(
 class Decoding:
     """One batch on its way."""
 
-    def __init__(self, base_model: BaseModel, prompts: Sequence[torch.Tensor], options: Options, proposer: Proposer | None):
+    def __init__(self, base_model: BaseModel, prompts: Sequence[torch.Tensor], options: DecodingOptions, proposer: Proposer | None):
         lookahead, nodes = (proposer.lookahead, proposer.nodes) if proposer else (0, 0)
         options.check(base_model, prompts, lookahead)
         self.base_model, self.options, self.proposer = base_model, options, proposer

@@ -12,7 +12,7 @@ from fms_spec.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class DecodingOptions:
     """How tokens are chosen and when a text ends.
 
     max_new_tokens, min_new_tokens: EOS can't be chosen, and stop strings don't count, among the first min_new_tokens. ignore_eos: EOS is a

@@ -16,7 +16,7 @@ from pipelines.config import load_config
 from pipelines.export import export
 from pipelines.machine.environment import environment
 from pipelines.machine.small_model import unpack_small_model
-from pipelines.measure.evaluate import evaluate, losslessness, report, settle, usual_ways
+from pipelines.measure.evaluate import evaluate, losslessness, settle, summary, usual_ways
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts
 from pipelines.plan.devices import faster_dtype
 from pipelines.show.console import print_values
@@ -131,7 +131,7 @@ def decode_prompts(load, prompts):
     base_model, speculator, proposer = load()
     samples = evaluate(base_model, prompts, usual_ways(proposer), NEW_TOKENS)
     chain = chain_acceptance(speculator, greedy_texts(base_model, samples, speculator.n_predict))
-    return samples, report(samples, proposer) | chain
+    return samples, summary(samples, proposer) | chain
 
 
 def write_report(out, config, seconds):

@@ -16,7 +16,7 @@ from fms_spec.vllm.versions import installed_vllm
 from pipelines.cli import arguments, draft_shape, main
 from pipelines.generate.vllm_engine import need_vllm
 from pipelines.machine.environment import environment
-from pipelines.measure.evaluate import evaluate, free_memory, losslessness, parting, report, settle, side_by_side, usual_ways
+from pipelines.measure.evaluate import evaluate, free_memory, losslessness, parting, settle, side_by_side, summary, usual_ways
 from pipelines.measure.serving import serve
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts, suggest
 from pipelines.show.console import print_evaluation
@@ -85,7 +85,7 @@ def measure(load, prompts, parsed):
     samples = evaluate(base_model, prompts, usual_ways(proposer), parsed.max_new_tokens)
     earned = partial(chain_acceptance, speculator)
     texts = partial(greedy_texts, base_model, samples, speculator.n_predict)
-    values = report(samples, proposer) | earned(texts()) | {"suggestion": suggest(base_model, speculator, texts())}
+    values = summary(samples, proposer) | earned(texts()) | {"suggestion": suggest(base_model, speculator, texts())}
     if parsed.against:
         values["against"] = earned(texts(), proposer.lookahead)
     return samples, values

@@ -8,7 +8,7 @@ from data.prompts import Prompt
 from fms_spec.acceptance import accepted_in_text, pooled_acceptance
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, PromptLookup
 from fms_spec.speculators.mlp import MLPSpeculator
 from pipelines.measure.evaluate import evaluate
@@ -41,22 +41,22 @@ def test_acceptance_is_counted_as_vllm_counts_it():
 def test_the_evaluator_without_decoding_gives_what_decoding_accepts(small_model, seed, shape, length, new_tokens):
     proposer = shape.proposer(heads(small_model, seed))
     prompts = torch.randint(1, 12, (4, length), generator=torch.Generator().manual_seed(seed))
-    decoded, _ = decode(small_model, list(prompts), Options(max_new_tokens=new_tokens), proposer)
+    decoded, _ = decode(small_model, list(prompts), DecodingOptions(max_new_tokens=new_tokens), proposer)
     expected = [list(result.accepted) for result in decoded]
     validation = Validation(small_model, prompts, new_tokens, 3)
     assert validation.accepted(proposer) == expected
 
 
 def test_texts_that_end_early_are_among_those_compared(small_model):
-    decoded, _ = decode(small_model, [torch.tensor([word]) for word in range(1, 12)], Options(max_new_tokens=24))
+    decoded, _ = decode(small_model, [torch.tensor([word]) for word in range(1, 12)], DecodingOptions(max_new_tokens=24))
     assert {result.finish_reason for result in decoded} == {"stop", "length"}
 
 
 def test_prompt_lookup_is_judged_without_decoding_too(small_model):
     proposer = PromptLookup(3)
     (prompt,) = torch.randint(1, 12, (1, 9), generator=torch.Generator().manual_seed(3))
-    (result,), _ = decode(small_model, [prompt], Options(max_new_tokens=30, ignore_eos=True), proposer)
-    (longer,), _ = decode(small_model, [prompt], Options(max_new_tokens=33, ignore_eos=True))
+    (result,), _ = decode(small_model, [prompt], DecodingOptions(max_new_tokens=30, ignore_eos=True), proposer)
+    (longer,), _ = decode(small_model, [prompt], DecodingOptions(max_new_tokens=33, ignore_eos=True))
     text = torch.cat([prompt, torch.tensor(longer.tokens)])
     states = small_model.hidden_states(text[None], torch.zeros(1, len(text), dtype=torch.int64))[0]
     found = accepted_in_text(proposer, states, text, len(prompt), 30)
@@ -65,7 +65,7 @@ def test_prompt_lookup_is_judged_without_decoding_too(small_model):
 
 def test_candidates_past_the_end_of_a_known_text_count_as_wrong(small_model):
     proposer = DraftShape(top_k_per_head=(12, 1)).proposer(heads(small_model, 0))
-    (result,), _ = decode(small_model, [torch.tensor([3, 4])], Options(max_new_tokens=2, ignore_eos=True))
+    (result,), _ = decode(small_model, [torch.tensor([3, 4])], DecodingOptions(max_new_tokens=2, ignore_eos=True))
     text = torch.tensor([3, 4, *result.tokens])
     states = small_model.hidden_states(text[None], torch.zeros(1, 4, dtype=torch.int64))[0]
     assert accepted_in_text(proposer, states, text, 2, 2) == [1]  # all 12 words are candidates, and one token more is known

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 
 TABLE = Path(__file__).parents[1] / "docs" / "base_models.md"
 NEW_TOKENS = 40
@@ -59,6 +59,6 @@ def test_an_architecture_is_as_transformers_has_it_or_refused_as_the_table_says(
     prompt = tokens[0, :30]
     text = greedy(theirs, prompt, NEW_TOKENS + 4)
     for proposer in (None, Planted([text], 96, 3, lambda _, step: step % 4, branches=2)):
-        (result,), _ = decode(model, [prompt], Options(max_new_tokens=NEW_TOKENS, ignore_eos=True), proposer)
+        (result,), _ = decode(model, [prompt], DecodingOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True), proposer)
         assert result.tokens == text[30 : 30 + NEW_TOKENS]
     assert 1 < sum(result.accepted) < NEW_TOKENS  # of the tree's candidates some were right and some were not

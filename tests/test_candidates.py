@@ -14,7 +14,7 @@ from fms_spec.acceptance import pooled_acceptance
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import BestNodesProposer, DraftShape, PromptLookup, Step, TopKProposer
 from fms_spec.sampling import Sampling
 
@@ -188,7 +188,7 @@ def test_a_shape_that_is_left_out_is_a_chain_as_deep_as_the_speculator_was_train
 def test_a_proposer_sees_the_state_that_chose_each_newest_token_and_the_text_up_to_it(base_model):
     prompts, seen = prompts_of(5, 12, 3), []
     for sampling in (Sampling(), Sampling(temperature=1.0)):
-        plain, _ = decode(base_model, prompts, Options(max_new_tokens=30, ignore_eos=True, sampling=sampling))
+        plain, _ = decode(base_model, prompts, DecodingOptions(max_new_tokens=30, ignore_eos=True, sampling=sampling))
         texts = [prompt.tolist() + result.tokens for prompt, result in zip(prompts, plain)]
 
         class Watching(Planted):
@@ -203,7 +203,7 @@ def test_a_proposer_sees_the_state_that_chose_each_newest_token_and_the_text_up_
                 return super().propose(step)
 
         proposer = Watching(texts, base_model.vocab_size, 4, lambda index, step: (3, 0, 4, 1)[(index + step) % 4], branches=3)
-        decode(base_model, prompts, Options(max_new_tokens=20, ignore_eos=True, sampling=sampling), proposer)
+        decode(base_model, prompts, DecodingOptions(max_new_tokens=20, ignore_eos=True, sampling=sampling), proposer)
     assert {rows for rows, *_ in seen} >= {2, 3} and all(bool(numbers) == (temperature > 0) for _, temperature, numbers in seen)
     numbers = [number for *_, lines in seen if lines for line in lines for number in line]
     assert len(numbers) == len(set(numbers)) and len(numbers) % 12 == 0  # every candidate's own, never used twice
@@ -221,11 +221,11 @@ def check_planted(base_model, right, lookahead, branches):
     """Decode two prompts of unequal length, greedily and sampling: the plain text in exactly the steps that the candidates earn."""
     prompts = prompts_of(5, 12)
     for sampling in (Sampling(), Sampling(temperature=1.0)):
-        plain, timing = decode(base_model, prompts, Options(max_new_tokens=MOST + 10, ignore_eos=True, sampling=sampling))
+        plain, timing = decode(base_model, prompts, DecodingOptions(max_new_tokens=MOST + 10, ignore_eos=True, sampling=sampling))
         assert timing.steps == MOST + 9
         texts = [prompt.tolist() + result.tokens for prompt, result in zip(prompts, plain)]
         proposer = Planted(texts, base_model.vocab_size, lookahead, right, branches, seed=lookahead * branches)
-        fast, timing = decode(base_model, prompts, Options(max_new_tokens=MOST, ignore_eos=True, sampling=sampling), proposer)
+        fast, timing = decode(base_model, prompts, DecodingOptions(max_new_tokens=MOST, ignore_eos=True, sampling=sampling), proposer)
         expected = []
         for index in range(len(prompts)):
             accepted, said = [], 1  # the prompt's own forward says the first token
@@ -277,7 +277,7 @@ def plant(parents, truth, chance):
 def test_a_right_path_through_any_tree_is_accepted_exactly_as_far_as_it_goes(tiny_models, shape, backend, batch, seed):
     assume(len(batch[0]) > 1)
     model, prompts = tiny_models.get(shape, backend, seed), prompts_of(*(3, 8, 5, 2)[: len(batch)], words=8, seed=seed)
-    plain, _ = decode(model, prompts, Options(max_new_tokens=30, ignore_eos=True))
+    plain, _ = decode(model, prompts, DecodingOptions(max_new_tokens=30, ignore_eos=True))
     wholes = [prompt.tolist() + result.tokens for prompt, result in zip(prompts, plain)]
     expected, chance = [[] for _ in prompts], random.Random(seed)
 
@@ -291,6 +291,6 @@ def test_a_right_path_through_any_tree_is_accepted_exactly_as_far_as_it_goes(tin
                 expected[index].append(accepted)
             return Candidates(torch.tensor([line for line, _ in planted]), Tree(torch.tensor([batch[index] for index in indices])))
 
-    fast, _ = decode(model, prompts, Options(max_new_tokens=16, ignore_eos=True), AnotherTreeForEach())
+    fast, _ = decode(model, prompts, DecodingOptions(max_new_tokens=16, ignore_eos=True), AnotherTreeForEach())
     assert [result.tokens for result in fast] == [result.tokens[:16] for result in plain]
     assert [result.accepted for result in fast] == expected

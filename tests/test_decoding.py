@@ -14,7 +14,7 @@ import fms_spec.decoding
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode, stream
 from fms_spec.errors import UserError
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import PromptLookup, TopKProposer
 from fms_spec.sampling import Sampling
 
@@ -25,7 +25,7 @@ SEEDS = st.integers(0, 1_000_000)
 def limits(draw):
     most = draw(st.integers(1, 24))
     least = draw(st.integers(0, most))
-    return Options(max_new_tokens=most, min_new_tokens=draw(st.sampled_from([0, least])), ignore_eos=draw(st.booleans()))
+    return DecodingOptions(max_new_tokens=most, min_new_tokens=draw(st.sampled_from([0, least])), ignore_eos=draw(st.booleans()))
 
 
 def decode_plainly(model, prompts, options):
@@ -82,7 +82,7 @@ def test_speculative_greedy_decoding_equals_plain_decoding_token_for_token(tiny_
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_a_batch_of_unequal_prompts_decodes_as_each_prompt_alone(base_model, kind):
-    prompts, options = prompts_of(3, 17, 8, 30, 5), Options(max_new_tokens=40)
+    prompts, options = prompts_of(3, 17, 8, 30, 5), DecodingOptions(max_new_tokens=40)
     proposer = kind and tiny_proposer(base_model, kind, widths=(3, 2))
     together, _ = decode(base_model, prompts, options, proposer)
     assert together == [decode(base_model, [prompt], options, proposer)[0][0] for prompt in prompts]
@@ -91,7 +91,7 @@ def test_a_batch_of_unequal_prompts_decodes_as_each_prompt_alone(base_model, kin
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_both_backends_decode_the_same_tokens(base_model, kind):
     other = BaseModel(base_model.name, dtype="float32", backend="transformers", device="cpu")
-    prompts, options = prompts_of(5, 12), Options(max_new_tokens=20)
+    prompts, options = prompts_of(5, 12), DecodingOptions(max_new_tokens=20)
     proposer = kind and tiny_proposer(base_model, kind, "hidden_state", widths=(3, 2, 1))
     assert decode(other, prompts, options, proposer)[0] == decode(base_model, prompts, options, proposer)[0]
 
@@ -102,7 +102,7 @@ def test_prompts_that_are_read_in_pieces_are_continued_as_ever(tiny_models, monk
     for seed in range(6):
         model, prompts = tiny_models.get(3 * seed, backend, seed), prompts_of(12, 1, 3, 7, 4, words=8, seed=seed)
         options, proposer = (
-            Options(max_new_tokens=12, sampling=Sampling(temperature=float(seed % 2))),
+            DecodingOptions(max_new_tokens=12, sampling=Sampling(temperature=float(seed % 2))),
             tiny_proposer(model, "best", seed=seed),
         )
         whole, _ = decode(model, prompts, options, proposer)
@@ -115,7 +115,7 @@ def test_prompts_that_are_read_in_pieces_are_continued_as_ever(tiny_models, monk
 def known(base_model):
     """Two prompts and their endless greedy texts."""
     prompts = prompts_of(6, 11)
-    plain, _ = decode(base_model, prompts, Options(max_new_tokens=40, ignore_eos=True))
+    plain, _ = decode(base_model, prompts, DecodingOptions(max_new_tokens=40, ignore_eos=True))
     assert [len(result.tokens) for result in plain] == [40, 40] and {result.finish_reason for result in plain} == {"length"}
     return prompts, [result.tokens for result in plain]
 
@@ -132,7 +132,7 @@ def test_a_text_ends_with_the_first_eos_wherever_it_stands_in_an_accepted_path(b
     for eos in first[1:9]:
         monkeypatch.setattr(base_model, "eos_token_ids", {eos})
         proposer = planted(base_model, known, right)
-        results, _ = decode(base_model, prompts, Options(max_new_tokens=30), proposer)
+        results, _ = decode(base_model, prompts, DecodingOptions(max_new_tokens=30), proposer)
         assert results[0].tokens == first[: first.index(eos) + 1] and results[0].finish_reason == "stop"
         expected = (second[: second.index(eos) + 1], "stop") if eos in second[:30] else (second[:30], "length")
         assert (results[1].tokens, results[1].finish_reason) == expected
@@ -146,7 +146,7 @@ def test_min_new_tokens_ends_at_exactly_its_token_also_inside_an_accepted_path(b
         place = first.index(eos)
         for least in (place, place + 1):
             options, proposer = (
-                Options(max_new_tokens=30, min_new_tokens=least),
+                DecodingOptions(max_new_tokens=30, min_new_tokens=least),
                 planted(base_model, known, right),
             )
             results, _ = decode(base_model, prompts, options, proposer)
@@ -158,7 +158,7 @@ def test_min_new_tokens_ends_at_exactly_its_token_also_inside_an_accepted_path(b
 def test_max_new_tokens_ends_a_text_at_exactly_that_length(base_model, known, right):
     for most in (1, 2, 3, 4, 5, 9):
         proposer = planted(base_model, known, right)
-        results, _ = decode(base_model, known[0], Options(max_new_tokens=most, ignore_eos=True), proposer)
+        results, _ = decode(base_model, known[0], DecodingOptions(max_new_tokens=most, ignore_eos=True), proposer)
         assert said(results) == [(tokens[:most], "", "length") for tokens in known[1]]
 
 
@@ -169,7 +169,7 @@ def test_min_new_tokens_keeps_eos_out_of_the_first_so_many_tokens_and_no_further
         model = tiny_models.get(0, seed=seed)
         prompts, proposer = prompts_of(4, 9, words=8, seed=seed), kind and tiny_proposer(model, kind, seed=seed, widths=(3, 2, 2))
         for sampling in (Sampling(), Sampling(temperature=1.0)):
-            options = Options(max_new_tokens=20, min_new_tokens=6, sampling=sampling)
+            options = DecodingOptions(max_new_tokens=20, min_new_tokens=6, sampling=sampling)
             for result in decode(model, prompts, options, proposer)[0]:
                 assert 0 not in result.tokens[:6] and 0 not in result.tokens[:-1]
                 assert (result.finish_reason == "stop") == (result.tokens[-1] == 0)
@@ -183,7 +183,7 @@ def test_stop_strings_end_the_text_before_them_and_not_before_min_new_tokens(bas
     place = next(i for i in range(5, 25) if f"{words[i]} {words[i + 1]}" not in " ".join(words[:i]) and "<eos>" not in words[i : i + 2])
     stop = f"{words[place]} {words[place + 1]}"
     for right in (None, 0, 3):
-        options = Options(max_new_tokens=30, ignore_eos=True, tokenizer=tokenizer, stop=(stop, "never said"))
+        options = DecodingOptions(max_new_tokens=30, ignore_eos=True, tokenizer=tokenizer, stop=(stop, "never said"))
         (result, _), _ = decode(base_model, prompts, options, planted(base_model, known, right))
         assert result.tokens == first[: place + 2] and result.finish_reason == "stop"
         assert result.text == tokenizer.decode(first[:place], skip_special_tokens=True) + " "
@@ -197,7 +197,7 @@ def test_stop_strings_end_the_text_before_them_and_not_before_min_new_tokens(bas
 @pytest.mark.parametrize("right", [None, 2])
 def test_a_stream_gives_out_what_the_batch_returns_and_marks_what_was_accepted(base_model, known, tokenizer, right):
     prompts, tokens = known
-    options = Options(max_new_tokens=11, ignore_eos=True, tokenizer=tokenizer)
+    options = DecodingOptions(max_new_tokens=11, ignore_eos=True, tokenizer=tokenizer)
     results, timing = decode(base_model, prompts, options, planted(base_model, known, right))
     steps = list(stream(base_model, prompts, options, planted(base_model, known, right)))
     assert len(steps) == timing.steps + 1 == (11 if right is None else 5)
@@ -214,16 +214,16 @@ def test_a_stream_gives_out_what_the_batch_returns_and_marks_what_was_accepted(b
 
 def test_progress_is_told_the_new_tokens_of_every_step(base_model, known):
     told = []
-    _, timing = decode(base_model, known[0], Options(max_new_tokens=7, ignore_eos=True), planted(base_model, known, 2), told.append)
+    _, timing = decode(base_model, known[0], DecodingOptions(max_new_tokens=7, ignore_eos=True), planted(base_model, known, 2), told.append)
     assert told == [2, 6, 6] and timing.steps == 2 and timing.decoding > 0 < timing.prefill
 
 
 def test_finished_sequences_leave_the_batch(base_model, monkeypatch):
     prompts, widths, extend = prompts_of(4, 5, 6, 7), [], base_model.extend
-    plain, _ = decode(base_model, prompts, Options(max_new_tokens=10, ignore_eos=True))
+    plain, _ = decode(base_model, prompts, DecodingOptions(max_new_tokens=10, ignore_eos=True))
     monkeypatch.setattr(base_model, "extend", lambda tokens, *more: widths.append(len(tokens)) or extend(tokens, *more))
     monkeypatch.setattr(base_model, "eos_token_ids", {plain[1].tokens[2]})
-    results, _ = decode(base_model, prompts, Options(max_new_tokens=10))
+    results, _ = decode(base_model, prompts, DecodingOptions(max_new_tokens=10))
     assert widths[0] == 4 and widths == sorted(widths, reverse=True)
     ends = [len(result.tokens) for result in results]
     assert widths[1:] == [sum(end > step for end in ends) for step in range(1, max(ends))]
@@ -233,10 +233,10 @@ def test_finished_sequences_leave_the_batch(base_model, monkeypatch):
 def test_a_text_that_ends_inside_an_accepted_path_waits_in_a_large_batch_without_outgrowing_the_cache(base_model, most):
     # One finished text of sixteen stays in the batch; the longest prompt ends first, its last step having accepted more than was asked for.
     prompts = prompts_of(9, *[3] * 15)
-    plain, _ = decode(base_model, prompts, Options(max_new_tokens=30, ignore_eos=True))
+    plain, _ = decode(base_model, prompts, DecodingOptions(max_new_tokens=30, ignore_eos=True))
     texts = [prompt.tolist() + result.tokens for prompt, result in zip(prompts, plain)]
     proposer = Planted(texts, base_model.vocab_size, 4, lambda index, step: 4 if index == 0 else 0)
-    fast, _ = decode(base_model, prompts, Options(max_new_tokens=most, ignore_eos=True), proposer)
+    fast, _ = decode(base_model, prompts, DecodingOptions(max_new_tokens=most, ignore_eos=True), proposer)
     assert [result.tokens for result in fast] == [result.tokens[:most] for result in plain]
 
 
@@ -260,14 +260,14 @@ def test_what_cannot_be_decoded_is_refused_before_any_work(base_model, tokenizer
     for prompts, options, message in refused:
         for begin in (decode, stream):
             with pytest.raises(UserError, match=message):
-                begin(base_model, prompts, Options(**options))
+                begin(base_model, prompts, DecodingOptions(**options))
 
 
 def test_the_context_is_filled_to_its_last_token_and_candidates_count_too(base_model):
     (prompt,) = prompts_of(10)
     fits, proposer = base_model.context_length - 10, PromptLookup(3)
-    assert len(decode(base_model, [prompt], Options(max_new_tokens=fits, ignore_eos=True))[0][0].tokens) == fits
-    assert len(decode(base_model, [prompt], Options(max_new_tokens=fits - 3, ignore_eos=True), proposer)[0][0].tokens) == fits - 3
+    assert len(decode(base_model, [prompt], DecodingOptions(max_new_tokens=fits, ignore_eos=True))[0][0].tokens) == fits
+    assert len(decode(base_model, [prompt], DecodingOptions(max_new_tokens=fits - 3, ignore_eos=True), proposer)[0][0].tokens) == fits - 3
     for most, more in ((fits + 1, None), (fits - 2, proposer), (fits, TopKProposer(tiny_speculator(base_model, "mlp_tied"), [1]))):
         with pytest.raises(UserError, match="over the context"):
-            decode(base_model, [prompt], Options(max_new_tokens=most), more)
+            decode(base_model, [prompt], DecodingOptions(max_new_tokens=most), more)

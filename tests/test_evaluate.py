@@ -13,7 +13,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode, stream
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.speculators.directory import describe, save_speculator
 from pipelines.generate import vllm_engine
 from pipelines.measure.evaluate import before_step, evaluate, logit_gap, losslessness, parting, settle, usual_ways
@@ -115,7 +115,7 @@ def test_where_float32_does_not_fit_the_device_the_cpu_judges(place, monkeypatch
 
 
 def test_a_judged_text_begins_so_that_the_step_in_question_is_its_first(base_model):
-    (prompt,), options = prompts_of(7), Options(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    (prompt,), options = prompts_of(7), DecodingOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     proposer = tiny_proposer(base_model, "best", widths=(1, 1, 1), extra=60)  # many candidates: some are accepted
     (text,), _ = decode(base_model, [prompt], options, proposer)
     assert sum(text.accepted) > 2

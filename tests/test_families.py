@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+import scripts.decode
 import scripts.evaluate
 import scripts.export
-import scripts.generate
 import scripts.train
 from fms_spec.base_model import BaseModel as FrozenModel
 from fms_spec.errors import UserError
@@ -101,7 +101,7 @@ def test_a_family_of_one_file_plans_trains_validates_exports_reloads_evaluates_a
     capsys.readouterr()
 
     words = ["--prompt=w1 w2 w3", "--dtype=float32", "--max_new_tokens=20"]
-    command(scripts.generate, *places, *words, "--top_k_per_head=2,2,1", "--compare")
+    command(scripts.decode, *places, *words, "--top_k_per_head=2,2,1", "--compare")
     said = capsys.readouterr().out
     assert "acceptance length" in said and "speed-up" in said
 

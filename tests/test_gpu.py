@@ -19,7 +19,7 @@ from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.losses import LossWeights, head_losses
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import TopKProposer
 from fms_spec.sampling import Sampling
 from fms_spec.speculators.directory import describe, save_speculator
@@ -67,7 +67,7 @@ def test_decoding_says_what_transformers_says(model_dir, family):
     speculator = tiny_speculator(BaseModel(str(model_dir), dtype="float32", device="cpu"), family).to(model.device)
     speculator.attach(model)
     for proposer in (None, TopKProposer(speculator, [2, 2, 1])):
-        results, _ = decode(model, PROMPTS, Options(max_new_tokens=40), proposer)
+        results, _ = decode(model, PROMPTS, DecodingOptions(max_new_tokens=40), proposer)
         for prompt, result in zip(PROMPTS, results):
             expected = theirs.generate(
                 prompt[None].to(model.device), attention_mask=torch.ones_like(prompt[None]).to(model.device), max_new_tokens=40,
@@ -80,7 +80,9 @@ def test_sampled_texts_are_those_of_a_cpu(model_dir):
     texts = []
     for device in ("cpu", "cuda"):
         model = BaseModel(str(model_dir), dtype="float32", device=device)
-        results, _ = decode(model, PROMPTS, Options(max_new_tokens=20, sampling=Sampling(temperature=0.8, top_k=10), seeds=(1, 2, 3)))
+        results, _ = decode(
+            model, PROMPTS, DecodingOptions(max_new_tokens=20, sampling=Sampling(temperature=0.8, top_k=10), seeds=(1, 2, 3))
+        )
         texts.append([result.tokens for result in results])
     assert texts[0] == texts[1]
 
@@ -186,8 +188,8 @@ def test_a_model_on_the_second_gpu_leaves_the_first_alone(model_dir, backend):
     model = BaseModel(str(model_dir), dtype="float32", backend=backend, device="cuda:1")
     speculator = tiny_speculator(BaseModel(str(model_dir), dtype="float32", device="cpu"), "hidden_state").to(model.device)
     speculator.attach(model)
-    results, timing = decode(model, PROMPTS, Options(max_new_tokens=20), TopKProposer(speculator, [2, 1]))
-    expected, _ = decode(BaseModel(str(model_dir), dtype="float32", device="cpu"), PROMPTS, Options(max_new_tokens=20))
+    results, timing = decode(model, PROMPTS, DecodingOptions(max_new_tokens=20), TopKProposer(speculator, [2, 1]))
+    expected, _ = decode(BaseModel(str(model_dir), dtype="float32", device="cpu"), PROMPTS, DecodingOptions(max_new_tokens=20))
     assert [result.tokens for result in results] == [result.tokens for result in expected]
     assert model.hidden_states(ROW, SEGMENTS).device == torch.device("cuda:1") and model.vocab_size == WORDS
     assert torch.cuda.memory_allocated(0) == before and timing.verifying > 0

@@ -15,7 +15,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Tree
 from fms_spec.decoding import decode
 from fms_spec.kv_cache import KVCache
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import BestNodesProposer, TopKProposer
 from fms_spec.sampling import Sampling
 
@@ -32,7 +32,7 @@ def caches(base_model, monkeypatch):
 
 
 def test_a_tree_costs_one_slot_for_each_of_its_nodes_however_it_branches(base_model, caches):
-    prompts, options = prompts_of(5, 9), Options(max_new_tokens=20, ignore_eos=True)
+    prompts, options = prompts_of(5, 9), DecodingOptions(max_new_tokens=20, ignore_eos=True)
     speculator = tiny_speculator(base_model, "mlp_tied", n_predict=12)
     truth = [
         prompt.tolist() + result.tokens
@@ -178,7 +178,7 @@ def test_decoding_never_reads_a_slot_that_is_not_held(tiny_models, monkeypatch, 
     for seed in range(4):
         model, prompts = tiny_models.get(3 + seed, backend, seed), prompts_of(9, 2, 5, words=8, seed=seed)
         for sampling in (Sampling(), Sampling(temperature=1.0)):
-            proposer, options = tiny_proposer(model, kind, seed=seed, widths=(3, 2)), Options(max_new_tokens=20, sampling=sampling)
+            proposer, options = tiny_proposer(model, kind, seed=seed, widths=(3, 2)), DecodingOptions(max_new_tokens=20, sampling=sampling)
             clean, _ = decode(model, prompts, options, proposer)
             with monkeypatch.context() as patch:
                 patch.setattr(KVCache, "hold", poisoned)

@@ -10,7 +10,7 @@ from fms_spec import attention
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 
 ASKING = ["Mistral, sliding window", "Gemma 2", "gpt-oss", "Qwen2, sliding windows"]
 
@@ -56,8 +56,8 @@ def test_a_packed_text_is_the_same_in_blocks_of_queries_of_any_size(tmp_path, mo
 @pytest.mark.parametrize("label", ASKING)
 def test_a_batch_of_unequal_texts_says_what_each_says_alone(tmp_path, label, window):
     model = BaseModel(str(write_architecture(tmp_path / "model", label, sliding_window=window)), dtype="float32", device="cpu")
-    prompts, options = prompts_of(3, 40, 17, 60), Options(max_new_tokens=30, ignore_eos=True)
-    alone = [decode(model, [prompt], Options(max_new_tokens=34, ignore_eos=True))[0][0].tokens for prompt in prompts]
+    prompts, options = prompts_of(3, 40, 17, 60), DecodingOptions(max_new_tokens=30, ignore_eos=True)
+    alone = [decode(model, [prompt], DecodingOptions(max_new_tokens=34, ignore_eos=True))[0][0].tokens for prompt in prompts]
     texts = [prompt.tolist() + tokens for prompt, tokens in zip(prompts, alone)]
     for proposer in (None, Planted(texts, 96, 3, lambda index, step: (index + step) % 4, branches=2)):
         together, _ = decode(model, prompts, options, proposer)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from data.prompts import load_prompts
 from data.reader import read_prompts
 from fms_spec.errors import UserError
-from scripts.generate import Arguments, encode, run
+from scripts.decode import Arguments, encode, run
 
 EOS, USER, ASSISTANT = 0, 92, 93  # the tokens <eos>, w90, w91
 CHAT_TEMPLATE = (

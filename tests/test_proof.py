@@ -17,7 +17,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights, head_losses
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.weights import fingerprint
 
 BACKENDS = ["fms", "transformers"]
@@ -236,7 +236,7 @@ def test_an_index_that_says_another_file_than_the_one_that_has_a_tensor_is_refus
 
 def test_a_prompt_with_a_token_over_the_vocabulary_is_refused_before_any_work(base_model):
     with pytest.raises(UserError, match="token 96 of a prompt is over the vocabulary of .*, 96"):
-        decode(base_model, [torch.tensor([1, 2]), torch.tensor([96])], Options(max_new_tokens=2))
+        decode(base_model, [torch.tensor([1, 2]), torch.tensor([96])], DecodingOptions(max_new_tokens=2))
 
 
 def test_longrope_is_held_to_its_short_factors_and_vllm_is_told_of(tmp_path, caplog):

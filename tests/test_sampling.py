@@ -14,7 +14,7 @@ import fms_spec.decoding
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.decoding import decode, stream
 from fms_spec.errors import UserError
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import draw_children
 from fms_spec.sampling import Chance, Sampling, draw
 from fms_spec.verification import match, reject
@@ -120,7 +120,7 @@ def test_picked_candidates_leave_a_sampled_text_as_it_is_token_for_token(tiny_mo
     def check(shape, backend, seed, kind, family, levels, extra, lengths, sampling, least):
         model, seeds = tiny_models.get(shape, backend, seed), tuple(seed + 7 * i for i in range(len(lengths)))
         prompts = prompts_of(*lengths, words=model.vocab_size, seed=seed)
-        options = Options(max_new_tokens=20, min_new_tokens=least, sampling=sampling, seeds=seeds)
+        options = DecodingOptions(max_new_tokens=20, min_new_tokens=least, sampling=sampling, seeds=seeds)
         proposer = tiny_proposer(model, kind, family, seed, [1] * levels, extra)
         plain, _ = decode(model, prompts, options)
         fast, _ = decode(model, prompts, options, proposer)
@@ -139,7 +139,7 @@ def test_a_prompt_samples_in_a_batch_what_it_samples_alone_with_its_seed_and_som
     proposer = kind and tiny_proposer(model, kind, "hidden_state", widths=(3, 2))
 
     def sample(prompts, seeds):
-        options = Options(max_new_tokens=30, ignore_eos=True, sampling=sampling, seeds=seeds)
+        options = DecodingOptions(max_new_tokens=30, ignore_eos=True, sampling=sampling, seeds=seeds)
         return [result.tokens for result in decode(model, prompts, options, proposer)[0]]
 
     together = sample(prompts, seeds)
@@ -168,7 +168,9 @@ def off(model, name, sampling, batches=10, rows=512):
     proposer = tiny_proposer(model, kind, "hidden_state" if kind == "tree" else "mlp_tied", 3, TREES[name], extra=3)
     counts, accepted = torch.zeros(v**3), []
     for batch in range(batches):
-        options = Options(max_new_tokens=12, ignore_eos=True, sampling=sampling, seeds=tuple(range(batch * rows, (batch + 1) * rows)))
+        options = DecodingOptions(
+            max_new_tokens=12, ignore_eos=True, sampling=sampling, seeds=tuple(range(batch * rows, (batch + 1) * rows))
+        )
         texts = [[] for _ in range(rows)]
         for number, step in enumerate(islice(stream(model, [prompt] * rows, options, proposer), 3)):  # every step adds a token
             for emitted in step:

@@ -63,7 +63,7 @@ def place(tmp_path_factory, corpus_dir):
 def test_the_readmes_commands_do_what_it_says(place):
     printed = json.loads((place / "printed.json").read_text())
     assert list(printed) == [
-        "scripts.prepare_data", "scripts.generate_continuations", "scripts.train", "scripts.export", "scripts.evaluate", "scripts.generate",
+        "scripts.prepare_data", "scripts.generate_continuations", "scripts.train", "scripts.export", "scripts.evaluate", "scripts.decode",
         "scripts.benchmark",
     ]  # fmt: skip
     card = (place / "speculator/README.md").read_text()
@@ -76,7 +76,7 @@ def test_the_readmes_commands_do_what_it_says(place):
     low, high = report["acceptance_length_interval"]
     assert low <= report["acceptance_length"] <= high and sum(report["shares"].values()) == pytest.approx(1)
     assert (place / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "tokens/s, acceptance length" in printed["scripts.generate"] and "speed-up" in printed["scripts.generate"]
+    assert "tokens/s, acceptance length" in printed["scripts.decode"] and "speed-up" in printed["scripts.decode"]
     lines = [json.loads(line) for line in (place / "speed.jsonl").read_text().splitlines()]
     assert [json.loads(line) for line in printed["scripts.benchmark"].splitlines()] == lines
     assert {line["name"] for line in lines} == {"forward", "plain", "tree", "our_prompt_lookup", "prompt_lookup", "batch"}
@@ -143,15 +143,15 @@ def test_the_settings_in_docs_are_taken(tmp_path):
         ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --nodes=1", "nodes 1"),
         ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --out=nowhere/r.json", "no such folder"),
         ("scripts.evaluate --base_model=other_model --speculator=speculator --prompts=prepared", "was trained for base_model"),
-        ("scripts.generate --base_model=other_model --speculator=speculator --prompt=w1", "was trained for base_model"),
-        ("scripts.generate --base_model=base_model --speculator=speculator --prompt=w1 --top_k_per_head=2,2 --nodes=4", "top_k_per_head"),
-        ("scripts.generate --base_model=base_model --speculator=speculator --prompt=w1 --top_k_per_head=2,0", "top_k_per_head 2,0"),
-        ("scripts.generate --base_model=base_model --prompt=w1 --nodes=4", "give --speculator"),
-        ("scripts.generate --base_model=base_model --prompt=w1 --max_new_tokens=500", "over the context"),
-        ("scripts.generate --base_model=base_model --speculator=speculator --prompt=w1 --max_new_tokens=253", "over the context"),
-        ("scripts.generate --base_model=base_model --prompt=w1 --temperature=-1", "temperature -1"),
-        ("scripts.generate --base_model=base_model --prompt=w1 --chat", "no chat template"),
-        ("scripts.generate --base_model=base_model --prompt=w1 --compare", "give --speculator"),
+        ("scripts.decode --base_model=other_model --speculator=speculator --prompt=w1", "was trained for base_model"),
+        ("scripts.decode --base_model=base_model --speculator=speculator --prompt=w1 --top_k_per_head=2,2 --nodes=4", "top_k_per_head"),
+        ("scripts.decode --base_model=base_model --speculator=speculator --prompt=w1 --top_k_per_head=2,0", "top_k_per_head 2,0"),
+        ("scripts.decode --base_model=base_model --prompt=w1 --nodes=4", "give --speculator"),
+        ("scripts.decode --base_model=base_model --prompt=w1 --max_new_tokens=500", "over the context"),
+        ("scripts.decode --base_model=base_model --speculator=speculator --prompt=w1 --max_new_tokens=253", "over the context"),
+        ("scripts.decode --base_model=base_model --prompt=w1 --temperature=-1", "temperature -1"),
+        ("scripts.decode --base_model=base_model --prompt=w1 --chat", "no chat template"),
+        ("scripts.decode --base_model=base_model --prompt=w1 --compare", "give --speculator"),
         ("scripts.evaluate --base_model=base_model --speculator=speculator --prompts=prepared --max_new_tokens=1", "--max_new_tokens"),
         ("scripts.benchmark decode --base_model=base_model --speculator=speculator --prompts=prepared --out=no/x", "no such folder"),
         ("scripts.benchmark serving --base_model=base_model --speculator=speculator --prompts=prepared --out=no/x", "no such folder"),
@@ -163,7 +163,7 @@ def test_the_settings_in_docs_are_taken(tmp_path):
         ("scripts.benchmark report --results=first.yaml --out=new", "first.yaml, line 1"),
         ("scripts.benchmark report --results=first.yaml", "--out is required"),
         ("scripts.doctor --verbose", "--verbose"),
-        ("scripts.generate --base_model=recurrent --prompt=w1", "base model recurrent"),
+        ("scripts.decode --base_model=recurrent --prompt=w1", "base model recurrent"),
         ("scripts.benchmark speed --base_model=base_model", "give one of decode"),
         ("scripts.benchmark", "give one of decode"),
         ("scripts.quickstart --out_dir=base_model", "base_model holds other files"),
@@ -214,12 +214,12 @@ def test_prompts_from_a_jsonl_file_are_read_and_their_mistakes_named(place):
 
 def test_texts_on_the_command_line_stay_as_they_are_typed(place):
     for prompt in ("[1]", "1e3", "None", "w1,w2", "{'a': 1}"):
-        finished = run(place, "-m", "scripts.generate", "--base_model=base_model", f"--prompt={prompt}", "--max_new_tokens=2")
+        finished = run(place, "-m", "scripts.decode", "--base_model=base_model", f"--prompt={prompt}", "--max_new_tokens=2")
         assert finished.returncode == 0, finished.stderr
 
 
 def test_generate_gives_the_same_text_with_and_without_a_speculator_and_ends_at_a_stop_string(place):
-    words = ["-m", "scripts.generate", "--base_model=base_model", "--prompt=w1 w2", "--dtype=float32", "--max_new_tokens=12"]
+    words = ["-m", "scripts.decode", "--base_model=base_model", "--prompt=w1 w2", "--dtype=float32", "--max_new_tokens=12"]
     text = lambda *more: run(place, *words, *more).stdout.split("\n\n")[0]  # noqa: E731
     plain = text()
     assert len(plain.split()) == 12

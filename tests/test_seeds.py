@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fms_spec.decoding import decode
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.sampling import Sampling
 from fms_spec.seeds import LARGEST, mixed
 from pipelines.config import GenerationSection
@@ -36,6 +36,6 @@ def test_texts_are_drawn_from_any_seed_each_row_its_own(base_model, seed):
     engine.submit(0, torch.full((4, 3), 5))
     ((_, texts, _),) = engine.step()
     assert len({tuple(text.tolist()) for text in texts}) == 4
-    options = Options(max_new_tokens=12, sampling=Sampling(temperature=1.5), seeds=(mixed(seed, 0, 1),))
+    options = DecodingOptions(max_new_tokens=12, sampling=Sampling(temperature=1.5), seeds=(mixed(seed, 0, 1),))
     (alone,), _ = decode(base_model, [torch.full((3,), 5)], options)
     assert alone.tokens == texts[1].tolist()

@@ -20,7 +20,7 @@ from data.prepare.run import prepare
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from pipelines.config import GenerationSection, load_config
 from pipelines.generate.vllm_engine import VLLMEngine
 from pipelines.train.run import train
@@ -88,7 +88,7 @@ def test_an_engine_that_is_killed_is_started_again_and_no_row_is_lost(place, cap
             found |= {index: (tokens, reasons) for index, tokens, reasons in engine.step()}
     finally:
         engine.close()
-    expected, _ = decode(BaseModel(str(place / "base_model"), dtype="float32"), list(prompts), Options(max_new_tokens=120))
+    expected, _ = decode(BaseModel(str(place / "base_model"), dtype="float32"), list(prompts), DecodingOptions(max_new_tokens=120))
     assert [row.tolist() for index in range(2) for row in found[index][0]] == [text.tokens for text in expected]
     assert [reason for index in range(2) for reason in found[index][1]] == [text.finish_reason for text in expected]
     assert "vLLM died" in capfd.readouterr().err

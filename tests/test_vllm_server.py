@@ -29,7 +29,7 @@ from vllm_helpers import SIZES, write_published
 
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.vllm.versions import TRIED, version_of
 
 
@@ -86,7 +86,7 @@ def test_the_exported_cards_command_serves_eight_streaming_clients_over_http_and
         words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *shlex.split(command)[2:]]
     small = ["--dtype=float32", "--enforce-eager", "--max-model-len=256", "--max-num-seqs=4", "--kv-cache-memory-bytes=100000000"]
     base_model = BaseModel(str(served / "base_model"), dtype="float32")
-    texts, _ = decode(base_model, prompts[:8], Options(max_new_tokens=30))
+    texts, _ = decode(base_model, prompts[:8], DecodingOptions(max_new_tokens=30))
     tokenizer = AutoTokenizer.from_pretrained(served / "base_model")
     with (served / "server.log").open("w") as log:
         server = subprocess.Popen([*words, f"--port={port}", *small], stdout=log, stderr=log, start_new_session=True)

@@ -31,7 +31,7 @@ from data.prompts import Prompt
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.loading import load_for_decoding
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.sampling import Sampling
 from pipelines.measure.evaluate import evaluate, figures
@@ -172,7 +172,7 @@ def test_logprobs_stop_strings_structured_output_and_cached_prefixes_work_as_wit
 def test_a_target_split_over_two_ranks_drafts_with_a_whole_drafter_on_each(served, prompts, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    texts, _ = decode(BaseModel(str(served / "base_model"), dtype="float32"), prompts[:8], Options(max_new_tokens=30))
+    texts, _ = decode(BaseModel(str(served / "base_model"), dtype="float32"), prompts[:8], DecodingOptions(max_new_tokens=30))
     two = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
     with serving(served / "base_model", served / "hidden_state", **two) as llm:
         assert [tokens for tokens, _ in answers(llm, prompts[:8], SamplingParams(temperature=0, max_tokens=30))] == [

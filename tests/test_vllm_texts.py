@@ -12,7 +12,7 @@ from vllm_helpers import SIZES, answers, serving
 
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 
 # vLLM's attention on a CPU takes heads from 32 coordinates on; two of the models have no other lm_head than their embedding there.
 SERVED = {
@@ -25,7 +25,7 @@ SERVED = {
 def test_greedy_texts_are_those_of_vllm(tmp_path, label):
     directory = write_architecture(tmp_path / "model", label, **SIZES | {"head_dim": 32} | SERVED[label])
     prompts = prompts_of(5, 9, 17, 24, 30, 33, 40, 60)
-    ours, _ = decode(BaseModel(str(directory), dtype="float32", device="cpu"), prompts, Options(max_new_tokens=40, ignore_eos=True))
+    ours, _ = decode(BaseModel(str(directory), dtype="float32", device="cpu"), prompts, DecodingOptions(max_new_tokens=40, ignore_eos=True))
     with serving(directory) as llm:
         theirs = answers(llm, prompts, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
     assert [text.tokens for text in ours] == [tokens for tokens, _ in theirs]

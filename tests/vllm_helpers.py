@@ -13,7 +13,7 @@ from data.prepare.run import prepare
 from data.reader import read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from pipelines.config import load_config
 from pipelines.export import export
 from pipelines.train.run import train
@@ -60,7 +60,7 @@ def served_prompts(place):
     """64 of unequal lengths: prompts that the speculators were trained on, with more or less of what the base model says after them."""
     base_model = BaseModel(str(place / "base_model"), dtype="float32")
     known = list(read_prompts(place / "data").tokens)
-    texts, _ = decode(base_model, known, Options(max_new_tokens=40, ignore_eos=True))
+    texts, _ = decode(base_model, known, DecodingOptions(max_new_tokens=40, ignore_eos=True))
     return [
         torch.cat([prompt, torch.tensor(text.tokens[: 7 * i % 40], dtype=torch.int64)])
         for i, (prompt, text) in enumerate(zip(known, texts))

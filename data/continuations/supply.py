@@ -75,7 +75,7 @@ class Inline(Supply):
             self.engine.close()
 
 
-class Led(Supply):
+class GroupInline(Supply):
     """As a supply, by the first of some processes that hold one base model between them; the others work for it.
 
     supply: of the leader. engine: also `supply`'s; has `leads`, and `follow()`, which returns when the leader calls `dismiss()`.

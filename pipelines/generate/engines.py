@@ -9,7 +9,7 @@ from data.progress import progress
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
 from fms_spec.model_config import context_length, read_config
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.sampling import Sampling
 from fms_spec.seeds import mixed
 
@@ -99,7 +99,7 @@ class EmbeddedEngine:
     def decode(self, index, prompts, rows):
         """[(continuation, finish reason)] of some rows, a list of ints, of shard `index`."""
         seeds = tuple(mixed(self.seed, index, row) for row in rows)
-        options = Options(max_new_tokens=self.settings.max_new_tokens, sampling=self.sampling, seeds=seeds)
+        options = DecodingOptions(max_new_tokens=self.settings.max_new_tokens, sampling=self.sampling, seeds=seeds)
         total = len(rows) * self.settings.max_new_tokens
         with progress(total=total, desc=f"continuations {index}", unit="token", unit_scale=True, leave=False) as bar:
             results, _ = decode(self.base_model, [prompts[row] for row in rows], options, progress=bar.update)

@@ -8,7 +8,7 @@ from pipelines.generate.engines import EmbeddedEngine
 class GroupEngine(EmbeddedEngine):
     """The first process of the group leads: what it decodes, all decode with it, each its share of a sharded model's rows.
 
-    Its base model is a `SharedBaseModel`.
+    Its base model is a `DistributedBaseModel`.
 
     Attributes:
         leads: whether this process leads. The others `follow` until the leader calls `dismiss`.

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from data.continuations.store import ContinuationStore
-from data.continuations.supply import Ahead, Alongside, Awaited, Inline, Led
+from data.continuations.supply import Ahead, Alongside, Awaited, GroupInline, Inline
 from data.reader import check_tokenizer, check_vocabulary, read_manifest
 from fms_spec.model_config import read_config, resolve_base_model
 from fms_spec.weights import fingerprint
@@ -51,7 +51,7 @@ def open_supply(config, store, out_dir, processes):
     size = group_size(config.parallel.base_model, config.parallel, processes)
     if size > 1:
         engine = GroupEngine(settings, config.seed)
-        return Led(Inline(store, rows, lambda: engine, processes.count // size), engine)
+        return GroupInline(Inline(store, rows, lambda: engine, processes.count // size), engine)
     make = partial(make_engine, settings, config.base_model, store.prompts.tokens.shape[1], config.seed, shared=True)
     return Inline(store, rows, make, processes.count)
 

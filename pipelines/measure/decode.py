@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, PromptLookup, TopKProposer
 from pipelines.measure.evaluate import evaluate, figures, logit_gap, side_by_side
 from pipelines.measure.suggestion import forward_seconds
@@ -37,7 +37,7 @@ class Generate:
 
 def whole(base_model, prompt, new_tokens, proposer=None):
     """New tokens of our own decoding, as `Generate` gives them: reading the prompt is part of it."""
-    (result,), _ = decode(base_model, [prompt], Options(max_new_tokens=new_tokens), proposer)
+    (result,), _ = decode(base_model, [prompt], DecodingOptions(max_new_tokens=new_tokens), proposer)
     return result.tokens
 
 
@@ -107,7 +107,7 @@ def against_prompt_lookup(base_model, speculator, generate, prompts, shape, new_
 def batches(base_model, speculator, prompts, shape, new_tokens):
     """Speculation against plain decoding at each batch size, without reading the prompts, which are used again where there are few."""
     proposer = shape.proposer(speculator)
-    options = Options(max_new_tokens=new_tokens, ignore_eos=True)
+    options = DecodingOptions(max_new_tokens=new_tokens, ignore_eos=True)
     for batch in BATCHES:
         chosen = [prompts[place % len(prompts)] for place in range(batch)]
 

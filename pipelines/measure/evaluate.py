@@ -11,7 +11,7 @@ from data.progress import progress
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.decoding import Timing, decode
 from fms_spec.errors import UserError
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import PromptLookup
 
 RESAMPLES, INTERVAL = 1000, 0.95  # of the bootstrap over prompts
@@ -67,9 +67,9 @@ def evaluate(base_model, prompts, ways, max_new_tokens):
     Raises:
         UserError: every prompt is over the context.
     """
-    options = Options(max_new_tokens=max_new_tokens)
+    options = DecodingOptions(max_new_tokens=max_new_tokens)
     room = base_model.context_length - max_new_tokens - max((way.lookahead for way in ways.values() if way), default=0)
-    first, short = first_within(room, prompts, base_model), Options(max_new_tokens=min(4, max_new_tokens), ignore_eos=True)
+    first, short = first_within(room, prompts, base_model), DecodingOptions(max_new_tokens=min(4, max_new_tokens), ignore_eos=True)
     for way in ways.values():  # first calls choose kernels and allocate
         decode(base_model, [first], short, way)
     samples = []
@@ -173,7 +173,7 @@ def settle(samples, pairs, load, max_new_tokens):
 def verdict_in(base_model, proposer, sample, max_new_tokens):
     """ "rounding" or "differs": whether plain and speculative decoding say the same from before the step in which the sample parted on."""
     kept = before_step(sample.accepted, sample.place)
-    prefix, options = sample.tokens[: sample.prompt_length + kept], Options(max_new_tokens=max_new_tokens - kept)
+    prefix, options = sample.tokens[: sample.prompt_length + kept], DecodingOptions(max_new_tokens=max_new_tokens - kept)
     (plain,), _ = decode(base_model, [prefix], options)
     (speculative,), _ = decode(base_model, [prefix], options, proposer)
     return "rounding" if plain.tokens == speculative.tokens else "differs"
@@ -195,7 +195,7 @@ def free_memory():
         torch.cuda.empty_cache()
 
 
-def report(samples, proposer):
+def summary(samples, proposer):
     """The figures of `evaluate`'s samples, as JSON values.
 
     Returns:

@@ -137,7 +137,7 @@ def resampled_lengths(by_prompt):
 
 
 def compared(lines):
-    """Rows for `tables.print_recipes`: each line, and its length against the first one's by the same draws of prompts."""
+    """Rows for `console.print_recipes`: each line, and its length against the first one's by the same draws of prompts."""
     first = resampled_lengths(lines[0]["by_prompt"])
     for line in lines:
         difference = resampled_lengths(line["by_prompt"]) - first

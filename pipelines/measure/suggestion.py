@@ -11,7 +11,7 @@ import torch
 from fms_spec.acceptance import accepted_in_text, pooled_acceptance
 from fms_spec.candidates import Tree
 from fms_spec.decoding import decode
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, Step
 from pipelines.timer import median_seconds
 
@@ -92,7 +92,7 @@ def greedy_texts(base_model, samples, lookahead):
         if sample.kind == "plain" and sample.new_tokens > 1:
             tokens, more = sample.tokens, min(lookahead, base_model.context_length - len(sample.tokens))
             if more:
-                (result,), _ = decode(base_model, [tokens], Options(max_new_tokens=more, ignore_eos=True))
+                (result,), _ = decode(base_model, [tokens], DecodingOptions(max_new_tokens=more, ignore_eos=True))
                 tokens = torch.cat([tokens, torch.tensor(result.tokens)])
             states = base_model.hidden_states(tokens[None], torch.zeros(1, len(tokens), dtype=torch.int64))[0]
             yield states, tokens.to(base_model.device), sample.prompt_length, sample.new_tokens

@@ -15,8 +15,8 @@ from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.model_config import read_config, resolve_base_model
 from fms_spec.proof import settle_backend
+from pipelines.parallel.distributed_base_model import ShardedBaseModel, TensorParallelBaseModel
 from pipelines.parallel.processes import PATIENCE
-from pipelines.parallel.shared_base_model import ShardedBaseModel, TensorParallelBaseModel
 
 
 def group_size(kind, settings, processes):
@@ -72,7 +72,7 @@ def load_base_model(config, processes):
     return shared(section.name, mesh_of(size, processes), **settings)
 
 
-def share_speculator(speculator, config, processes):
+def distribute_speculator(speculator, config, processes):
     """Have FSDP2 keep the fp32 masters, and with them the optimiser's moments, in the parts that `parallel.speculator` says.
 
     Weights are gathered in fp32 and cast by autocast, so that the arithmetic is that of one process; gradients are added up in fp32. They

@@ -5,8 +5,8 @@ import torch
 from data.reader import RowReader, read_token_counts
 from fms_spec.speculators.interface import Corpus
 from fms_spec.speculators.registry import FAMILIES
-from pipelines.parallel.mesh import share_speculator
-from pipelines.parallel.shared_base_model import SharedBaseModel
+from pipelines.parallel.distributed_base_model import DistributedBaseModel
+from pipelines.parallel.mesh import distribute_speculator
 from pipelines.train.compiled import compile_base_model, compile_heads
 
 
@@ -22,10 +22,10 @@ def build_speculator(config, base_model, processes):
     speculator = family.build(config.speculator, base_model, corpus)
     speculator.to(base_model.device)
     speculator.attach(base_model)
-    share_speculator(speculator, config, processes)
+    distribute_speculator(speculator, config, processes)
     if config.compile:
         compile_heads(speculator)
-        if not isinstance(base_model, SharedBaseModel):
+        if not isinstance(base_model, DistributedBaseModel):
             compile_base_model(base_model)
     return speculator
 

@@ -34,7 +34,7 @@ class Trainer:
         `HiddenStates`}. validation: a function that makes the `Validation`, called when it is first needed, or None. out_dir: of the run,
         already claimed with `claim_out_dir`. device_metrics: `DeviceMetrics`.
         processes: `Processes`; each trains on batches of its own, and gradients are added up where the speculator is shared
-        (`parallel.share_speculator`).
+        (`parallel.distribute_speculator`).
     """
 
     def __init__(

@@ -7,7 +7,7 @@ import torch
 
 from fms_spec.acceptance import accepted_in_text
 from fms_spec.decoding import decode
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 
 
 class Validation:
@@ -21,7 +21,7 @@ class Validation:
     def __init__(self, base_model, prompts, max_new_tokens, lookahead):
         self.prompt_length = prompts.shape[1]
         # Decoding judges its last step past the end of the text, so the text goes on by as many tokens as are drafted.
-        options = Options(max_new_tokens=max_new_tokens + lookahead, ignore_eos=True)
+        options = DecodingOptions(max_new_tokens=max_new_tokens + lookahead, ignore_eos=True)
         self.tokens = self.states = self.new_tokens = ()
         with base_model.together():
             if len(prompts):

@@ -17,7 +17,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 
 
-class SharedBaseModel(BaseModel):
+class DistributedBaseModel(BaseModel):
     """What both ways of sharing have in common.
 
     Args:
@@ -57,7 +57,7 @@ class SharedBaseModel(BaseModel):
         raise NotImplementedError
 
 
-class ShardedBaseModel(SharedBaseModel):
+class ShardedBaseModel(DistributedBaseModel):
     """FSDP2: each layer's weights are split over the group, and gathered layer by layer as a forward reaches them.
 
     Embedding and lm_head stay whole: the heads read them at every step.
@@ -100,7 +100,7 @@ class ShardedBaseModel(SharedBaseModel):
         return needed
 
 
-class TensorParallelBaseModel(SharedBaseModel):
+class TensorParallelBaseModel(DistributedBaseModel):
     """ibm-fms's tensor parallelism: each layer's matrices are split over the group, embedding and lm_head stay whole.
 
     The group computes the states of one process's rows after those of another. It decodes as one: all its processes the same texts.

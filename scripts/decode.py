@@ -1,4 +1,4 @@
-"""Continue a prompt: python -m scripts.generate --base_model=DIR --speculator=DIR --prompt='def fibonacci(n):' [--temperature=0.8]"""
+"""Continue a prompt: python -m scripts.decode --base_model=DIR --speculator=DIR --prompt='def fibonacci(n):' [--temperature=0.8]"""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ from fms_spec.decoding import Decoding
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.model_config import resolve_base_model
-from fms_spec.options import Options
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import PromptLookup
 from fms_spec.sampling import Sampling
 from fms_spec.transformers_backend import first_line
@@ -72,7 +72,7 @@ def run(parsed):
     sampling = Sampling(temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p)
     tokenizer = served_tokenizer(resolve_base_model(parsed.base_model))
     base_model, proposer = load(parsed)
-    options = Options(
+    options = DecodingOptions(
         max_new_tokens=parsed.max_new_tokens, min_new_tokens=parsed.min_new_tokens, tokenizer=tokenizer, sampling=sampling,
         stop=(parsed.stop,) if isinstance(parsed.stop, str) else tuple(parsed.stop), seeds=(parsed.seed,),
     )  # fmt: skip
