@@ -1,7 +1,6 @@
 """The whole way on one machine with a small real model: prepare, train, export, measure."""
 
 import resource
-import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from fms_spec.errors import UserError
 from fms_spec.files import OWNER, owned, read_json, write_json
 from fms_spec.loading import load_for_decoding
 from fms_spec.proposers import DraftShape
+from fms_spec.timing import timed
 from pipelines.config import load_config
 from pipelines.export import export
 from pipelines.machine.environment import environment
@@ -48,9 +48,7 @@ class Parts:
     def run(self, name, work):
         if name not in self.seconds:
             print(f"== {name}", flush=True)
-            start = time.perf_counter()
-            work()
-            self.seconds[name] = time.perf_counter() - start
+            _, self.seconds[name] = timed(work)
             write_json(self.path, self.seconds)
 
 

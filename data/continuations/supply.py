@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from data.continuations.writer import POLL_SECONDS, write_shards
 from fms_spec.errors import UserError
+from fms_spec.timing import timed
 
 FIRST_MESSAGE, NEXT_MESSAGES = 10, 60  # seconds of waiting after which a message is printed
 
@@ -61,14 +62,13 @@ class Inline(Supply):
     def have(self, index, begun):
         if self.store.has(index):
             return {}
-        started = time.monotonic()
         if self.engine is None:  # more is read than was said
             self.engine = self.make_engine()
             self.engine.use(self.base_model)
         following = [other for other in self.missing if other > index and not self.store.has(other)]
-        tally = write_shards(self.store, self.engine, [index, *following[: self.writers - 1]])
+        tally, seconds = timed(lambda: write_shards(self.store, self.engine, [index, *following[: self.writers - 1]]))
         waiting = tally.seconds["waiting"]  # other processes were writing
-        return {"generation": time.monotonic() - started - waiting, "waiting": waiting}
+        return {"generation": seconds - waiting, "waiting": waiting}
 
     def close(self):
         if self.engine:
@@ -93,9 +93,7 @@ class GroupInline(Supply):
             spent = self.supply.have(index, begun)
             self.engine.dismiss()
             return spent
-        started = time.monotonic()
-        self.engine.follow()
-        return {"generation": time.monotonic() - started}
+        return {"generation": timed(self.engine.follow)[1]}
 
     def close(self):
         self.supply.close()
@@ -105,10 +103,11 @@ class Awaited(Supply):
     """Another process of the run sees to it that the shards are written."""
 
     def have(self, index, begun):
-        started = time.monotonic()
+        return {"waiting": timed(lambda: self.wait(index))[1]}
+
+    def wait(self, index):
         while not self.store.has(index):
             time.sleep(POLL_SECONDS)
-        return {"waiting": time.monotonic() - started}
 
 
 class Ahead(Supply):
@@ -154,6 +153,9 @@ class Alongside(Supply):
 
     def have(self, index, begun):
         self.store.post_place(begun)
+        return {"waiting": timed(lambda: self.wait(index, begun))[1]}
+
+    def wait(self, index, begun):
         started = time.monotonic()
         next_message = started + FIRST_MESSAGE
         while not self.store.has(index):
@@ -165,7 +167,6 @@ class Alongside(Supply):
                 waited, name = time.monotonic() - started, self.store.path(index).name
                 tqdm.write(f"waiting for {name} since {waited:.0f} s; the producers' logs are in {self.producers.log_dir}", file=sys.stderr)
                 next_message += NEXT_MESSAGES
-        return {"waiting": time.monotonic() - started}
 
     def figures(self):
         statuses = self.producers.statuses()
