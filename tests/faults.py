@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from scripts import evaluate, export, generate, generate_continuations, prepare_data, train  # noqa: E402, F401 (imported before the forks)
+from scripts import decode, evaluate, export, generate_continuations, prepare_data, train  # noqa: E402, F401 (imported before the forks)
 
 KINDS = ("kills", "operations", "damage", "disk")
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "open"}
@@ -150,7 +150,7 @@ class Place:
             "export": [f"--checkpoint={place}/run", f"--out_dir={out}"],
             "generate_continuations": [model, f"--prompts={place}/data", *generation, f"--out_dir={out}"],
             "evaluate": [model, f"--speculator={place}/spec", f"--prompts={place}/p.jsonl", "--max_new_tokens=8", f"--out={out}"],
-            "generate": [model, "--prompt=w1 w2", "--max_new_tokens=8", "--dtype=float32"],
+            "decode": [model, "--prompt=w1 w2", "--max_new_tokens=8", "--dtype=float32"],
         }[module]  # fmt: skip
 
     def run(self, module, out, place, **watched):
@@ -239,7 +239,7 @@ DAMAGES = (cut, empty, delete, flip, lengthen, swap_for_a_folder)
 READERS = [
     ("data", r".*", "train"), ("run/checkpoints", r".*", "train"), ("run/checkpoints", r".*", "export"),
     ("run/continuations", r".*", "train"), ("run/hidden_states", r".*", "train"), ("run", r"run\.json|metrics\.jsonl", "train"),
-    ("spec", r"[^R].*", "evaluate"), ("base", r".*", "generate"), ("base", r".*", "train"), (".", r"p\.jsonl", "evaluate"),
+    ("spec", r"[^R].*", "evaluate"), ("base", r".*", "decode"), ("base", r".*", "train"), (".", r"p\.jsonl", "evaluate"),
     (".", r"run\.yaml", "train"), ("continuations", r".*\.parquet|manifest\.json", "generate_continuations"),
 ]  # fmt: skip
 

@@ -10,14 +10,15 @@ from conftest import write_config, write_model
 from fms_spec.errors import UserError
 from fms_spec.files import owned
 from pipelines.cli import main
-from scripts import benchmark, evaluate, export, generate, generate_continuations, prepare_data, quickstart, train
+from pipelines.quickstart import Parts, claim
+from scripts import benchmark, decode, evaluate, export, generate_continuations, prepare_data, quickstart, train
 
 COMMANDS = {
-    "train": (train.Arguments, train.run, True), "generate": (generate.Arguments, generate.run), "export": (export.Arguments, export.run),
+    "train": (train.Arguments, train.run, True), "decode": (decode.Arguments, decode.run), "export": (export.Arguments, export.run),
     "generate_continuations": (generate_continuations.Arguments, generate_continuations.run),
     "evaluate": (evaluate.Arguments, evaluate.run), "quickstart": (quickstart.Arguments, quickstart.run),
     "train_step": (benchmark.TrainStep, benchmark.run_train_step), "recipe": (benchmark.Recipe, benchmark.run_recipe, True),
-    "decode": (benchmark.Decode, benchmark.run_decode), "report": (benchmark.Report, benchmark.run_report),
+    "benchmark_decode": (benchmark.Decode, benchmark.run_decode), "report": (benchmark.Report, benchmark.run_report),
     "prepare_data": (prepare_data.Arguments, None),
 }  # fmt: skip
 LONG = "x" * 300
@@ -65,7 +66,7 @@ def here(tmp_path, monkeypatch, inputs):
 
 
 TRAIN = "--config=run.yaml --out_dir=new"
-GENERATE = "--base_model=base --prompt=w1 --dtype=float32"
+DECODE = "--base_model=base --prompt=w1 --dtype=float32"
 EVALUATE = "--base_model=base --speculator=spec --prompts=data"
 CONTINUE = "--base_model=base --prompts=data --out_dir=new --engine=embedded --max_tokens=8"
 STEP = "--base_model=base --data=data --parts=loss"
@@ -84,19 +85,19 @@ STEP = "--base_model=base --data=data --parts=loss"
         ("train", f"{TRAIN} -- --interactive", "unknown flag --"),
         ("train", f"{TRAIN} --resume=maybe", "--resume: "),
         ("train", f"{TRAIN} seed=[1", "override 'seed=[1': line 1"),
-        ("generate", "--base_model=base --prompt", "--prompt needs a value"),
-        ("generate", f"{GENERATE} --seed=-1", "--seed: "),
-        ("generate", f"{GENERATE} --seed={2**63}", "--seed: "),
-        ("generate", f"{GENERATE} --temperature=1e999", "--temperature: "),
-        ("generate", f"{GENERATE} --temperature -1", "temperature -1"),
-        ("generate", f"{GENERATE} --max_new_tokens=1000000000", "over the context"),
-        ("generate", f"{GENERATE} --speculator=prompt_lookup --lookahead=1000000000", "over the context"),
-        ("generate", f"{GENERATE} --base_model=cut", "--base_model is given twice"),
-        ("generate", "--base_model=cut --prompt=w1", "tokenizer "),
-        ("generate", "--base_model=empty --prompt=w1", "tokenizer "),
-        ("generate", "--base_model=list --prompt=w1", "tokenizer "),
-        ("generate", "--base_model=cut_generation --prompt=w1", "generation_config.json"),
-        ("generate", "--base_model=odd_end --prompt=w1", "eos_token_id"),
+        ("decode", "--base_model=base --prompt", "--prompt needs a value"),
+        ("decode", f"{DECODE} --seed=-1", "--seed: "),
+        ("decode", f"{DECODE} --seed={2**63}", "--seed: "),
+        ("decode", f"{DECODE} --temperature=1e999", "--temperature: "),
+        ("decode", f"{DECODE} --temperature -1", "temperature -1"),
+        ("decode", f"{DECODE} --max_new_tokens=1000000000", "over the context"),
+        ("decode", f"{DECODE} --speculator=prompt_lookup --lookahead=1000000000", "over the context"),
+        ("decode", f"{DECODE} --base_model=cut", "--base_model is given twice"),
+        ("decode", "--base_model=cut --prompt=w1", "tokenizer "),
+        ("decode", "--base_model=empty --prompt=w1", "tokenizer "),
+        ("decode", "--base_model=list --prompt=w1", "tokenizer "),
+        ("decode", "--base_model=cut_generation --prompt=w1", "generation_config.json"),
+        ("decode", "--base_model=odd_end --prompt=w1", "eos_token_id"),
         ("train", f"{TRAIN} base_model.name=cut", "tokenizer "),
         ("train", f"{TRAIN} base_model.name=cut_generation", "generation_config.json"),
         ("train", f"{TRAIN} base_model.name=odd_end", "eos_token_id"),
@@ -116,7 +117,7 @@ STEP = "--base_model=base --data=data --parts=loss"
         ("train_step", f"{STEP} --out=dangling", "dangling: a link that leads nowhere"),
         ("train_step", f"{STEP} --out=dir", "dir: cannot be written"),
         ("train_step", f"{STEP} --rounds=0", "--rounds: "),
-        ("decode", f"{EVALUATE} --out=/proc/lines.jsonl", "/proc/lines.jsonl: cannot be written"),
+        ("benchmark_decode", f"{EVALUATE} --out=/proc/lines.jsonl", "/proc/lines.jsonl: cannot be written"),
         ("report", "--results=results.jsonl --out=file/report", "file/report: can't be a folder"),
         ("quickstart", "--out_dir=file/new", "file/new: cannot be written"),
         ("quickstart", "--out_dir=loop", "loop: cannot be written"),
@@ -144,7 +145,7 @@ def test_values_behind_a_space_and_negative_numbers_are_taken_as_values(here):
     main(export.Arguments, parsed.append, words=words)
     main(train.Arguments, lambda found, settings: parsed.append((found, settings)), True, ["--resume", *TRAIN.split(), "a.b=c=d", "x=-1"])
     words = ["--base-model", "base", "--prompt", "a=b", "--chat", "False", "--top_p", "-1", "--stop=- x"]
-    main(generate.Arguments, parsed.append, words=words)
+    main(decode.Arguments, parsed.append, words=words)
     assert (parsed[0].checkpoint, parsed[0].out_dir) == ("-1", "new")
     assert parsed[1][0].resume is True and parsed[1][1] == ["a.b=c=d", "x=-1"]
     assert (parsed[2].prompt, parsed[2].chat, parsed[2].top_p, parsed[2].stop) == ("a=b", False, -1, "- x")
@@ -180,22 +181,22 @@ def test_a_folder_that_another_process_writes_is_refused_by_quickstart_and_recip
 def test_damaged_records_of_a_quickstart_are_taken_as_not_written_where_nothing_is_lost(tmp_path):
     record = tmp_path / "quickstart.json"
     record.write_text("")
-    dtype = quickstart.claim(tmp_path, 0.5)
-    assert quickstart.claim(tmp_path, 0.5) == dtype, "what was written can be read again"
+    dtype = claim(tmp_path, 0.5)
+    assert claim(tmp_path, 0.5) == dtype, "what was written can be read again"
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="--scale=0.5"):
-        quickstart.claim(tmp_path, 1.0)
+        claim(tmp_path, 1.0)
     record.write_text('{"scale": 0.')
     with pytest.raises(UserError, match="quickstart.json: can't be read"):
-        quickstart.claim(tmp_path, 0.5)
+        claim(tmp_path, 0.5)
     record.unlink()
     with pytest.raises(UserError, match="holds other files"):
-        quickstart.claim(tmp_path, 0.5)
+        claim(tmp_path, 0.5)
     (tmp_path / "parts.json").write_text('{"data": 3')
     done = []
-    parts = quickstart.Parts(tmp_path / "parts.json")
+    parts = Parts(tmp_path / "parts.json")
     parts.run("data", lambda: done.append("data"))
-    parts = quickstart.Parts(tmp_path / "parts.json")
+    parts = Parts(tmp_path / "parts.json")
     parts.run("data", lambda: done.append("again"))
     assert done == ["data"] and list(parts.seconds) == ["data"]
 
@@ -218,10 +219,10 @@ def test_a_place_may_be_told_from_ones_own_folder_and_a_text_is_never_taken_for_
     parsed = []
     main(export.Arguments, parsed.append, words=["--checkpoint=~/run", "--out_dir", "~/out"])
     assert (parsed[0].checkpoint, parsed[0].out_dir) == (f"{tmp_path}/run", f"{tmp_path}/out")
-    main(generate.Arguments, parsed.append, words=["--base_model=~/m", "--prompt=~/x", '--stop=["a, b", "(c)"]'])
+    main(decode.Arguments, parsed.append, words=["--base_model=~/m", "--prompt=~/x", '--stop=["a, b", "(c)"]'])
     assert (parsed[1].base_model, parsed[1].prompt, parsed[1].stop) == (f"{tmp_path}/m", "~/x", ["a, b", "(c)"])
     for text in ("w3 # c", "(a)", "a, b", "'a'", "5", "True", "[1", "{w1}"):
-        main(generate.Arguments, parsed.append, words=["--base_model=m", "--prompt=x", f"--stop={text}"])
+        main(decode.Arguments, parsed.append, words=["--base_model=m", "--prompt=x", f"--stop={text}"])
         assert parsed[-1].stop == text
     config = config_file(**{"base_model.name": "~/m", "data.dir": "~/d", "data.continuations": "~/c"})
     assert [config.base_model.name, config.data.dir, config.data.continuations] == [f"{tmp_path}/{name}" for name in "mdc"]

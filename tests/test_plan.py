@@ -181,7 +181,7 @@ def test_the_planned_peak_is_within_15_percent_of_what_a_run_takes(tmp_path, lar
     if family == "hidden_state":
         of_family = {"speculator.draft_vocab_size": 16384, "speculator.width": 512}
     changes = {
-        "schedule.steps": 2, "speculator.inner_dim": 1024, "phase1.batch_size": 8, "phase1.positions": "null", "phase2.batch_size": 32,
+        "schedule.steps": 2, "speculator.inner_dim": 1024, "phase1.batch_size": 16, "phase1.positions": "null", "phase2.batch_size": 32,
         "phase2.loss.distillation": 1.0, "phase2.loss.only_accepted": "false", "validation.prompts": 0,
     } | of_family | changes  # fmt: skip
     config = write_config(tmp_path / "run.yaml", base, data, family, **changes)

@@ -59,9 +59,9 @@ def test_a_speculator_that_does_not_fit_is_refused_before_anything_is_loaded(tmp
 
 def test_other_methods_keep_vllms_own_drafters_and_untried_versions_are_left_alone_in_one_line(tmp_path):
     script = """
-import fms_spec.vllm.plugin as plugin
+import fms_spec.vllm.versions as versions
 from packaging.specifiers import SpecifierSet
-plugin.TRIED = SpecifierSet({range!r})
+versions.TRIED = SpecifierSet({range!r})
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner

@@ -43,14 +43,15 @@ class Continuations:
             self._next_rows()
 
     def needed(self, batches):
-        """Yield (number, begun) of each shard that the next so many batches read, the one after it when that one is there.
+        """Yield (number, begun) of each shard that the next so many batches begin to read, the one after it when that one is there.
 
         begun: shards of the first epoch that are begun when it is read, itself included. How many rows a shard gives is known once it is
         written: texts that end at once give none. Raises as `next` does.
         """
         (epoch, place), rows, fruitless = (self._epoch, self._place), batches * self.batch_size + self._row, 0
         while rows > 0:
-            yield self._number(epoch, place), min(self.store.shard_count, (place if epoch == 0 else self.store.shard_count) + 1)
+            if (epoch, place) not in self._shards:
+                yield self._number(epoch, place), min(self.store.shard_count, (place if epoch == 0 else self.store.shard_count) + 1)
             found = len(self._rows(epoch, place))
             rows, fruitless = rows - found, self._fruitless(fruitless, found)
             epoch, place = self._after(epoch, place)
