@@ -82,7 +82,7 @@ def fastest(works, device):
 def faster_dtype(rows=512, inner=576, columns=8192):
     """ "bfloat16" or "float32", whichever multiplies matrices faster here; bfloat16 on a GPU.
 
-    CPUs differ: bf16 can run at twice the rate of fp32, and on the cores of the README's figures it runs at half. The shape is that of
+    CPUs differ: bf16 can run at twice the rate of fp32, and on the Xeon of benchmarks/README.md it runs at half. The shape is that of
     a training step's read-out.
     """
     if torch.cuda.is_available():
