@@ -1,6 +1,5 @@
 """Measure speed on this machine, as JSON lines: python -m scripts.benchmark decode|continuations|serving|train_step|recipe|report --help"""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +9,7 @@ from data.prompts import load_prompts
 from data.reader import RowReader, check_tokenizer, read_manifest, read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
-from fms_spec.files import cannot_write, check_writable, write_whole
+from fms_spec.files import write_whole
 from fms_spec.loading import load_for_decoding
 from fms_spec.model_config import read_config, resolve_base_model
 from fms_spec.speculators.directory import check_speculator
@@ -18,12 +17,11 @@ from pipelines.cli import arguments, draft_shape, keep_freed_memory, main_of
 from pipelines.config import Count, GenerationSection
 from pipelines.generate.engines import check_context
 from pipelines.generate.vllm_engine import need_vllm
-from pipelines.machine.environment import environment
 from pipelines.measure.continuations import benchmark_continuations
 from pipelines.measure.decode import DTYPE, benchmark_decode
 from pipelines.measure.recipe import compared
 from pipelines.measure.recipe_sweep import RESULTS, sweep
-from pipelines.measure.results import machines, markdown, ratios, read_results, rows
+from pipelines.measure.results import check_out, machines, markdown, ratios, read_results, rows, write_lines
 from pipelines.measure.serving import benchmark_serving
 from pipelines.measure.train_step import PARTS, benchmark_train_step
 from pipelines.plan.devices import device_memory
@@ -225,15 +223,6 @@ def run_serving(parsed):
     write_lines("serving", lines, parsed.out)
 
 
-def check_out(out):
-    """Raise UserError for a file that lines can't be appended to."""
-    if not out:
-        return
-    if not Path(out).parent.is_dir():
-        raise UserError(f"{out}: no such folder to write to; make it, or give another --out")
-    check_writable(out)
-
-
 def run_decode(parsed):
     check_out(parsed.out)
     shape = draft_shape(parsed)
@@ -242,25 +231,6 @@ def run_decode(parsed):
     spec_bench = load_prompts(parsed.spec_bench, path, parsed.spec_bench_limit) if parsed.spec_bench else []
     base_model, speculator, _ = load_for_decoding(parsed.base_model, parsed.speculator, shape, dtype=DTYPE)
     write_lines("decode", benchmark_decode(base_model, speculator, prompts, spec_bench, parsed.max_new_tokens, shape), parsed.out)
-
-
-def write_lines(benchmark, lines, out):
-    """Print each result as a line of JSON, with the benchmark's name and what it was measured on, and append it to `out`."""
-    measured_on = environment()
-    for line in lines:
-        text = json.dumps({"benchmark": benchmark} | line | {"environment": measured_on})
-        print(text, flush=True)
-        if out:
-            append(out, text)
-
-
-def append(out, text):
-    """Add a line to a file."""
-    try:
-        with open(out, "a") as stream:
-            stream.write(text + "\n")
-    except OSError as error:
-        raise cannot_write(out, error) from None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Result files of all benchmarks as one table and one list of ratios."""
+"""Result files of all benchmarks: written line by line, read as one table and one list of ratios."""
 
 import json
 from pathlib import Path
 
 from fms_spec.errors import UserError
+from fms_spec.files import cannot_write, check_writable
+from pipelines.machine.environment import environment
 
 
 def read_results(paths):
@@ -77,3 +79,31 @@ def markdown(lines):
     heading = ["benchmark", "what", "with", "figures"]
     table = [heading, ["---"] * len(heading), *rows(lines)]
     return "\n".join(machines(lines)) + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table) + "\n"
+
+
+def check_out(out):
+    """Raise UserError for a file that lines can't be appended to."""
+    if not out:
+        return
+    if not Path(out).parent.is_dir():
+        raise UserError(f"{out}: no such folder to write to; make it, or give another --out")
+    check_writable(out)
+
+
+def write_lines(benchmark, lines, out):
+    """Print each result as a line of JSON, with the benchmark's name and what it was measured on, and append it to `out`."""
+    measured_on = environment()
+    for line in lines:
+        text = json.dumps({"benchmark": benchmark} | line | {"environment": measured_on})
+        print(text, flush=True)
+        if out:
+            append(out, text)
+
+
+def append(out, text):
+    """Add a line to a file."""
+    try:
+        with open(out, "a") as stream:
+            stream.write(text + "\n")
+    except OSError as error:
+        raise cannot_write(out, error) from None
