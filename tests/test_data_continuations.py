@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.continuations.batches import Continuations
-from data.continuations.supply import Ahead, Inline
+from data.continuations.supply import Ahead, GroupInline, Inline
 from data.continuations.writer import write_shards
 from fms_spec.errors import UserError
 
@@ -157,6 +157,24 @@ def test_a_shard_of_other_prompts_is_refused_and_one_from_before_there_were_chec
     shards.path(0).mkdir()
     with pytest.raises(UserError, match="continuations-00000.parquet: cannot be read"):
         open_store(tmp_path)
+
+
+def test_a_group_that_reads_more_than_was_said_decodes_it_with_the_runs_base_model(tmp_path):
+    class LeadingEngine(Engine):
+        leads, model = True, None
+
+        def use(self, base_model):
+            self.model = base_model
+
+        def dismiss(self):
+            pass
+
+    table, engine = open_store(tmp_path), LeadingEngine()
+    write_shards(table, Engine(), [0])
+    supply = GroupInline(Inline(table, 4, lambda: engine), engine)
+    supply.begin("the model", 0)
+    assert supply.have(0, 1) == {} and supply.have(1, 2)["generation"] > 0
+    assert engine.model == "the model" and table.has(1)
 
 
 def test_any_seed_that_is_a_date_or_more_is_taken_and_others_are_refused(tmp_path):

@@ -87,6 +87,7 @@ class GroupInline(Supply):
 
     def begin(self, base_model, begun):
         self.engine.use(base_model)
+        self.supply.begin(base_model, begun)
 
     def have(self, index, begun):
         if self.engine.leads:
