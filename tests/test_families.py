@@ -69,8 +69,8 @@ def linear(monkeypatch):
     monkeypatch.setitem(FAMILIES, LinearHeads.name, LinearHeads)
 
 
-def command(script, *words, **more):
-    main(script.Arguments, script.run, words=list(words), **more)
+def command(script, work, *words, **more):
+    main(script.Arguments, work, words=list(words), **more)
 
 
 def test_a_family_of_one_file_plans_trains_validates_exports_reloads_evaluates_and_decodes(
@@ -79,16 +79,16 @@ def test_a_family_of_one_file_plans_trains_validates_exports_reloads_evaluates_a
     config_file("linear", **{"speculator.bias": True})
     run, places = [f"--config={tmp_path / 'run.yaml'}", f"--out_dir={tmp_path / 'run'}"], [f"--base_model={model_dir}"]
     settings = ["speculator.bias=true", "optimizer.lr=0.03", "schedule.steps=70"]
-    command(scripts.train, *run, "--plan", "--device=h100", *settings, overrides=True)
+    command(scripts.train, scripts.train.run, *run, "--plan", "--device=h100", *settings, overrides=True)
     assert "fits" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
-    command(scripts.train, *run, *settings, overrides=True)
+    command(scripts.train, scripts.train.run, *run, *settings, overrides=True)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["phase1/loss"] for line in lines if "phase1/loss" in line]
     assert losses[-1] < 0.9 * losses[0] and any("validation/acceptance_at_3" in line for line in lines)
     assert json.loads((tmp_path / "run/run.json").read_text())["config"]["speculator"] == {"family": "linear", "n_predict": 3, "bias": True}
 
-    command(scripts.export, f"--checkpoint={tmp_path / 'run'}", f"--out_dir={tmp_path / 'speculator'}")
+    command(scripts.export, scripts.export.run, f"--checkpoint={tmp_path / 'run'}", f"--out_dir={tmp_path / 'speculator'}")
     loaded = load_speculator(tmp_path / "speculator", FrozenModel(str(model_dir), dtype="float32", device="cpu"))
     assert isinstance(loaded, LinearHeads) and loaded.bias
     places.append(f"--speculator={tmp_path / 'speculator'}")
@@ -96,12 +96,12 @@ def test_a_family_of_one_file_plans_trains_validates_exports_reloads_evaluates_a
 
     report = tmp_path / "report.json"
     flags = [f"--prompts={data_dir}", "--max_new_tokens=24", "--nodes=5", "--lookahead=3", "--dtype=float32", f"--out={report}"]
-    command(scripts.evaluate, *places, *flags)
+    command(scripts.evaluate, scripts.evaluate.run, *places, *flags)
     assert json.loads(report.read_text())["lossless"] is True
     capsys.readouterr()
 
     words = ["--prompt=w1 w2 w3", "--dtype=float32", "--max_new_tokens=20"]
-    command(scripts.decode, *places, *words, "--top_k_per_head=2,2,1", "--compare")
+    command(scripts.decode, scripts.decode.stream, *places, *words, "--top_k_per_head=2,2,1", "--compare")
     said = capsys.readouterr().out
     assert "acceptance length" in said and "speed-up" in said
 

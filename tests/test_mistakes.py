@@ -10,12 +10,13 @@ from conftest import write_config, write_model
 from fms_spec.errors import UserError
 from fms_spec.files import owned
 from pipelines.cli import main
+from pipelines.measure import benchmarks
 from pipelines.quickstart import Parts, claim
 from scripts import benchmark, decode, evaluate, export, generate_continuations, prepare_data, quickstart, train
 
 COMMANDS = {
-    "train": (train.Arguments, train.run, True), "decode": (decode.Arguments, decode.run), "export": (export.Arguments, export.run),
-    "generate_continuations": (generate_continuations.Arguments, generate_continuations.run),
+    "train": (train.Arguments, train.run, True), "decode": (decode.Arguments, decode.stream), "export": (export.Arguments, export.run),
+    "generate_continuations": (generate_continuations.Arguments, generate_continuations.write_continuations),
     "evaluate": (evaluate.Arguments, evaluate.run), "quickstart": (quickstart.Arguments, quickstart.run),
     "train_step": (benchmark.TrainStep, benchmark.run_train_step), "recipe": (benchmark.Recipe, benchmark.run_recipe, True),
     "benchmark_decode": (benchmark.Decode, benchmark.run_decode), "report": (benchmark.Report, benchmark.run_report),
@@ -133,7 +134,7 @@ def test_an_absurd_command_line_is_one_line_and_nothing_is_written(here, capsys,
 
 
 def test_a_benchmark_over_the_memory_is_refused_before_anything_is_loaded(here, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "device_memory", lambda: 2**30)  # as if on a small machine
+    monkeypatch.setattr(benchmarks, "device_memory", lambda: 2**30)  # as if on a small machine
     for flag in ("tokens", "wide_vocab"):
         said_of_it = said(capsys, "train_step", *STEP.split(), f"--{flag}=20000000")
         assert f"--{flag}=20000000 takes at least 2.6 GB of memory, and there are 1.1" in said_of_it

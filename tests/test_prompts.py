@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from data.prompts import load_prompts
 from data.reader import read_prompts
 from fms_spec.errors import UserError
-from scripts.decode import Arguments, encode, run
+from pipelines.stream import encode, stream
+from scripts.decode import Arguments
 
 EOS, USER, ASSISTANT = 0, 92, 93  # the tokens <eos>, w90, w91
 CHAT_TEMPLATE = (
@@ -143,7 +144,7 @@ def test_generate_begins_its_prompt_with_the_beginning_of_text_once(beginning_to
 def test_generate_refuses_a_prompt_with_a_token_that_the_base_model_lacks(tmp_path):
     folder = write_model(tmp_path / "small", vocab_size=50)
     with pytest.raises(UserError, match="--prompt: token 'w90' has id 92, but the tokenizer has 96 ids, the model's embedding 50; "):
-        run(Arguments(base_model=str(folder), prompt="w1 w90", dtype="float32"))
+        stream(Arguments(base_model=str(folder), prompt="w1 w90", dtype="float32"))
 
 
 @pytest.mark.parametrize(

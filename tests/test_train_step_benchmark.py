@@ -11,6 +11,7 @@ from forked import FORKS
 
 from fms_spec.losses import head_losses
 from pipelines.measure import heads as benchmark_heads
+from pipelines.measure.benchmarks import run_report, run_train_step
 from pipelines.measure.heads import (
     KERNELS,
     RandomBase,
@@ -27,7 +28,7 @@ from pipelines.measure.heads import (
 )
 from pipelines.measure.results import markdown, ratios, read_results, rows
 from pipelines.measure.train_step import FAMILIES, shape_of
-from scripts.benchmark import Report, TrainStep, run_report, run_train_step
+from scripts.benchmark import Report, TrainStep
 
 CPU = torch.device("cpu")
 TINY = shape_of("tiny", 16, 96, 24, (12, 20), 16, heads=3, tokens=40)
