@@ -83,20 +83,20 @@ def checked(model, value, path, mend):
     """Check the JSON value of a file with a pydantic model.
 
     Raises:
-        UserError: it is of another shape; names the file and the place.
+        UserError: it is of another shape; names the file and the key.
     """
     try:
         model.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise UserError(f"{path}: {place}: {reason(first['msg'])}, so it is damaged or altered; {mend}") from None
+        key = ".".join(map(str, first["loc"])) or "it"
+        raise UserError(f"{path}: {key}: {reason(first['msg'])}, so it is damaged or altered; {mend}") from None
 
 
-def check_seed(seed, place):
-    """Raise UserError for a seed that is not from 0 to 2^63 - 1; place: where it was given."""
+def check_seed(seed, where):
+    """Raise UserError for a seed that is not from 0 to 2^63 - 1; where: what it was given with."""
     if not 0 <= seed <= LARGEST:
-        raise UserError(f"{place}: a seed must be from 0 to 2^63 - 1")
+        raise UserError(f"{where}: a seed must be from 0 to 2^63 - 1")
 
 
 def data_fingerprint(data_dir):
@@ -157,8 +157,8 @@ def check_contents(data_dir, shard):
     check_sizes(data_dir, [shard])
     path = Path(data_dir) / shard["file"]
     try:
-        found = sha256_of(path)
+        checksum = sha256_of(path)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); mend its permissions or its disk") from None
-    if found != shard["sha256"]:
+    if checksum != shard["sha256"]:
         raise UserError(f"{path}: altered since it was prepared (sha256); {AGAIN}")

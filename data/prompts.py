@@ -108,36 +108,36 @@ def read_lines(path, tokenizer_dir):
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        place = f"prompts {path}, line {number}"
-        prompt, turns, category = read_fields(line, place)
+        where = f"prompts {path}, line {number}"
+        prompt, turns, category = read_fields(line, where)
         if turns is None:
             prompts.append(Prompt(category, torch.tensor(encode_prompt(tokenizer, prompt), dtype=torch.int64)))
         elif tokenizer.chat_template:
             prompts.append(Chat(category, turns, tokenizer))
         else:
             mend = 'give "prompt" texts, or take a base model with a chat template'
-            raise UserError(f'{place}: it has "turns", but the tokenizer in {tokenizer_dir} has no chat template; {mend}')
+            raise UserError(f'{where}: it has "turns", but the tokenizer in {tokenizer_dir} has no chat template; {mend}')
         for text in turns or [prompt]:  # of a chat not what its template adds, which is the model's own
-            refuse_unknown(tokenizer(text).input_ids, embedding_size, tokenizer.backend_tokenizer, place)
+            refuse_unknown(tokenizer(text).input_ids, embedding_size, tokenizer.backend_tokenizer, where)
     return prompts
 
 
-def read_fields(line, place):
+def read_fields(line, where):
     """(prompt, turns, category) of a line; None where it has none, and one of the first two is always None."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error}); write one JSON object on each line") from error
+        raise UserError(f"{where}: not JSON ({error}); write one JSON object on each line") from error
     fields = [entry.get(name) for name in ("prompt", "turns", "category")] if isinstance(entry, dict) else [None] * 3
     prompt, turns, category = fields
     if (prompt is None) == (turns is None):
-        raise UserError(f'{place}: expected a JSON object with either "prompt", a text, or "turns", a list of user texts')
+        raise UserError(f'{where}: expected a JSON object with either "prompt", a text, or "turns", a list of user texts')
     if turns is None and not is_text(prompt):
-        raise UserError(f'{place}: its "prompt" must be a text that is not empty')
+        raise UserError(f'{where}: its "prompt" must be a text that is not empty')
     if prompt is None and not (isinstance(turns, list) and turns and all(map(is_text, turns))):
-        raise UserError(f'{place}: its "turns" must be a list of one or more texts, none of them empty')
+        raise UserError(f'{where}: its "turns" must be a list of one or more texts, none of them empty')
     if category is not None and not is_text(category):
-        raise UserError(f'{place}: its "category" must be a text that is not empty; or leave it out')
+        raise UserError(f'{where}: its "category" must be a text that is not empty; or leave it out')
     return fields
 
 

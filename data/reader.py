@@ -95,8 +95,8 @@ class RowReader:
 
     def skip(self, count):
         """Pass over `count` batches without reading them."""
-        place = self._epoch * len(self) + self._position + count * self.batch_size
-        self._epoch, self._position = divmod(place, len(self))
+        position = self._epoch * len(self) + self._position + count * self.batch_size
+        self._epoch, self._position = divmod(position, len(self))
 
     def state_dict(self):
         """Where the next batch begins; small, and fit for JSON."""
@@ -120,9 +120,9 @@ class RowReader:
             self._epoch, self._position = self._epoch + 1, 0
         order = np.random.default_rng((self.seed, self._epoch)).permutation(len(self.shards))
         ends = np.cumsum(self._sizes[order])
-        place = int(np.searchsorted(ends, self._position, side="right"))
-        shard = int(order[place])
-        offset = self._position - int(ends[place] - self._sizes[shard])
+        index = int(np.searchsorted(ends, self._position, side="right"))
+        shard = int(order[index])
+        offset = self._position - int(ends[index] - self._sizes[shard])
         self._load(shard)
         rows = self._row_order[offset : offset + count]
         self._position += len(rows)

@@ -158,12 +158,12 @@ def read_embedding_size(name):
     return config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
 
 
-def refuse_unknown(tokens, embedding_size, backend, place):
+def refuse_unknown(tokens, embedding_size, backend, where):
     """Refuse ids that a base model does not know.
 
     Args:
         tokens: ids, a list, array or tensor of any shape. embedding_size: None where it is not known; all are let pass.
-        backend: the `tokenizers` one that they are of. place: where they stand, for the message.
+        backend: the `tokenizers` one that they are of. where: what they stand in, for the message.
 
     Raises:
         UserError: names the first such token.
@@ -174,7 +174,7 @@ def refuse_unknown(tokens, embedding_size, backend, place):
     unknown = tokens[tokens >= embedding_size].tolist()
     if unknown:
         raise UserError(
-            f"{place}: token {backend.id_to_token(unknown[0])!r} has id {unknown[0]}, but the tokenizer has {count_ids(backend)} ids, the "
+            f"{where}: token {backend.id_to_token(unknown[0])!r} has id {unknown[0]}, but the tokenizer has {count_ids(backend)} ids, the "
             f"model's embedding {embedding_size}; take the model's own tokenizer, or leave such tokens out"
         )
 

@@ -59,13 +59,13 @@ def accepted_in_text(proposer: Proposer, states: torch.Tensor, tokens: torch.Ten
     if candidates is None:
         return []
     # What the base model says after a node on the text's own path, as deep as it is; other nodes' parents are wrong already.
-    places = roots[:, None] + 1 + candidates.tree.depths
-    chosen = tokens[places.clamp(max=len(tokens) - 1)].masked_fill(places >= len(tokens), -2)
+    positions = roots[:, None] + 1 + candidates.tree.depths
+    chosen = tokens[positions.clamp(max=len(tokens) - 1)].masked_fill(positions >= len(tokens), -2)
     accepted = (match(candidates, chosen).accepted.sum(-1) - 1).tolist()
     drafted = (candidates.tokens >= 0).any(-1).tolist()
-    steps, place = [], 0
-    while place < count:
-        if drafted[place]:
-            steps.append(accepted[place])
-        place += 1 + accepted[place]
+    steps, index = [], 0
+    while index < count:
+        if drafted[index]:
+            steps.append(accepted[index])
+        index += 1 + accepted[index]
     return steps

@@ -63,12 +63,12 @@ def usable_positions(segment_ids: torch.Tensor, first_states: torch.Tensor, head
     usable = (segment_ids >= 0) & (torch.arange(n) >= first_states[:, None])
     ahead = F.pad(segment_ids, (0, heads + 1), value=-1)
     accepted = F.pad(greedy, (0, heads + 1)) if greedy is not None else None
-    found = []
+    masks = []
     for head in range(heads):
         if accepted is not None and head:
             usable = usable & accepted[:, head + 1 : head + 1 + n]
-        found.append(usable & (ahead[:, head + 2 : head + 2 + n] == segment_ids))
-    return torch.stack(found)
+        masks.append(usable & (ahead[:, head + 2 : head + 2 + n] == segment_ids))
+    return torch.stack(masks)
 
 
 def choose_positions(usable: torch.Tensor, limit: int | None = None, generator: torch.Generator | None = None) -> Positions:

@@ -23,7 +23,7 @@ from fms.modules.attention import register_attention_op
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from fms_spec.kv_cache import Place, Visible, fold_mask
+from fms_spec.kv_cache import SlotMapping, Visible, fold_mask
 
 PACKED = "fms_spec_packed"
 CACHED = "fms_spec_cached"
@@ -124,9 +124,9 @@ def attend_cached(
 
 
 def _fms_store(
-    keys: torch.Tensor, values: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *, place: Place, **_: Any
+    keys: torch.Tensor, values: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *, slot_mapping: SlotMapping, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    seen_keys, seen_values = place.store(keys, values, key_cache, value_cache)
+    seen_keys, seen_values = slot_mapping.store(keys, values, key_cache, value_cache)
     return seen_keys, seen_values, key_cache, value_cache
 
 

@@ -150,16 +150,16 @@ class BaseModel:
         Returns:
             [b, n, d] states after the final norm.
         """
-        place = cache.place(tokens.shape[1])
-        visible = Visible(cache, place, tree, self.query_heads // self.kv_groups, self.dtype)
+        slot_mapping = cache.slot_mapping(tokens.shape[1])
+        visible = Visible(cache, slot_mapping, tree, self.query_heads // self.kv_groups, self.dtype)
         if self.backend == "fms":
             layers = [cache.layer(index) for index in range(len(cache.store))]
             return self.trunk(
-                tokens, position_ids=visible.positions, past_key_value_states=layers, use_cache=True, attn_name=CACHED, place=place,
-                visible=visible,
+                tokens, position_ids=visible.positions, past_key_value_states=layers, use_cache=True, attn_name=CACHED,
+                slot_mapping=slot_mapping, visible=visible,
             )[0]  # fmt: skip
         self.trunk.config._attn_implementation = CACHED
-        view = TransformersCacheView(cache, place)
+        view = TransformersCacheView(cache, slot_mapping)
         with asking(visible):
             return self.trunk(tokens, position_ids=visible.positions, past_key_values=view, use_cache=True).last_hidden_state
 

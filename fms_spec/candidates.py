@@ -54,11 +54,11 @@ class Tree:
     @cached_property
     def children(self) -> torch.Tensor:
         """Children of each node in order, 0 where there are no more, for a tree that all sequences share: int64 [n + 1, most children]."""
-        found: list[list[int]] = [[] for _ in range(self.nodes)]
+        children: list[list[int]] = [[] for _ in range(self.nodes)]
         for node, parent in enumerate(self.parents[0].tolist()[1:], start=1):
-            found[parent].append(node)
-        width = max(len(nodes) for nodes in found)
-        return torch.tensor([nodes + [0] * (width - len(nodes)) for nodes in found], device=self.parents.device)
+            children[parent].append(node)
+        width = max(len(nodes) for nodes in children)
+        return torch.tensor([nodes + [0] * (width - len(nodes)) for nodes in children], device=self.parents.device)
 
 
 @dataclass

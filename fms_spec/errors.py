@@ -20,9 +20,9 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
     """The first place where two JSON values differ, as (dotted name, old, new); None if they are the same."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
+            difference = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if difference:
+                return difference
         return None
     return None if old == new else (path, old, new)
 

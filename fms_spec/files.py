@@ -101,7 +101,7 @@ def check_writable(path: Path | str) -> None:
         new = not path.exists()
         if new and path.is_symlink():
             raise UserError(f"{path}: a link that leads nowhere; remove it, or give another place")
-        folder = next(place for place in path.absolute().parents if os.path.lexists(place))
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         with tempfile.TemporaryFile(dir=folder) as trial:
             trial.write(bytes(4096))
         if folder == path.absolute().parent:
@@ -192,7 +192,7 @@ def owned(folder: Path | str) -> Iterator[None]:
     """
     folder = Path(folder)
     try:
-        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder / OWNER)
         if lock is None:
@@ -210,7 +210,7 @@ def owned(folder: Path | str) -> Iterator[None]:
     finally:
         with suppress(OSError):  # of a disk that is gone, of which the block has told
             (folder / OWNER).unlink(missing_ok=True)
-            for place in made:
-                if place.is_dir() and not any(place.iterdir()):
-                    place.rmdir()
+            for path in made:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
         lock.release()

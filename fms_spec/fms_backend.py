@@ -74,15 +74,15 @@ def misfit(path: Path | str, config: PretrainedConfig) -> str | None:
     model, entries = build(config, torch.float32), read_entries(path)
     held = {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items() if not COMPUTED.search(key)}
     try:
-        found = serialization.get_adapted(architecture_of(config), "hf", held, {"model_config": model.config})
+        adapted = serialization.get_adapted(architecture_of(config), "hf", held, {"model_config": model.config})
     except KeyError as error:
         return f"the files hold no {error.args[0]}"
     own = model.state_dict()
     if model.config.tie_heads:
         own.pop("head.weight")
-        found = {key: value for key, value in found.items() if key != "head.weight"}
-    for key in sorted(own.keys() | found.keys()):
-        wanted, there = ("none" if key not in side else f"one of {list(side[key].shape)}" for side in (own, found))
+        adapted = {key: value for key, value in adapted.items() if key != "head.weight"}
+    for key in sorted(own.keys() | adapted.keys()):
+        wanted, there = ("none" if key not in side else f"one of {list(side[key].shape)}" for side in (own, adapted))
         if wanted != there:
             return f"of tensor {key} ibm-fms has {wanted}, the files hold {there}"
     return None
@@ -100,9 +100,9 @@ def load(
     names, layers = [key for key in entries if not COMPUTED.search(key)], model.base_model.layers
     of_layer: list[list[str]] = [[] for _ in layers]
     for key in names:
-        place = re.match(r"model\.layers\.(\d+)\.", key)
-        if place and int(place[1]) < len(layers):
-            of_layer[int(place[1])].append(key)
+        match = re.match(r"model\.layers\.(\d+)\.", key)
+        if match and int(match[1]) < len(layers):
+            of_layer[int(match[1])].append(key)
     rest = [key for key in names if not key.startswith("model.layers.")]
     for keys, layer in [*zip(of_layer, layers), (rest, None)]:
         tensors = read_tensors(entries, keys, device)

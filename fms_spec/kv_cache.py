@@ -3,7 +3,7 @@
 Shapes: b sequences, n new tokens, l cached tokens, h query heads, g key-value heads, d head width.
 
 A forward stores its tokens behind what each sequence holds; they count only once they are accepted. Accepted candidates of a tree move
-up to the place where plain decoding would have put them, and nothing else ever moves: what was rejected is overwritten by the next
+up to the slots where plain decoding would have put them, and nothing else ever moves: what was rejected is overwritten by the next
 forward. Nothing is concatenated, expanded or copied per candidate, so the bytes are those of the longest text plus one tree.
 """
 
@@ -36,9 +36,9 @@ class KVCache:
         """(keys, values) of one layer, each [b, capacity, g, d], views."""
         return self.store[index, 0], self.store[index, 1]
 
-    def place(self, count: int) -> "Place":
+    def slot_mapping(self, count: int) -> "SlotMapping":
         """Where the next `count` tokens of every sequence go."""
-        return Place(self, count)
+        return SlotMapping(self, count)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep, of the tokens of the last forward, those at `paths`: for each sequence ascending indices, from 0, into its n tokens."""
@@ -58,7 +58,7 @@ class KVCache:
         self.hold([self.counts[row] for row in kept])
 
 
-class Place:
+class SlotMapping:
     """Slots behind what each sequence holds, for one forward over all layers.
 
     slots: int64 [b, n]. end: one past the last slot of the longest sequence.
@@ -91,9 +91,9 @@ class Visible:
         positions: int64 [b, n], of each new token in its text; slots hold the text in order, and behind it the new tokens.
     """
 
-    def __init__(self, cache: KVCache, place: Place, tree: Tree | None, shared: int, dtype: torch.dtype):
-        self.cache, self.place, self.tree, self.shared, self.dtype = cache, place, tree, shared, dtype
-        self.positions = place.slots if tree is None else cache.lengths[:, None] + tree.depths
+    def __init__(self, cache: KVCache, slot_mapping: SlotMapping, tree: Tree | None, shared: int, dtype: torch.dtype):
+        self.cache, self.slot_mapping, self.tree, self.shared, self.dtype = cache, slot_mapping, tree, shared, dtype
+        self.positions = slot_mapping.slots if tree is None else cache.lengths[:, None] + tree.depths
         self.masks: dict[int | None, tuple[int, torch.Tensor | None]] = {}
 
     def folded(self, window: int | None = None) -> tuple[int, torch.Tensor | None]:
@@ -107,17 +107,17 @@ class Visible:
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """bool [b, n, end], or None."""
-        slots = torch.arange(self.place.end, device=self.positions.device)
+        slots = torch.arange(self.slot_mapping.end, device=self.positions.device)
         batch, count = self.positions.shape
-        if self.place.start is not None and count == 1:  # `folded` begins where its window does
+        if self.slot_mapping.start is not None and count == 1:  # `folded` begins where its window does
             return None
         if self.tree is None:
             mask = slots <= self.positions[:, :, None]
             standing = slots
         else:
             held = (slots < self.cache.lengths[:, None, None]).expand(batch, count, -1)
-            mask = held.scatter(2, self.place.slots[:, None].expand(batch, count, count), self.tree.ancestors.expand(batch, -1, -1))
-            standing = slots.expand(batch, -1).scatter(1, self.place.slots, self.positions)[:, None]  # siblings share a position
+            mask = held.scatter(2, self.slot_mapping.slots[:, None].expand(batch, count, count), self.tree.ancestors.expand(batch, -1, -1))
+            standing = slots.expand(batch, -1).scatter(1, self.slot_mapping.slots, self.positions)[:, None]  # siblings share a position
         return mask if window is None else mask & (standing > self.positions[:, :, None] - window)
 
 
@@ -137,8 +137,8 @@ class TransformersCacheView:
 
     is_compileable = False
 
-    def __init__(self, cache: KVCache, place: Place):
-        self.cache, self.place = cache, place
+    def __init__(self, cache: KVCache, slot_mapping: SlotMapping):
+        self.cache, self.slot_mapping = cache, slot_mapping
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_index: int, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """keys, values [b, g, n, d] -> everything stored so far, views [b, g, end, d].
@@ -146,10 +146,10 @@ class TransformersCacheView:
         Raises:
             ValueError: a layer with other keys or values than the cache holds.
         """
-        held, found = self.cache.store.shape[-2:], [(part.shape[1], part.shape[3]) for part in (keys, values)]
-        if found != [tuple(held)] * 2:
-            raise ValueError(f"layer {layer_index} has keys and values of (heads, width) {found}, the config says {tuple(held)} for both")
-        return self.place.store(keys.transpose(1, 2), values.transpose(1, 2), *self.cache.layer(layer_index))
+        held, shapes = self.cache.store.shape[-2:], [(part.shape[1], part.shape[3]) for part in (keys, values)]
+        if shapes != [tuple(held)] * 2:
+            raise ValueError(f"layer {layer_index} has keys and values of (heads, width) {shapes}, the config says {tuple(held)} for both")
+        return self.slot_mapping.store(keys.transpose(1, 2), values.transpose(1, 2), *self.cache.layer(layer_index))
 
     def get_seq_length(self, *_: Any) -> int:
         return max(self.cache.counts)

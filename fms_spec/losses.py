@@ -4,7 +4,7 @@ Shapes: m positions, k feature width, r draft vocabulary, d base width.
 
 Per head, with student distribution q = softmax(features @ weight.T) and the base model's p, restricted to the draft vocabulary:
     cross-entropy  -log q[token]            on the token of the text; tokens outside the draft vocabulary give none
-    distillation   KL(p || q)               towards the base model's distribution for the same place
+    distillation   KL(p || q)               towards the base model's distribution for the same position
     acceptance     -log sum_v min(p, q)     of the rate at which drafts drawn from q are accepted by p (LK loss, arXiv 2602.23881)
     smooth L1      on predicted hidden states, for families that predict them
 The phase's loss is the sum over heads of weight_i times the mean over that head's valid positions.
@@ -69,9 +69,9 @@ def chunk_loss(
         log_q, log_p, spare: fp32 [m, r], all overwritten; log_p and spare are None where no loss asks for p.
         targets: int64 [m], -1 where there is none.
     """
-    places = targets[:, None].clamp(min=0)
+    index = targets[:, None].clamp(min=0)
     known = weights.cross_entropy * (targets[:, None] >= 0)
-    total = -(known * log_q.gather(1, places)).sum()
+    total = -(known * log_q.gather(1, index)).sum()
     if log_p is not None:
         p = torch.exp(log_p, out=spare)
         if weights.distillation:
@@ -87,7 +87,7 @@ def chunk_loss(
         grad = q.mul_(q_scale).addcmul_(under, -weights.acceptance / rate)
         row_scale = torch.ones_like(row_scale)  # q's factor may be next to nothing here, and the others' is not
     if weights.cross_entropy:
-        grad.scatter_add_(1, places, -known / row_scale.clamp(min=TINY))
+        grad.scatter_add_(1, index, -known / row_scale.clamp(min=TINY))
     if weights.distillation and weights.cross_entropy:
         grad.sub_(p.mul_(weights.distillation / row_scale))
     elif weights.distillation:
@@ -139,8 +139,8 @@ class SoftTargetLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         """In place: autograd refuses a second call, and nobody asks for one."""
-        found = [grad if grad is None else grad.mul_(grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return (None,) * 7 + tuple(found)
+        gradients = [grad if grad is None else grad.mul_(grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        return (None,) * 7 + tuple(gradients)
 
 
 def one_head(

@@ -82,8 +82,8 @@ def why_unfit(config: PretrainedConfig) -> str | None:
 
 def rope_kinds(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
     """{rope_type: its numbers} of a config, whose kinds of layers may have one each."""
-    found = getattr(config, "rope_parameters", None) or {}
-    groups = [found] if "rope_type" in found else [value for value in found.values() if isinstance(value, dict)]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    groups = [parameters] if "rope_type" in parameters else [value for value in parameters.values() if isinstance(value, dict)]
     return {group.get("rope_type", "default"): group for group in groups}
 
 
@@ -109,15 +109,13 @@ def read_eos_token_ids(path: Path | str, config: PretrainedConfig) -> set[int]:
     Raises:
         UserError: a generation_config.json that can't be read, or ids that are no integers.
     """
-    file, found = Path(path) / "generation_config.json", None
+    file, eos = Path(path) / "generation_config.json", None
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if os.path.lexists(file) else None
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if os.path.lexists(file) else None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: can't be read ({transformers_backend.first_line(error)}); copy or download it again") from error
-    found = config.eos_token_id if found is None else found
-    found = found if isinstance(found, list) else [] if found is None else [found]
-    if any(type(token) is not int for token in found):
-        raise UserError(
-            f"base model {path}: its eos_token_id {found} is no list of token ids; correct generation_config.json or config.json"
-        )
-    return set(found)
+    eos = config.eos_token_id if eos is None else eos
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int for token in eos):
+        raise UserError(f"base model {path}: its eos_token_id {eos} is no list of token ids; correct generation_config.json or config.json")
+    return set(eos)

@@ -167,10 +167,10 @@ def first_layers(config: PretrainedConfig) -> PretrainedConfig:
 
 def layer_stack(model: nn.Module, count: int) -> nn.ModuleList:
     """The `nn.ModuleList` of a model's `count` layers."""
-    found = next((part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
-    if found is None:
+    stack = next((part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count), None)
+    if stack is None:
         raise ValueError(f"{type(model).__name__} has no stack of its {count} layers")
-    return found
+    return stack
 
 
 def texts_alone(
@@ -205,17 +205,17 @@ def difference(
     positions = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths)])
     packed = model.packed_states(torch.cat(texts)[None], positions[None], spans)[0]
     cached = on_cache(model, texts[0])
-    for place, ours, theirs in [
+    for name, ours, theirs in [
         ("states of packed texts", packed, torch.cat(states)),
         ("states on a cache", cached, states[0]),
         ("logits", model.logits(packed), torch.cat(logits)),
     ]:
         if not theirs.isfinite().all():
-            return f"transformers itself gives no finite {place}"
+            return f"transformers itself gives no finite {name}"
         off = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=TINY)).max().item()
         if not off <= TOLERANCE:  # NaN is none
             backend = "this code" if model.backend == "transformers" else "ibm-fms"
-            return f"{backend} differs from transformers by {off:.1g} of the norm in the {place}"
+            return f"{backend} differs from transformers by {off:.1g} of the norm in the {name}"
     return None
 
 
@@ -223,11 +223,11 @@ def on_cache(model: Any, text: torch.Tensor) -> torch.Tensor:
     """States [n, d] of a text that is read onto a cache in three pieces, the second of them as one of a tree's two branches."""
     third = len(text) // 3
     cache, tree = model.new_cache(1, 2 * len(text)), Tree.full([2] + [1] * (third - 2), model.device)
-    found = [model.extend(text[None, :third], cache)[0]]
+    pieces = [model.extend(text[None, :third], cache)[0]]
     cache.hold([third])
     nodes = text[third + 1 : 2 * third].repeat_interleave(2)
     nodes[::2] = 0  # the branch that is not taken stands before the other, so that accepting moves entries
     states = model.extend(torch.cat([text[third : third + 1], nodes])[None], cache, tree)[0]
     path = [0, *range(2, 2 * third - 1, 2)]
     cache.accept([path])
-    return torch.cat([*found, states[path], model.extend(text[None, 2 * third :], cache)[0]])
+    return torch.cat([*pieces, states[path], model.extend(text[None, 2 * third :], cache)[0]])

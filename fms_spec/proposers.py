@@ -131,10 +131,10 @@ def best_nodes(scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
     """`Candidates` of the `count` best of m nodes, parents before children: all [b, m], parents counted from 1 with the root as 0."""
     # A child's score never exceeds its parent's; stable, so that the parent comes first where they are equal.
     order = scores.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
-    place = torch.zeros(len(order), scores.shape[1] + 1, dtype=torch.int64, device=order.device)
-    place.scatter_(1, order + 1, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order))
+    new_ids = torch.zeros(len(order), scores.shape[1] + 1, dtype=torch.int64, device=order.device)
+    new_ids.scatter_(1, order + 1, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order))
     root = torch.zeros_like(order[:, :1])
-    return Candidates(tokens.gather(1, order), Tree(torch.cat([root, place.gather(1, parents.gather(1, order))], dim=1)))
+    return Candidates(tokens.gather(1, order), Tree(torch.cat([root, new_ids.gather(1, parents.gather(1, order))], dim=1)))
 
 
 class PromptLookup:
@@ -152,12 +152,12 @@ class PromptLookup:
         self.lookahead = self.nodes = lookahead
 
     def propose(self, step: Step) -> Candidates | None:
-        found = [self.look_up(numpy.array(text)) for text in step.texts]
-        longest = max(len(line) for line in found)
+        drafts = [self.look_up(numpy.array(text)) for text in step.texts]
+        longest = max(len(line) for line in drafts)
         if not longest:
             return None
         device = step.tokens.device
-        padded = torch.tensor([[*line, *[-1] * (longest - len(line))] for line in found], device=device)
+        padded = torch.tensor([[*line, *[-1] * (longest - len(line))] for line in drafts], device=device)
         return Candidates(padded, Tree.full([1] * longest, device))
 
     def look_up(self, text: numpy.ndarray) -> list[int]:

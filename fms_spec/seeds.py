@@ -11,10 +11,10 @@ def mixed(seed: int, *numbers: int) -> int:
     A sum tells the places of a small seed apart. One that is over LARGEST is hashed and not cut: CPU generators look at the last 32 bits
     only, and those of 2**40 would be those of 0.
     """
-    found = seed
+    total = seed
     for number in numbers:
-        found = found * 1_000_003 + number
-    if found <= LARGEST:
-        return found
+        total = total * 1_000_003 + number
+    if total <= LARGEST:
+        return total
     digest = hashlib.sha256(repr((seed, *numbers)).encode()).digest()
     return int.from_bytes(digest[:8]) >> 1

@@ -28,9 +28,9 @@ class TextStream:
         self.held += self.stream.step(self.backend, token) or ""
         if not may_stop:
             return self._release(len(self.held))
-        places = [place for place in (self.held.find(stop) for stop in self.stop) if place >= 0]
-        self.stopped = self.stopped or bool(places)
-        return self._release(min(places) if places else len(self.held) - self._beginning())
+        starts = [start for start in (self.held.find(stop) for stop in self.stop) if start >= 0]
+        self.stopped = self.stopped or bool(starts)
+        return self._release(min(starts) if starts else len(self.held) - self._beginning())
 
     def finish(self) -> str:
         """The text still held back, once no token is to come."""

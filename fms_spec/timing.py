@@ -67,10 +67,10 @@ class Stopwatch:
 
     def timed(self, part: str, items: Iterable[T]) -> Iterator[T]:
         """The items, the time that it takes to come by each charged to `part`."""
-        found = iter(items)
+        iterator = iter(items)
         while True:
             with self.measure(part):
-                one = list(islice(found, 1))
+                one = list(islice(iterator, 1))
             if not one:
                 return
             yield one[0]

@@ -34,8 +34,8 @@ def weight_map(path: Path | str) -> dict[str, str]:
         UserError: there is none that can be read.
     """
     try:
-        found = json.loads((Path(path) / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): Path(file).name for name, file in found.items()}
+        files = json.loads((Path(path) / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): Path(file).name for name, file in files.items()}
     except FileNotFoundError:
         raise UserError(f"base model {path}: no {SINGLE} and no {INDEX} in it; save the model with save_pretrained first") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -71,14 +71,14 @@ def read_entries(path: Path | str) -> dict[str, Entry]:
         UserError: as `weight_files`; a file that can't be read; an index that says another file for a tensor than the one that has it.
     """
     files = weight_files(path)
-    found = {file.name: read_header(file) for file in files}
+    headers = {file.name: read_header(file) for file in files}
     if files[0].name != SINGLE:
-        places = weight_map(path)
-        there = [(name, file) for file, entries in found.items() for name in entries]
-        wrong = sorted(set(there) ^ set(places.items()))
+        index = weight_map(path)
+        there = [(name, file) for file, entries in headers.items() for name in entries]
+        wrong = sorted(set(there) ^ set(index.items()))
         if wrong:
             raise UserError(f"base model {path}: {INDEX} and the files disagree on tensor {wrong[0][0]} ({wrong[0][1]}); copy them again")
-    return {name: entry for entries in found.values() for name, entry in entries.items()}
+    return {name: entry for entries in headers.values() for name, entry in entries.items()}
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -93,18 +93,18 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise UserError(f"base model weights {file}: can't be read ({error}); copy or download them again") from error
     header.pop("__metadata__", None)
     return {
-        name: Entry(file, value["dtype"], tuple(value["shape"]), *(8 + size + place for place in value["data_offsets"]))
+        name: Entry(file, value["dtype"], tuple(value["shape"]), *(8 + size + offset for offset in value["data_offsets"]))
         for name, value in header.items()
     }
 
 
 def read_tensors(entries: Mapping[str, Entry], names: Collection[str], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """{name: tensor} for some names of `read_entries`, each file opened once."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted({entries[name].file for name in names}):
         with safe_open(file, "pt", device=str(device)) as opened:
-            found |= {name: opened.get_tensor(name) for name in names if entries[name].file == file}
-    return found
+            tensors |= {name: opened.get_tensor(name) for name in names if entries[name].file == file}
+    return tensors
 
 
 def fingerprint(path: Path | str) -> str:

@@ -91,10 +91,10 @@ def keep_texts(argument_class):
 def texts_of(value):
     """A text as it is typed, or those of a JSON list."""
     try:
-        found = json.loads(value)
+        parsed = json.loads(value)
     except ValueError:
         return value
-    return found if isinstance(found, list) else value
+    return parsed if isinstance(parsed, list) else value
 
 
 def keep_freed_memory():

@@ -73,10 +73,10 @@ def find_checkpoint(path):
         UserError: there is none, or it is damaged.
     """
     if (path / "checkpoints").is_dir():
-        found = newest_checkpoint(path / "checkpoints")
-        if not found:
+        newest = newest_checkpoint(path / "checkpoints")
+        if not newest:
             raise UserError(f"{path} has no whole checkpoint yet; let the run reach its first one")
-        path = found
+        path = newest
     elif not (path / "speculator.json").is_file():
         raise UserError(f"{path} is no checkpoint of a run; give RUN/checkpoints/step-N or RUN")
     elif problem := damage(path):
@@ -137,12 +137,12 @@ def model_card(speculator, config, checkpoint, out_dir):
     """README.md of an exported speculator, with the commands that serve and measure it from where it was written."""
     base_model, heads = config["base_model_name_or_path"], config["n_predict"]
     settings = {"method": METHOD, "model": str(out_dir), "num_speculative_tokens": heads}
-    places = [f"--base_model={base_model}", f"--speculator={out_dir}", "--prompts=PROMPTS.jsonl"]
+    flags = [f"--base_model={base_model}", f"--speculator={out_dir}", "--prompts=PROMPTS.jsonl"]
     return CARD.format(
         base_model=base_model, heads=heads, family=config["model_type"], fingerprint=config["base_model_fingerprint"], versions=TRIED,
         parameters=sum(weight.numel() for weight in speculator.parameters()) / 1e6, settings=settings,
         serve=shlex.join(["vllm", "serve", base_model, "--host", "127.0.0.1", "--speculative-config", json.dumps(settings)]),
-        measure=shlex.join(["python", "-m", "scripts.evaluate", *places]), training=training_facts(checkpoint),
+        measure=shlex.join(["python", "-m", "scripts.evaluate", *flags]), training=training_facts(checkpoint),
     )  # fmt: skip
 
 
@@ -160,9 +160,9 @@ def training_facts(checkpoint):
 
 
 def progress(file, _):
-    found = read_json(file, "")
-    hours = sum(found["seconds"].values()) / 3600
-    return [f"{found['step']} steps over {found['tokens']:,} positions, in {hours:.2f} hours"]
+    saved = read_json(file, "")
+    hours = sum(saved["seconds"].values()) / 3600
+    return [f"{saved['step']} steps over {saved['tokens']:,} positions, in {hours:.2f} hours"]
 
 
 def origin(file, _):

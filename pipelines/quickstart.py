@@ -42,8 +42,8 @@ class Parts:
     """Runs each part once, and remembers over restarts which are done and how many seconds they took."""
 
     def __init__(self, path):
-        self.path, found = path, read_or_none(path)
-        self.seconds = found if isinstance(found, dict) else {}  # parts that are done end at once: only their seconds are lost
+        self.path, seconds = path, read_or_none(path)
+        self.seconds = seconds if isinstance(seconds, dict) else {}  # parts that are done end at once: only their seconds are lost
 
     def run(self, name, work):
         if name not in self.seconds:
@@ -79,22 +79,22 @@ def go_through(out, config, scale):
 def claim(out, scale):
     """Refuse an out_dir that holds something else, or a quickstart at another scale; returns the dtype the base model trains in."""
     record = out / "quickstart.json"
-    if not any(place.name not in (record.name, OWNER) for place in out.iterdir()):  # nothing yet that an older one would say something of
+    if not any(path.name not in (record.name, OWNER) for path in out.iterdir()):  # nothing yet that an older one would say something of
         write_json(record, {"scale": scale, "dtype": faster_dtype()})
     if not record.is_file():
         raise UserError(f"{out} holds other files; give an empty or new --out_dir")
-    found = read_or_none(record)
-    if not isinstance(found, dict) or not {"scale", "dtype"} <= found.keys():
+    values = read_or_none(record)
+    if not isinstance(values, dict) or not {"scale", "dtype"} <= values.keys():
         raise UserError(f"{record}: can't be read, it may be damaged; give another --out_dir")
-    if found["scale"] != scale:
-        raise UserError(f"{out} holds a quickstart at --scale={found['scale']}; give that scale to go on, or another --out_dir")
-    return found["dtype"]
+    if values["scale"] != scale:
+        raise UserError(f"{out} holds a quickstart at --scale={values['scale']}; give that scale to go on, or another --out_dir")
+    return values["dtype"]
 
 
 def scaled_config(out, scale, dtype):
-    """quickstart.yaml with this run's places and dtype, and with its budget scaled."""
-    places = [f"base_model.name={out / 'base_model'}", f"data.dir={out / 'data'}", f"base_model.dtype={dtype}"]
-    full = load_config(CONFIG, places)
+    """quickstart.yaml with this run's paths and dtype, and with its budget scaled."""
+    overrides = [f"base_model.name={out / 'base_model'}", f"data.dir={out / 'data'}", f"base_model.dtype={dtype}"]
+    full = load_config(CONFIG, overrides)
     smaller = {
         "schedule.steps": max(7, round(full.schedule.steps * scale)),
         "data.rows": max(full.phase1.batch_size, round(full.data.rows * scale)),
@@ -103,7 +103,7 @@ def scaled_config(out, scale, dtype):
         "validation.every": max(7, round(full.validation.every * scale)),
         "checkpoint.every": max(7, round(full.checkpoint.every * scale)),
     }
-    return load_config(CONFIG, places + [f"{key}={value}" for key, value in smaller.items()])
+    return load_config(CONFIG, overrides + [f"{key}={value}" for key, value in smaller.items()])
 
 
 def prepare_data(out):

@@ -26,8 +26,8 @@ def read_yaml(path, what):
     return parse(text, f"{what} {path}")
 
 
-def parse(text, place):
-    """The value in a text. place: where it stands, for messages.
+def parse(text, source):
+    """The value in a text. source: what it stands in, for messages.
 
     Raises:
         UserError: no YAML, a tag (which would name a type), a value that there is none (a 99th of May), or nesting over DEEPEST.
@@ -39,11 +39,11 @@ def parse(text, place):
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         said = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
-        raise UserError(f"{place}: {where}{said}") from None
+        raise UserError(f"{source}: {where}{said}") from None
     except ValueError as error:
-        raise UserError(f"{place}: a value can't be read ({error})") from None
+        raise UserError(f"{source}: a value can't be read ({error})") from None
     if problem:
-        raise UserError(f"{place}: {problem}")
+        raise UserError(f"{source}: {problem}")
     return value
 
 

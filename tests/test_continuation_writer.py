@@ -112,11 +112,11 @@ def test_a_writer_stays_the_asked_number_of_shards_ahead_of_the_reader_and_finis
     thread = threading.Thread(target=write_shards, args=(store, engine, range(12)), kwargs={"ahead": 3, "status": tmp_path / "s.json"})
     thread.start()
     for place in (0, 1, 2, 7):
-        store.post_place(place)
+        store.post_shards_begun(place)
         wait_for(lambda place=place: store.has(place + 2))
         time.sleep(0.3)
         assert engine.begun == list(range(place + 3)) and engine.idle
-    store.post_place(12)
+    store.post_shards_begun(12)
     thread.join(10)
     assert len(contents(tmp_path)) == 12
     status = json.loads((tmp_path / "s.json").read_text())
@@ -198,7 +198,7 @@ def test_a_manifest_or_place_of_another_shape_is_named(tmp_path):
     for content in ("", "[]", '{"shards_begun": -1}', '{"shards_begun": "1"}'):
         (tmp_path / "reader.json").write_text(content)
         with pytest.raises(UserError, match="reader.json: .*delete it"):
-            store.reader_place()
+            store.shards_begun()
 
 
 def test_what_killed_processes_left_is_removed_and_what_living_ones_hold_is_not(tmp_path):
@@ -212,7 +212,7 @@ def test_what_killed_processes_left_is_removed_and_what_living_ones_hold_is_not(
     assert sorted(hidden_files(tmp_path)) == [".continuations-00000.parquet.456.partial", ".continuations-00000.parquet.lock"]
     claim.release()
     write_shards(store, Engine(), range(3))
-    store.post_place(1)
+    store.post_shards_begun(1)
     assert store.finish({}) and hidden_files(tmp_path) == []
 
 
@@ -227,9 +227,9 @@ class SlowProducers:
     def check(self):
         self.checks += 1
         if self.checks == 2:
-            self.store.post_place(0)  # as another run would that reads the same folder
+            self.store.post_shards_begun(0)  # as another run would that reads the same folder
         if self.checks == self.patience:
-            assert self.store.reader_place() == 1
+            assert self.store.shards_begun() == 1
             write_shards(self.store, Engine(), [0])
 
 

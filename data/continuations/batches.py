@@ -23,8 +23,8 @@ class Continuations:
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
         self.store, self.batch_size = store, batch_size
-        self._epoch, self._place, self._row = 0, 0, 0  # the next row: within the shard at this place of the epoch's order
-        self._shards = {}  # (epoch, place) -> useful rows, of those from the present one on that have been read
+        self._epoch, self._index, self._row = 0, 0, 0  # the next row: within the shard at this index of the epoch's order
+        self._shards = {}  # (epoch, index) -> useful rows, of those from the present one on that have been read
 
     def __iter__(self):
         return self
@@ -48,31 +48,31 @@ class Continuations:
         begun: shards of the first epoch that are begun when it is read, itself included. How many rows a shard gives is known once it is
         written: texts that end at once give none. Raises as `next` does.
         """
-        (epoch, place), rows, fruitless = (self._epoch, self._place), batches * self.batch_size + self._row, 0
+        (epoch, index), rows, fruitless = (self._epoch, self._index), batches * self.batch_size + self._row, 0
         while rows > 0:
-            if (epoch, place) not in self._shards:
-                yield self._number(epoch, place), min(self.store.shard_count, (place if epoch == 0 else self.store.shard_count) + 1)
-            found = len(self._rows(epoch, place))
-            rows, fruitless = rows - found, self._fruitless(fruitless, found)
-            epoch, place = self._after(epoch, place)
+            if (epoch, index) not in self._shards:
+                yield self._number(epoch, index), min(self.store.shard_count, (index if epoch == 0 else self.store.shard_count) + 1)
+            useful = len(self._rows(epoch, index))
+            rows, fruitless = rows - useful, self._fruitless(fruitless, useful)
+            epoch, index = self._after(epoch, index)
 
     def _next_rows(self):
         rows, fruitless = [], 0
         while len(rows) < self.batch_size:
-            available = self._rows(self._epoch, self._place)
+            available = self._rows(self._epoch, self._index)
             taken = available[self._row : self._row + self.batch_size - len(rows)]
             rows.extend(taken)
             self._row += len(taken)
             fruitless = self._fruitless(fruitless, len(taken))
             if self._row >= len(available):
-                del self._shards[self._epoch, self._place]
+                del self._shards[self._epoch, self._index]
                 self._row = 0
-                self._epoch, self._place = self._after(self._epoch, self._place)
+                self._epoch, self._index = self._after(self._epoch, self._index)
         return rows
 
-    def _fruitless(self, before, found):
+    def _fruitless(self, before, useful):
         """Shards in a row that held no useful row; raises where all of an epoch did."""
-        fruitless = 0 if found else before + 1
+        fruitless = 0 if useful else before + 1
         if fruitless > self.store.shard_count:
             raise UserError(f"{self.store.out_dir}: the base model stopped at once after every prompt; use other prompts")
         return fruitless
@@ -80,11 +80,11 @@ class Continuations:
     @property
     def shards_read(self):
         """Shards of the first epoch that have been read to their end."""
-        return self._place if self._epoch == 0 else self.store.shard_count
+        return self._index if self._epoch == 0 else self.store.shard_count
 
     def state_dict(self):
         """Where the next batch begins; small, and fit for JSON."""
-        position = {"epoch": self._epoch, "place": self._place, "row": self._row}
+        position = {"epoch": self._epoch, "place": self._index, "row": self._row}
         return {**position, "seed": self.store.seed, "shard_prompts": self.store.shard_prompts}
 
     def load_state_dict(self, state):
@@ -96,24 +96,24 @@ class Continuations:
         for name in ("seed", "shard_prompts"):
             if state[name] != getattr(self.store, name):
                 raise UserError(f"continuations: the saved position is for {name} {state[name]}, not {getattr(self.store, name)}")
-        self._epoch, self._place, self._row = state["epoch"], state["place"], state["row"]
+        self._epoch, self._index, self._row = state["epoch"], state["place"], state["row"]
         self._shards = {}
 
-    def _after(self, epoch, place):
-        """(epoch, place) of the shard that follows."""
-        return (epoch, place + 1) if place + 1 < self.store.shard_count else (epoch + 1, 0)
+    def _after(self, epoch, index):
+        """(epoch, index) of the shard that follows."""
+        return (epoch, index + 1) if index + 1 < self.store.shard_count else (epoch + 1, 0)
 
-    def _number(self, epoch, place):
-        """The shard at a place of an epoch's order."""
-        return place if epoch == 0 else int(self._generator(epoch).permutation(self.store.shard_count)[place])
+    def _number(self, epoch, index):
+        """The shard at an index of an epoch's order."""
+        return index if epoch == 0 else int(self._generator(epoch).permutation(self.store.shard_count)[index])
 
-    def _rows(self, epoch, place):
+    def _rows(self, epoch, index):
         """The useful rows of a shard, in that epoch's order."""
-        if (epoch, place) not in self._shards:
-            number = self._number(epoch, place)
+        if (epoch, index) not in self._shards:
+            number = self._number(epoch, index)
             rows = self.store.read(number)
-            self._shards[epoch, place] = [rows[row] for row in self._generator(epoch, number + 1).permutation(len(rows))]
-        return self._shards[epoch, place]
+            self._shards[epoch, index] = [rows[row] for row in self._generator(epoch, number + 1).permutation(len(rows))]
+        return self._shards[epoch, index]
 
     def _generator(self, epoch, *stream):
         """Random choices of an epoch; `stream` must not be 0, which numpy does not tell from none."""

@@ -32,7 +32,7 @@ class ShardsManifest(Known):
     shards: list[Shard]
 
 
-class ReaderPlace(Known):
+class ReaderRecord(Known):
     shards_begun: Count
 
 
@@ -123,9 +123,9 @@ class ContinuationStore:
         if not all(map(self.has, range(self.shard_count))):
             return None
         shards = [shard_entry(self.path(index), len(self.block(index)[1])) for index in range(self.shard_count)]
-        found = self._manifest()
-        if found and found["shards"] == shards:
-            return found
+        existing = self._manifest()
+        if existing and existing["shards"] == shards:
+            return existing
         tokens, finish_reasons = 0, Counter()
         for index in range(self.shard_count):
             table = self._table(index)
@@ -145,18 +145,18 @@ class ContinuationStore:
                     remove_partials(lock)
                     let_go(lock)
 
-    def post_place(self, place):
+    def post_shards_begun(self, count):
         """Tell writers how many shards of the first epoch the reader has begun."""
-        self._write(READER, json.dumps({"shards_begun": place}))
+        self._write(READER, json.dumps({"shards_begun": count}))
 
-    def reader_place(self):
-        """What `post_place` told last; 0 before."""
+    def shards_begun(self):
+        """What `post_shards_begun` told last; 0 before."""
         path = self.out_dir / READER
         if not path.exists():
             return 0
-        place = read_json(path, "delete it")
-        checked(ReaderPlace, place, path, "delete it")
-        return place["shards_begun"]
+        values = read_json(path, "delete it")
+        checked(ReaderRecord, values, path, "delete it")
+        return values["shards_begun"]
 
     def _check_folder(self):
         """Raise UserError if the folder holds other files, or its manifest or a shard was made with other settings."""

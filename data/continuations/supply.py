@@ -149,19 +149,19 @@ class Alongside(Supply):
 
     def begin(self, base_model, begun):
         if self.missing:
-            self.store.post_place(begun)
+            self.store.post_shards_begun(begun)
             self.producers.start()
 
     def have(self, index, begun):
-        self.store.post_place(begun)
+        self.store.post_shards_begun(begun)
         return {"waiting": timed(lambda: self.wait(index, begun))[1]}
 
     def wait(self, index, begun):
         started = time.monotonic()
         next_message = started + FIRST_MESSAGE
         while not self.store.has(index):
-            if self.store.reader_place() < begun:  # another run that reads the same folder is not so far
-                self.store.post_place(begun)
+            if self.store.shards_begun() < begun:  # another run that reads the same folder is not so far
+                self.store.post_shards_begun(begun)
             self.producers.check()
             time.sleep(POLL_SECONDS)
             if time.monotonic() > next_message:

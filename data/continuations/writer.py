@@ -105,7 +105,7 @@ class ShardWriter:
         """Claim and submit shards while the engine has room; looks again only after POLL_SECONDS where it found too few."""
         if not self.engine.wants_more or time.monotonic() < self._next_look:
             return
-        end = float("inf") if self.ahead is None else self.store.reader_place() + self.ahead
+        end = float("inf") if self.ahead is None else self.store.shards_begun() + self.ahead
         for index in list(self.todo):
             if not self.engine.wants_more:
                 return

@@ -26,17 +26,17 @@ def find_files(path, source):
             that isn't read.
     """
     if os.path.isdir(path):
-        found, root, nothing = files_below(path), path, "the folder holds no files"
+        paths, root, nothing = files_below(path), path, "the folder holds no files"
     elif os.path.isfile(path):
-        found, root, nothing = [path], os.path.dirname(path), ""
+        paths, root, nothing = [path], os.path.dirname(path), ""
     else:
-        found, root, nothing = matching(path), glob_root(path), "the pattern matches no file"
-    for file in found:
+        paths, root, nothing = matching(path), glob_root(path), "the pattern matches no file"
+    for file in paths:
         if not os.path.isfile(file):
             problem = "a link that leads nowhere" if os.path.islink(file) else "neither a file nor a folder"
             raise UserError(f"source {file}: {problem}; mend or remove it")
         refuse_unread(file)
-    files = sorted(found)
+    files = sorted(paths)
     if len(files) > 1:
         files = of_one_kind(files, source, root)
         if os.path.isdir(path):
@@ -93,24 +93,24 @@ def files_below(folder):
     def refuse(error):  # os.walk alone would leave out silently what it cannot list
         raise UserError(f"source {error.filename}: cannot be read ({error.strerror})")
 
-    found, links = [], []
+    files, links = [], []
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         links += [os.path.join(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
-        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
     tell_left_out(links, folder, "links to folders")
-    return found
+    return files
 
 
 def matching(path):
     """What a pattern matches besides folders; a file that it also finds by way of a linked folder is found once."""
-    found, seen = [], set()
+    files, seen = [], set()
     for file in sorted(glob.glob(path, recursive=True), key=lambda file: (file.count(os.sep), file)):
-        place = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
-        if not os.path.isdir(file) and place not in seen:
-            seen.add(place)
-            found.append(file)
-    return found
+        resolved = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
+        if not os.path.isdir(file) and resolved not in seen:
+            seen.add(resolved)
+            files.append(file)
+    return files
 
 
 def glob_root(path):

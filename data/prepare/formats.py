@@ -153,11 +153,11 @@ def csv_texts(opened, file, text_column):
         other = next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), None)
         if other:
             raise UserError(f"source {file}: its columns are apart by {other!r}; save it with commas, or with tabs as .tsv")
-        place = column_place(header, text_column, f"source {file}")
+        column = column_index(header, text_column, f"source {file}")
         for number, row in enumerate(filter(None, rows)):  # a blank line is an empty list
             if len(row) != len(header):
                 raise UserError(f"{file}:{rows.line_num}: {len(row)} fields, the first line names {len(header)}; mend the line")
-            yield number, row[place]
+            yield number, row[column]
     except csv.Error as error:
         raise UserError(f"{file}:{rows.line_num}: not a line of CSV ({error}); mend the line, or write the table as JSON lines") from None
 
@@ -197,14 +197,14 @@ def column_texts(columns):
 
 def check_schema(schema, text_column, file):
     """Raise UserError if an Arrow schema has no column of text of this name."""
-    kind = schema.field(column_place(schema.names, text_column, file)).type
+    kind = schema.field(column_index(schema.names, text_column, file)).type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if plain not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()):
         chat = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
         raise no_text(file, text_column, str(kind), chat, schema.names)
 
 
-def column_place(names, text_column, where):
+def column_index(names, text_column, where):
     """Where in a table's columns the text is."""
     if names.count(text_column) != 1:
         raise no_column(where, text_column, names) if text_column not in names else UserError(f"{where}: two columns {text_column!r}")

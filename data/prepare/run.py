@@ -183,11 +183,11 @@ def write_tables(folder, spool, source, tokenizer, settings):
             documents = settings.generator(SHUFFLING, number).permutation(documents)
         rows = write_rows(folder, split, documents, spool, settings, about, tokenizer.prefix, counts if split == "train" else None)
         if split == "train" and rows["rows"] == 0:
-            found = int(spool.lengths[documents].sum())
-            if not found:
+            tokens = int(spool.lengths[documents].sum())
+            if not tokens:
                 mend = "lower --held_out; copies of held-out documents are left out of training"
                 raise UserError(f"--held_out={settings.held_out}: no document is left to train on; {mend}")
-            raise UserError(f"only {found} tokens to train on, less than one row of --seq_length={settings.seq_length}; lower it")
+            raise UserError(f"only {tokens} tokens to train on, less than one row of --seq_length={settings.seq_length}; lower it")
         tables[f"rows-{split}"] = rows
         used = documents[: rows["documents"]]
         prompts = write_prompts(folder, split, used, spool, source, settings, about, tokenizer.prefix, number)

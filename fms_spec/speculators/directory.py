@@ -40,20 +40,20 @@ class Description(Published):
     torch_dtype: Literal["bfloat16", "float16", "float32"]
 
 
-def check_config(config: Any, place: Path, expected: type[Published] = Published) -> dict[str, Any]:
-    """Refuse a config.json's value that `from_config` can't build from; place: its file. Returns `config`.
+def check_config(config: Any, file: Path, expected: type[Published] = Published) -> dict[str, Any]:
+    """Refuse a config.json's value that `from_config` can't build from; file: its path. Returns `config`.
 
     Raises:
         UserError: names the key.
     """
     try:
-        found = expected.model_validate(config)
-        family_of(found.model_type).sizes.model_validate(config)
+        published = expected.model_validate(config)
+        family_of(published.model_type).sizes.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "it"
         problem = f"lacks {key}" if first["type"] == "missing" else f"{key} is {first['input']!r:.60}: {first['msg']}"
-        raise UserError(f"{place}: no config of a speculator ({problem}); take an undamaged copy") from None
+        raise UserError(f"{file}: no config of a speculator ({problem}); take an undamaged copy") from None
     return config
 
 

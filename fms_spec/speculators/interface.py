@@ -172,10 +172,10 @@ class Speculator(nn.Module):
         """
         own = self.state_dict()
         for key in own | tensors:
-            found = list(tensors[key].shape) if key in tensors else "missing"
+            shape = list(tensors[key].shape) if key in tensors else "missing"
             wanted = list(own[key].shape) if key in own else "not expected"
-            if found != wanted:
-                raise UserError(f"speculator tensor {key}: the file says {found}, the config {wanted}; export it again")
+            if shape != wanted:
+                raise UserError(f"speculator tensor {key}: the file says {shape}, the config {wanted}; export it again")
         self.load_state_dict(tensors, assign=True)
 
     def heads(self, hidden: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

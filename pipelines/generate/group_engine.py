@@ -16,7 +16,7 @@ class GroupEngine(EmbeddedEngine):
 
     @property
     def leads(self):
-        return self.base_model.place == 0
+        return self.base_model.rank == 0
 
     def dismiss(self):
         """Let the others go on."""
@@ -38,8 +38,8 @@ class GroupEngine(EmbeddedEngine):
             decoded = super().decode(index, prompts, mine) if len(mine) else []
         shares = [None] * model.size
         dist.all_gather_object(shares, dict(zip(mine, decoded)), group=model.group)
-        found = {row: continued for share in shares for row, continued in share.items()}
-        return [found[row] for row in rows]
+        by_row = {row: continued for share in shares for row, continued in share.items()}
+        return [by_row[row] for row in rows]
 
     def _tell(self, job):
         """What the leader says, in all processes of the group: (index, prompts), or None for the end."""

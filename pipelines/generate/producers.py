@@ -129,13 +129,13 @@ def own_devices(asked, trainers):
     if shared:
         raise UserError(f"generation.producer_devices: GPU {shared[0]} is a trainer's, which use {', '.join(taken)}; give others")
     free = iter([device for device in seen if device not in taken + named])
-    found = [devices or next(free, None) for devices in asked]
-    if None in found:
+    assigned = [devices or next(free, None) for devices in asked]
+    if None in assigned:
         raise UserError(
             f"generation.mode=alongside: {trainers} trainers and {len(asked)} producers want a GPU each, and there are {len(seen)}; start "
             "fewer, or set generation.mode=inline or ahead"
         )
-    return found
+    return assigned
 
 
 def end_group(process, sign):

@@ -47,8 +47,8 @@ class VLLMEngine:
     """
 
     def __init__(self, name, settings, prompt_length, seed, dtype="bfloat16", sleeps=False):
-        found, _ = installed_vllm()
-        if found is None:
+        version, _ = installed_vllm()
+        if version is None:
             raise UserError("generation by vLLM: vLLM is not installed; install fms-spec[vllm], or take the embedded engine")
         self.path = resolve_base_model(name)
         self.settings, self.seed, self.dtype = settings, seed, dtype

@@ -31,11 +31,11 @@ def examine():
 
 def base():
     """What preparing, training, evaluating and decoding need."""
-    found = {name: version_of(name) for name in ("fms-spec", "torch", "ibm-fms", "transformers", "datasets")}
-    missing = [name for name, version in found.items() if version is None]
+    installed = {name: version_of(name) for name in ("fms-spec", "torch", "ibm-fms", "transformers", "datasets")}
+    missing = [name for name, version in installed.items() if version is None]
     if missing:
         return Finding("prepare, train, decode", "broken", f"{', '.join(missing)} not installed; pip install fms-spec, or make install")
-    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     return Finding("prepare, train, decode", "works", f"Python {platform.python_version()}, {versions}")
 
 
@@ -59,22 +59,22 @@ def images():
 
 def vllm():
     """vLLM as the engine of phase 2."""
-    found, _ = installed_vllm()
-    if found is None:
+    version, _ = installed_vllm()
+    if version is None:
         return Finding(
             "continuations by vLLM", "missing", "not installed; pip install 'fms-spec[vllm]', or make vllm. The embedded engine works"
         )
     error = error_of("from vllm import LLM")
     if error:
-        return Finding("continuations by vLLM", "broken", f"vLLM {found} can't be imported ({error}); install it again")
-    return Finding("continuations by vLLM", "works", f"vLLM {found}")
+        return Finding("continuations by vLLM", "broken", f"vLLM {version} can't be imported ({error}); install it again")
+    return Finding("continuations by vLLM", "works", f"vLLM {version}")
 
 
 def plugin():
     """Serving speculators in vLLM."""
-    found, problem = installed_vllm()
+    version, problem = installed_vllm()
     name = "serving in vLLM"
-    if found is None:
+    if version is None:
         return Finding(name, "missing", problem)
     if problem:
         return Finding(name, "broken", problem)
@@ -83,7 +83,7 @@ def plugin():
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "fms_spec" not in allowed.split(","):
         return Finding(name, "broken", f"VLLM_PLUGINS={allowed} leaves the plugin out; add fms_spec to it")
-    return Finding(name, "works", f"plugin for vLLM {TRIED}, found vLLM {found}")
+    return Finding(name, "works", f"plugin for vLLM {TRIED}, found vLLM {version}")
 
 
 def command():

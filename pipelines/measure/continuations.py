@@ -12,26 +12,26 @@ from pipelines.generate.vllm_engine import VLLMEngine
 from pipelines.timer import in_turn, medians
 
 BATCHES = (1, 4, 16, 48, 96)
-ROUNDS = 4  # of each way at each batch; medians count
+ROUNDS = 4  # of each method at each batch; medians count
 
 
 def benchmark_continuations(name, dtype, backend, prompts, settings):
     """One JSON value for each batch size, as an iterator.
 
     Args:
-        prompts: int64 [p, n], used again where a batch holds more. settings: `GenerationSection`; every way samples alike and ends at EOS.
+        prompts: int64 [p, n], used again where a batch holds more. settings: `GenerationSection`; all methods sample alike and end at EOS.
     """
     base_model = BaseModel(name, dtype=dtype, backend=backend)
     vllm = VLLMEngine(name, settings, prompts.shape[1], seed=0, dtype=dtype)
-    ways = {
-        "embedded": engine_way(EmbeddedEngine(settings, 0, base_model)),
-        "transformers": generate_way(base_model, settings),
-        "vllm": engine_way(vllm),
-        "vllm_offline": offline_way(vllm),
+    methods = {
+        "embedded": engine_method(EmbeddedEngine(settings, 0, base_model)),
+        "transformers": generate_method(base_model, settings),
+        "vllm": engine_method(vllm),
+        "vllm_offline": offline_method(vllm),
     }
     try:
-        for way in ways.values():  # the first call starts vLLM, chooses kernels and allocates
-            way(prompts[:2], 0)
+        for method in methods.values():  # the first call starts vLLM, chooses kernels and allocates
+            method(prompts[:2], 0)
         inside = Stopwatch({"vllm": 0.0})  # in vLLM's own calls; what is left of an engine's time is the wrapper's
         engine = vllm.llm.llm_engine
         engine.step, engine.add_request = map(inside.measure("vllm"), (engine.step, engine.add_request))
@@ -43,16 +43,16 @@ def benchmark_continuations(name, dtype, backend, prompts, settings):
                 tokens, seconds = timed(lambda: write(chosen, number))
                 return tokens / seconds, 1 - (inside.seconds["vllm"] - before) / seconds
 
-            found = in_turn(ways, range(1, 1 + ROUNDS), rate_and_share)
-            rates = {way: [rate for rate, _ in pairs] for way, pairs in found.items()}
-            yield result(batch, rates) | {"vllm_wrapper_share": statistics.median(share for _, share in found["vllm"])}
+            results = in_turn(methods, range(1, 1 + ROUNDS), rate_and_share)
+            rates = {method: [rate for rate, _ in pairs] for method, pairs in results.items()}
+            yield result(batch, rates) | {"vllm_wrapper_share": statistics.median(share for _, share in results["vllm"])}
     finally:
         vllm.close()
 
 
 def result(batch, rates):
-    """rates: {way: tokens per second, round by round}. Ratios are medians over rounds, each of which has all ways side by side."""
-    over = lambda way, other: statistics.median(ours / theirs for ours, theirs in zip(rates[way], rates[other]))  # noqa: E731
+    """rates: {method: tokens per second, round by round}. Ratios are medians over rounds, each of which has all methods side by side."""
+    over = lambda method, other: statistics.median(ours / theirs for ours, theirs in zip(rates[method], rates[other]))  # noqa: E731
     return {
         "batch": batch, "tokens_per_s": medians(rates),
         "embedded_over_transformers": over("embedded", "transformers"), "vllm_over_transformers": over("vllm", "transformers"),
@@ -60,7 +60,7 @@ def result(batch, rates):
     }  # fmt: skip
 
 
-def engine_way(engine):
+def engine_method(engine):
     """Function (prompts [b, n], shard number) -> tokens written, through an engine as training uses it."""
 
     def write(prompts, index):
@@ -73,7 +73,7 @@ def engine_way(engine):
     return write
 
 
-def offline_way(engine):
+def offline_method(engine):
     """The same through vLLM's own `LLM.generate`, on the engine's vLLM."""
 
     def write(prompts, index):
@@ -84,7 +84,7 @@ def offline_way(engine):
     return write
 
 
-def generate_way(base_model, settings):
+def generate_method(base_model, settings):
     """The same through `transformers` generate; all prompts are equally long, so nothing is padded."""
     model = AutoModelForCausalLM.from_pretrained(base_model.path, dtype=base_model.dtype).to(base_model.device).eval()
     eos = sorted(base_model.eos_token_ids)

@@ -41,11 +41,13 @@ def whole(base_model, prompt, new_tokens, proposer=None):
     return result.tokens
 
 
-def rates_and_texts(ways, prompts, new_tokens, title):
+def rates_and_texts(methods, prompts, new_tokens, title):
     """`texts_in_turn` of functions (prompt, new_tokens) -> tokens, warmed up."""
-    for way in ways.values():
-        way(prompts[0], 4)
-    return texts_in_turn({name: lambda prompt, way=way: way(prompt, new_tokens) for name, way in ways.items()}, prompts, title)
+    for method in methods.values():
+        method(prompts[0], 4)
+    return texts_in_turn(
+        {name: lambda prompt, method=method: method(prompt, new_tokens) for name, method in methods.items()}, prompts, title
+    )
 
 
 def forwards(base_model):
@@ -61,8 +63,8 @@ def forwards(base_model):
 
 def plain(base_model, generate, prompts, new_tokens):
     """Plain decoding against `transformers` generate, both with reading the prompt; and whether they wrote the same, by bf16 logits."""
-    ways = {"ours": lambda *job: whole(base_model, *job), "transformers": generate}
-    rates, texts = rates_and_texts(ways, prompts, new_tokens, "plain")
+    methods = {"ours": lambda *job: whole(base_model, *job), "transformers": generate}
+    rates, texts = rates_and_texts(methods, prompts, new_tokens, "plain")
     pairs = list(zip(prompts, texts["transformers"], texts["ours"]))
     ratio = rates["ours"] / rates["transformers"]
     texts = side_by_side(pairs, [logit_gap(base_model, *pair) for pair in pairs])
@@ -71,12 +73,12 @@ def plain(base_model, generate, prompts, new_tokens):
 
 def trees(base_model, speculator, prompts, shapes, new_tokens):
     """Speed-up, acceptance and shares of a step for each shape of tree and for prompt lookup, all against plain decoding in turn."""
-    proposers = {f"tree {place}": shape.proposer(speculator) for place, shape in enumerate(shapes)}
+    proposers = {f"tree {index}": shape.proposer(speculator) for index, shape in enumerate(shapes)}
     proposers["prompt lookup"] = PromptLookup(4)
     samples = evaluate(base_model, prompts, {"plain": None} | proposers, new_tokens)
     for (kind, proposer), shape in zip(proposers.items(), [*shapes, None]):
-        places = [sample.place for sample in samples if sample.kind == kind]
-        texts = {"equal": places.count(None), "parted": len(places) - places.count(None)}
+        partings = [sample.parted_at for sample in samples if sample.kind == kind]
+        texts = {"equal": partings.count(None), "parted": len(partings) - partings.count(None)}
         yield {
             "name": "tree" if shape else "our_prompt_lookup", "lookahead": proposer.lookahead, "nodes": proposer.nodes,
             "chain": isinstance(proposer, TopKProposer) and proposer.nodes == proposer.lookahead, "texts": texts,
@@ -87,13 +89,13 @@ def trees(base_model, speculator, prompts, shapes, new_tokens):
 def against_prompt_lookup(base_model, speculator, generate, prompts, shape, new_tokens):
     """Our decoding with the speculator against `transformers` prompt lookup, by category, both with reading the prompt."""
     proposer = shape.proposer(speculator)
-    ways = {
+    methods = {
         "ours": lambda *job: whole(base_model, *job, proposer), "ours_plain": lambda *job: whole(base_model, *job),
         "transformers_prompt_lookup": lambda *job: generate(*job, lookup=True),
     }  # fmt: skip
     for category in dict.fromkeys(prompt.category for prompt in prompts):
         own = [prompt.tokens([]) for prompt in prompts if prompt.category == category]
-        rates, _ = rates_and_texts(ways, own, new_tokens, category or "prompts")
+        rates, _ = rates_and_texts(methods, own, new_tokens, category or "prompts")
         ratio = rates["ours"] / rates["transformers_prompt_lookup"]
         yield {
             "name": "prompt_lookup",
@@ -109,10 +111,10 @@ def batches(base_model, speculator, prompts, shape, new_tokens):
     proposer = shape.proposer(speculator)
     options = DecodingOptions(max_new_tokens=new_tokens, ignore_eos=True)
     for batch in BATCHES:
-        chosen = [prompts[place % len(prompts)] for place in range(batch)]
+        chosen = [prompts[index % len(prompts)] for index in range(batch)]
 
-        def rate(way, _, chosen=chosen):
-            results, timing = decode(base_model, chosen, options, way)
+        def rate(method, _, chosen=chosen):
+            results, timing = decode(base_model, chosen, options, method)
             return sum(len(result.tokens) - 1 for result in results) / timing.decoding
 
         rates = medians(in_turn({"plain": None, "speculator": proposer}, range(3), rate))

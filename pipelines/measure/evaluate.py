@@ -22,7 +22,7 @@ class Sample:
     """One text: which prompt and category, which way it was decoded, what came of it.
 
     verdict: against the plain text "equal", "differs", or "parted" until `settle` has found out whether that is "rounding" or "differs".
-    tokens: of prompt and continuation, int64 [s]. place: of the first new token that isn't the plain text's, None where all are.
+    tokens: of prompt and continuation, int64 [s]. parted_at: index of the first new token that isn't the plain text's, None where all are.
     """
 
     prompt: int
@@ -34,7 +34,7 @@ class Sample:
     verdict: str
     tokens: torch.Tensor
     prompt_length: int
-    place: int | None
+    parted_at: int | None
 
     @property
     def prompt_tokens(self):
@@ -52,14 +52,14 @@ def usual_ways(proposer):
     return {"plain": None, "speculator": proposer, "prompt_lookup": PromptLookup(proposer.nodes)}
 
 
-def evaluate(base_model, prompts, ways, max_new_tokens):
-    """Decode every prompt greedily and alone, in all ways in turn.
+def evaluate(base_model, prompts, methods, max_new_tokens):
+    """Decode every prompt greedily and alone, by all methods in turn.
 
     A turn that is over the base model's context, with max_new_tokens and candidates, is left out, and so are those after it.
 
     Args:
         prompts: objects with category (str or None), turns (int) and tokens(replies) -> int64 [n], the tokens to be continued when the
-        turns before were answered with `replies`. ways: {kind: proposer}, "plain" with None first; see `usual_ways`.
+        turns before were answered with `replies`. methods: {kind: proposer}, "plain" with None first; see `usual_ways`.
 
     Returns:
         list of `Sample`.
@@ -68,22 +68,22 @@ def evaluate(base_model, prompts, ways, max_new_tokens):
         UserError: every prompt is over the context.
     """
     options = DecodingOptions(max_new_tokens=max_new_tokens)
-    room = base_model.context_length - max_new_tokens - max((way.lookahead for way in ways.values() if way), default=0)
+    room = base_model.context_length - max_new_tokens - max((method.lookahead for method in methods.values() if method), default=0)
     first, short = first_within(room, prompts, base_model), DecodingOptions(max_new_tokens=min(4, max_new_tokens), ignore_eos=True)
-    for way in ways.values():  # first calls choose kernels and allocate
-        decode(base_model, [first], short, way)
+    for method in methods.values():  # first calls choose kernels and allocate
+        decode(base_model, [first], short, method)
     samples = []
     for number, prompt in enumerate(progress(prompts, desc="decode", unit="prompt")):
         replies = []
         while len(replies) < prompt.turns and len(tokens := prompt.tokens(replies)) <= room:
-            for kind, way in ways.items():
-                (result,), timing = decode(base_model, [tokens], options, way)
+            for kind, method in methods.items():
+                (result,), timing = decode(base_model, [tokens], options, method)
                 if kind == "plain":
                     replies.append(result.tokens)
-                place = parting(replies[-1], result.tokens)
-                verdict = "equal" if place is None else "differs" if base_model.dtype == torch.float32 else "parted"
+                position = parting(replies[-1], result.tokens)
+                verdict = "equal" if position is None else "differs" if base_model.dtype == torch.float32 else "parted"
                 whole = torch.cat([tokens, torch.tensor(result.tokens)])
-                facts = result.accepted, len(result.tokens), timing, verdict, whole, len(tokens), place
+                facts = result.accepted, len(result.tokens), timing, verdict, whole, len(tokens), position
                 samples.append(Sample(number, prompt.category or "all", kind, *facts))
     return samples
 
@@ -91,22 +91,22 @@ def evaluate(base_model, prompts, ways, max_new_tokens):
 def first_within(room, prompts, base_model):
     """The first turn of the first prompt that has at most `room` tokens: int64 [n]; raises UserError where there is none."""
     turns = [prompt.tokens([]) for prompt in prompts]
-    found = next((tokens for tokens in turns if len(tokens) <= room), None)
-    if found is None:
+    turn = next((tokens for tokens in turns if len(tokens) <= room), None)
+    if turn is None:
         shortest, context = min(map(len, turns)), base_model.context_length
         raise UserError(
             f"every prompt, the shortest of {shortest} tokens, is over the context of {base_model.name}, {context}, {room} without the new "
             "tokens and candidates; give shorter prompts, or lower the number of new tokens or the lookahead"
         )
-    return found
+    return turn
 
 
 def parting(first, second):
-    """Place of the first difference between two texts, lists of ints, be it that one of them ends there; None for equal ones."""
+    """Index of the first difference between two texts, lists of ints, be it that one of them ends there; None for equal ones."""
     if first == second:
         return None
     shorter = min(len(first), len(second))
-    return next((place for place in range(shorter) if first[place] != second[place]), shorter)
+    return next((index for index in range(shorter) if first[index] != second[index]), shorter)
 
 
 def logit_gap(base_model, prompt, first, second):
@@ -118,12 +118,12 @@ def logit_gap(base_model, prompt, first, second):
     Returns:
         float, in the base model's dtype; None for equal texts and where one merely ends.
     """
-    place = parting(first, second)
-    if place is None or place == min(len(first), len(second)):
+    position = parting(first, second)
+    if position is None or position == min(len(first), len(second)):
         return None
-    prefix = torch.cat([prompt, torch.tensor(first[:place], dtype=torch.int64)])[None]
+    prefix = torch.cat([prompt, torch.tensor(first[:position], dtype=torch.int64)])[None]
     logits = base_model.logits(base_model.hidden_states(prefix, torch.zeros_like(prefix))[0, -1])
-    return (logits[first[place]] - logits[second[place]]).abs().item()
+    return (logits[first[position]] - logits[second[position]]).abs().item()
 
 
 def side_by_side(pairs, gaps):
@@ -151,14 +151,14 @@ def settle(samples, pairs, load, max_new_tokens):
     Returns:
         (samples, with verdicts for the speculator's; list of the pairs' `logit_gap` in float32)
     """
-    parted = [place for place, sample in enumerate(samples) if (sample.kind, sample.verdict) == ("speculator", "parted")]
+    parted = [index for index, sample in enumerate(samples) if (sample.kind, sample.verdict) == ("speculator", "parted")]
     if not parted and all(first == second for _, first, second in pairs):
         return samples, [None] * len(pairs)
 
     def work(base_model, _, proposer):
         settled = list(samples)
-        for place in progress(parted, desc="in float32", unit="text"):
-            settled[place] = replace(samples[place], verdict=verdict_in(base_model, proposer, samples[place], max_new_tokens))
+        for index in progress(parted, desc="in float32", unit="text"):
+            settled[index] = replace(samples[index], verdict=verdict_in(base_model, proposer, samples[index], max_new_tokens))
         return settled, [logit_gap(base_model, *pair) for pair in pairs]
 
     free_memory()
@@ -172,20 +172,20 @@ def settle(samples, pairs, load, max_new_tokens):
 
 def verdict_in(base_model, proposer, sample, max_new_tokens):
     """ "rounding" or "differs": whether plain and speculative decoding say the same from before the step in which the sample parted on."""
-    kept = before_step(sample.accepted, sample.place)
+    kept = before_step(sample.accepted, sample.parted_at)
     prefix, options = sample.tokens[: sample.prompt_length + kept], DecodingOptions(max_new_tokens=max_new_tokens - kept)
     (plain,), _ = decode(base_model, [prefix], options)
     (speculative,), _ = decode(base_model, [prefix], options, proposer)
     return "rounding" if plain.tokens == speculative.tokens else "differs"
 
 
-def before_step(accepted, place):
-    """How many new tokens to keep so that reading them gives the root of the step that said token `place`, and that step comes next.
+def before_step(accepted, position):
+    """How many new tokens to keep so that reading them gives the root of the step that said token `position`, and that step comes next.
 
     Reading the prompt says the first token; each step says its accepted tokens and one more.
     """
     begins = accumulate((count + 1 for count in accepted), initial=1)
-    return max((begin - 1 for begin in begins if begin <= place), default=0)
+    return max((begin - 1 for begin in begins if begin <= position), default=0)
 
 
 def free_memory():
@@ -242,13 +242,13 @@ def figures(samples, kind, lookahead):
     acceptance = pooled_acceptance((count for sample in own for count in sample.accepted), lookahead)
     numbers = sorted({sample.prompt for sample in own})
     sums = torch.zeros(6, len(numbers), dtype=torch.float64)  # accepted, steps, tokens and seconds, plain tokens and seconds
-    for place, number in enumerate(numbers):
+    for column, number in enumerate(numbers):
         for first, group in ((2, own), (4, plain)):
             mine = [sample for sample in group if sample.prompt == number]
-            sums[first, place] = sum(sample.new_tokens - 1 for sample in mine)
-            sums[first + 1, place] = sum(sample.timing.decoding for sample in mine)
+            sums[first, column] = sum(sample.new_tokens - 1 for sample in mine)
+            sums[first + 1, column] = sum(sample.timing.decoding for sample in mine)
         counts = [count for sample in own if sample.prompt == number for count in sample.accepted]
-        sums[0, place], sums[1, place] = sum(counts), len(counts)
+        sums[0, column], sums[1, column] = sum(counts), len(counts)
     drawn = resampled(sums)
     length = lambda total: 1 + total[0] / total[1].clamp(min=1)  # noqa: E731
     speedup = lambda total: (total[2] / total[3]) / (total[4] / total[5])  # noqa: E731
@@ -285,5 +285,5 @@ def resampled(sums):
 def interval(values):
     """The middle 95% of resampled values, as [low, high]; values that are no number, from prompts without a step, are left out."""
     edge = (1 - INTERVAL) / 2
-    found = values[values.isfinite()]
-    return found.quantile(torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist() if len(found) else [math.nan, math.nan]
+    finite = values[values.isfinite()]
+    return finite.quantile(torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist() if len(finite) else [math.nan, math.nan]

@@ -137,11 +137,11 @@ def head_step(shape, family, dtype_name, device, rounds):
     columns, k = next(speculator.heads(few.hidden.float(), few.tokens, few.counts))[1].shape
     windows = random_windows(shape, shape.tokens, dtype, device)
     computed, rates = compute_dtype(windows.states), []
-    ways = {
+    methods = {
         "ours": lambda: step(head_losses, windows), "plain": lambda: step(plain_losses, windows),
         "products": lambda: rates.append(product_rate(k, columns, computed, device)),
     }  # fmt: skip
-    seconds = median_seconds(ways, device, rounds)
+    seconds = median_seconds(methods, device, rounds)
     del seconds["products"]
     rate = statistics.median(rates)  # in turn with the steps: a machine's speed may change within minutes
     return {
@@ -163,7 +163,7 @@ def kernel_loss(kernel, features, weight, targets):
         return SoftTargetLoss.apply([targets] * h, None, None, None, scales, weights, computed, *features, *[weight] * h)[0]
     if kernel == "plain":
         logits = torch.stack([x @ weight.to(dtype).T for x in features])
-        return sum(F.cross_entropy(found.float(), targets, reduction="sum") for found in logits)
+        return sum(F.cross_entropy(head.float(), targets, reduction="sum") for head in logits)
     options = torch.nn.LinearCrossEntropyOptions()
     return sum(F.linear_cross_entropy(x, weight.to(dtype), targets, reduction="sum", options=options) for x in features)
 
@@ -181,13 +181,13 @@ def loss_kernels(shape, dtype_name, device, rounds):
     """Loss and gradients by each kernel: seconds of one head, relative error, and peak memory of all heads, as a JSON value."""
     dtype = DTYPES[dtype_name]
     features, weight, targets = kernel_case(shape, dtype, device, 1, shape.tokens)
-    found = {}
+    losses = {}
 
     def work(kernel):
         features[0].grad = weight.grad = None
         loss = kernel_loss(kernel, features, weight, targets)
         loss.backward()
-        found[kernel] = loss.detach()
+        losses[kernel] = loss.detach()
 
     seconds = median_seconds({kernel: lambda kernel=kernel: work(kernel) for kernel in KERNELS}, device, rounds)
     with torch.no_grad():
@@ -199,8 +199,8 @@ def loss_kernels(shape, dtype_name, device, rounds):
     return {
         "name": "loss", "shape": shape.name, "dtype": dtype_name, "tokens": shape.tokens, "vocab_size": shape.vocab_size,
         "seconds": seconds,
-        "relative_error": {kernel: abs(loss.double() / exact - 1).item() for kernel, loss in found.items()},
-        "loss_dtype": {kernel: str(loss.dtype).removeprefix("torch.") for kernel, loss in found.items()},
+        "relative_error": {kernel: abs(loss.double() / exact - 1).item() for kernel, loss in losses.items()},
+        "loss_dtype": {kernel: str(loss.dtype).removeprefix("torch.") for kernel, loss in losses.items()},
         "heads_in_memory": shape.heads, "peak_bytes": memory,
     }  # fmt: skip
 

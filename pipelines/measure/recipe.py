@@ -39,14 +39,14 @@ def read_variants(path, config_path, overrides):
     entries = read_yaml(path, "variants")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"variants {path}: expected a list of entries with name, why and set")
-    base, found = load_config(config_path, overrides), {}
+    base, variants = load_config(config_path, overrides), {}
     for number, entry in enumerate(entries, start=1):
         try:
             variant = Variant.model_validate(entry)
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"variants {path}, entry {number}: {'.'.join(map(str, first['loc'])) or 'entry'}: {first['msg']}") from error
-        if variant.name in found:
+        if variant.name in variants:
             raise UserError(f"variants {path}, entry {number}: the name {variant.name} is given twice")
         try:
             config = load_config(config_path, [*overrides, *variant.set])
@@ -55,8 +55,8 @@ def read_variants(path, config_path, overrides):
         difference = first_difference(*map(shared_values, (base, config)))
         if difference:
             raise UserError(f"variants {path}, {variant.name}: changes {difference[0]}, which all variants share; give it behind the flags")
-        found[variant.name] = (variant, config)
-    return found
+        variants[variant.name] = (variant, config)
+    return variants
 
 
 def shared_values(config):
@@ -78,13 +78,13 @@ def read_results(path, variants):
     if not path.is_file():
         return {}
     try:
-        found = {line["variant"]: line for line in map(json.loads, path.read_text().splitlines())}
+        lines = {line["variant"]: line for line in map(json.loads, path.read_text().splitlines())}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: a line is no result of this benchmark; give another --out_dir") from error
-    for name, line in found.items():
+    for name, line in lines.items():
         if name in variants and line["config"] != digest(variants[name][1]):
             raise UserError(f"{path} holds {name} with other settings; give the variant another name, or another --out_dir")
-    return {name: line for name, line in found.items() if name in variants}
+    return {name: line for name, line in lines.items() if name in variants}
 
 
 class SharedStates:
@@ -122,11 +122,11 @@ def judge(speculator, validation):
     """Acceptance of the speculator's whole chain on the development prompts, as JSON values; `by_prompt` is [accepted, steps] of each."""
     proposer = DraftShape().proposer(speculator)
     accepted = validation.accepted(proposer)
-    found = pooled_acceptance([count for counts in accepted for count in counts], proposer.lookahead)
+    acceptance = pooled_acceptance([count for counts in accepted for count in counts], proposer.lookahead)
     by_prompt = [[sum(counts), len(counts)] for counts in accepted]
     return {
-        "acceptance_length": found.length, "acceptance_length_interval": interval(resampled_lengths(by_prompt)),
-        "acceptance_per_position": found.per_position, "draft_steps": found.steps, "by_prompt": by_prompt,
+        "acceptance_length": acceptance.length, "acceptance_length_interval": interval(resampled_lengths(by_prompt)),
+        "acceptance_per_position": acceptance.per_position, "draft_steps": acceptance.steps, "by_prompt": by_prompt,
     }  # fmt: skip
 
 

@@ -36,10 +36,10 @@ def sweep(config_path, variants_path, out_dir, overrides):
 def run_missing(variants, base, out_dir, overrides):
     """As `sweep`, in a folder that is this process's own."""
     results = out_dir / RESULTS
-    found = read_results(results, variants)
+    lines = read_results(results, variants)
     prompts = read_prompts(base.data.dir, "held_out").tokens
     measured_on = environment()  # of the code that is loaded, whatever is committed while it runs
-    missing = {name: parts for name, parts in variants.items() if name not in found}
+    missing = {name: parts for name, parts in variants.items() if name not in lines}
     for _, config in missing.values():  # data that isn't there is told before the first variant
         check_sizes(config, sizes_of(*read_data(config)))
     if missing:
@@ -51,10 +51,10 @@ def run_missing(variants, base, out_dir, overrides):
         print(f"== {name}: {variant.why}", flush=True)
         line = {"variant": name, "why": variant.why, "overrides": [*overrides, *variant.set]}
         line |= run_variant(config, base_model, validation, out_dir)
-        found[name] = {"benchmark": "recipe"} | line | {"environment": measured_on}
+        lines[name] = {"benchmark": "recipe"} | line | {"environment": measured_on}
         before = results.read_bytes() if results.is_file() else b""
-        write_whole(results, before + json.dumps(found[name]).encode() + b"\n")
-    return [found[name] for name in variants]
+        write_whole(results, before + json.dumps(lines[name]).encode() + b"\n")
+    return [lines[name] for name in variants]
 
 
 def claim(out_dir, base):
@@ -64,7 +64,7 @@ def claim(out_dir, base):
         UserError: it holds such states, or other files.
     """
     record, values = out_dir / RECORD, shared_values(base) | {"prepared": read_manifest(base.data.dir)["inputs"]}
-    if not any(place.name not in (RECORD, OWNER) for place in out_dir.iterdir()):  # nothing yet that an older record would be of
+    if not any(path.name not in (RECORD, OWNER) for path in out_dir.iterdir()):  # nothing yet that an older record would be of
         write_json(record, values)
     if not record.is_file():
         raise UserError(f"{out_dir} holds other files; give an empty or new --out_dir")
@@ -76,23 +76,23 @@ def claim(out_dir, base):
 
 def run_variant(config, base_model, validation, out_dir):
     """Train and judge one; its figures as JSON values. A run that an interrupted sweep left half-way begins again."""
-    run_dir, name, found = out_dir / "run", texts_name(config), {}
+    run_dir, name, at_start = out_dir / "run", texts_name(config), {}
     shutil.rmtree(run_dir, ignore_errors=True)
 
     def before(trainer):
-        found["tokens"] = share_states(trainer, config, out_dir / "hidden_states", name)
-        found["average"] = averaged(trainer)
-        found["start"] = time.process_time()
+        at_start["tokens"] = share_states(trainer, config, out_dir / "hidden_states", name)
+        at_start["average"] = averaged(trainer)
+        at_start["start"] = time.process_time()
 
     trainer = train(only_head_steps(config, out_dir / "continuations" / name), run_dir, base_model=base_model, before=before)
-    seconds = time.process_time() - found["start"]
+    seconds = time.process_time() - at_start["start"]
     shutil.rmtree(run_dir)
     figures = {
         "steps": trainer.step, "positions": trainer.tokens, "head_cpu_seconds": seconds,
         "parameters": sum(weight.numel() for weight in trainer.speculator.parameters()),
     }  # fmt: skip
-    judged = judge(trainer.speculator, validation) | {"averaged": judge(found["average"].module, validation)}
-    return {"config": digest(config), "base_model_tokens": found["tokens"]} | figures | judged
+    judged = judge(trainer.speculator, validation) | {"averaged": judge(at_start["average"].module, validation)}
+    return {"config": digest(config), "base_model_tokens": at_start["tokens"]} | figures | judged
 
 
 def share_states(trainer, config, directory, name):

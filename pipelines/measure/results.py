@@ -43,35 +43,35 @@ def leaves(value, name=""):
 
 def rows(lines):
     """[benchmark, what, with, figures] of each line: its name, its settings (texts and whole numbers), and what was measured."""
-    found = []
+    table = []
     for line in lines:
         values = leaves({key: value for key, value in line.items() if key not in ("benchmark", "name", "environment")})
         settings = ", ".join(f"{name} {value}" for name, value in values if not isinstance(value, float))
         figures = ", ".join(f"{name} {value:.4g}" for name, value in values if isinstance(value, float))
-        found.append([line["benchmark"], line.get("name", ""), settings, figures])
-    return found
+        table.append([line["benchmark"], line.get("name", ""), settings, figures])
+    return table
 
 
 def ratios(lines):
     """[(label, value)] of all figures that compare two things: their names say `over` or `speedup`."""
-    found = []
+    pairs = []
     for line in lines:
         settings = [str(value) for name, value in line.items() if isinstance(value, (str, int)) and name not in ("benchmark", "name")]
         for name, value in leaves({key: value for key, value in line.items() if key != "environment"}):
             if isinstance(value, float) and ("over_" in name or name.split(".")[-1] == "speedup"):
-                found.append((f"{line['benchmark']} {line.get('name', '')} ({', '.join(settings)}): {name}", value))
-    return found
+                pairs.append((f"{line['benchmark']} {line.get('name', '')} ({', '.join(settings)}): {name}", value))
+    return pairs
 
 
 def machines(lines):
     """A line for each machine, revision and set of versions that the results come from."""
-    found = {}
+    keys = {}
     for line in lines:
         environment = line["environment"]
         versions = ", ".join(f"{name} {number}" for name, number in environment.get("versions", {}).items() if number)
         key = f"{environment.get('device', 'unknown machine')}; revision {environment.get('git_revision')}; {versions}"
-        found[key] = None
-    return list(found)
+        keys[key] = None
+    return list(keys)
 
 
 def markdown(lines):

@@ -21,7 +21,7 @@ LOOKUP = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}  # as our own prompt l
 
 
 def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
-    """One JSON value for each way, as an iterator; batch 1, greedy, speeds with reading the prompt, texts against plain vLLM's.
+    """One JSON value for each method, as an iterator; batch 1, greedy, speeds with reading the prompt, texts against plain vLLM's.
 
     Args:
         prompts: as for `evaluate`, of which those over the context are left out.
@@ -37,30 +37,30 @@ def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
     }
     length = length_of(lines, new_tokens, tokens, read_config(resolve_base_model(name)))
     share = 0.9 / len(speculations)  # they are there together
-    engines = {way: start_vllm(resolve_base_model(name), dtype, length, share, speculative_config=found, disable_log_stats=False)
-               for way, found in speculations.items()}  # fmt: skip
+    engines = {method: start_vllm(resolve_base_model(name), dtype, length, share, speculative_config=config, disable_log_stats=False)
+               for method, config in speculations.items()}  # fmt: skip
     try:
         warm_up(engines, lines[0])
         before = counters(engines["speculator"])
-        rates, texts = texts_in_turn({way: writing(engine, new_tokens) for way, engine in engines.items()}, lines, "serving")
+        rates, texts = texts_in_turn({method: writing(engine, new_tokens) for method, engine in engines.items()}, lines, "serving")
         counted = acceptance(counters(engines["speculator"]) - before)
     finally:
         for engine in engines.values():
             engine.llm_engine.engine_core.shutdown()
-    pairs = {way: list(zip(lines, texts["plain"], texts[way])) for way in engines}
+    pairs = {method: list(zip(lines, texts["plain"], texts[method])) for method in engines}
     _, gaps = settle([], [*chain(*pairs.values())], load, new_tokens)
-    for place, way in enumerate(engines):
-        found = side_by_side(pairs[way], gaps[place * len(lines) :][: len(lines)])
-        speed = {"tokens_per_s": rates[way], "speedup": rates[way] / rates["plain"]}
-        yield {"way": way} | speed | found | (counted | ours if way == "speculator" else {})
+    for index, method in enumerate(engines):
+        comparison = side_by_side(pairs[method], gaps[index * len(lines) :][: len(lines)])
+        speed = {"tokens_per_s": rates[method], "speedup": rates[method] / rates["plain"]}
+        yield {"way": method} | speed | comparison | (counted | ours if method == "speculator" else {})
 
 
 def our_decoding(load, prompts, new_tokens, dtype):
     """(list of int64 [n] that were continued, tokens drafted, acceptance as JSON values) of our own decoding with a chain."""
     base_model, speculator, proposer = load(dtype=dtype)
     samples = evaluate(base_model, prompts, {"plain": None, "speculator": proposer}, new_tokens)
-    found = figures(samples, "speculator", speculator.n_predict)
-    ours = {f"our_{name}": found[name] for name in ("acceptance_length", "acceptance_per_position")}
+    values = figures(samples, "speculator", speculator.n_predict)
+    ours = {f"our_{name}": values[name] for name in ("acceptance_length", "acceptance_per_position")}
     return [sample.prompt_tokens for sample in samples if sample.kind == "plain"], speculator.n_predict, ours
 
 
@@ -128,10 +128,10 @@ def writing(engine, new_tokens):
 
 def counters(engine):
     """vLLM's own counts, int64: [drafts, accepted tokens, and those accepted at each position]."""
-    found = {
+    metrics = {
         metric.name.removeprefix("vllm:spec_decode_num_"): metric for metric in engine.get_metrics() if "spec_decode_num_" in metric.name
     }
-    return torch.tensor([found["drafts"].value, found["accepted_tokens"].value, *found["accepted_tokens_per_pos"].values])
+    return torch.tensor([metrics["drafts"].value, metrics["accepted_tokens"].value, *metrics["accepted_tokens_per_pos"].values])
 
 
 def acceptance(counted):

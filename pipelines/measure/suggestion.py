@@ -79,8 +79,8 @@ def chain_acceptance(speculator, texts, lookahead=None):
     """What the speculator's chain earns, the way other engines serve it, over texts as for `suggest`, as JSON values; the whole chain by
     default."""
     proposer = DraftShape(lookahead).proposer(speculator)
-    found = pooled_acceptance([count for text in texts for count in accepted_in_text(proposer, *text)], proposer.lookahead)
-    return {"chain_acceptance_length": found.length, "chain_acceptance_per_position": found.per_position}
+    acceptance = pooled_acceptance([count for text in texts for count in accepted_in_text(proposer, *text)], proposer.lookahead)
+    return {"chain_acceptance_length": acceptance.length, "chain_acceptance_per_position": acceptance.per_position}
 
 
 def greedy_texts(base_model, samples, lookahead):

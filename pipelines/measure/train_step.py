@@ -103,8 +103,8 @@ def base_forward(base_model, rounds):
         bare, tokens = bare_forward(ours), min(FORWARD_TOKENS, base_model.context_length)
         ids = torch.randint(0, ours.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
         segments, there = torch.zeros_like(ids), ids.to(ours.device)
-        ways = {"ours": partial(ours.hidden_states, ids, segments), "ibm_fms": torch.no_grad()(partial(bare, there))}
-        seconds = median_seconds(ways, ours.device, 2 * rounds + 1, left_out=1)
+        methods = {"ours": partial(ours.hidden_states, ids, segments), "ibm_fms": torch.no_grad()(partial(bare, there))}
+        seconds = median_seconds(methods, ours.device, 2 * rounds + 1, left_out=1)
         yield {
             "name": "base_forward", "dtype": dtype, "tokens": tokens, "seconds": seconds,
             "tokens_per_s": {name: tokens / spent for name, spent in seconds.items()}, "over_ibm_fms": seconds["ibm_fms"] / seconds["ours"],
@@ -153,29 +153,29 @@ def compiled(base_model, shape, rounds):
         return
     device = base_model.device
     for family in FAMILIES:
-        base, ways = RandomBase(shape, torch.float32, device), {}
+        base, methods = RandomBase(shape, torch.float32, device), {}
         for name in ("off", "on"):
             speculator = build_heads(shape, family, base)
             if name == "on":
                 compile_heads(speculator)
-            ways[name] = partial(features_and_back, speculator, random_windows(shape, shape.tokens, torch.float32, device))
-        yield compile_line(f"{family} heads", ways, device, rounds)
+            methods[name] = partial(features_and_back, speculator, random_windows(shape, shape.tokens, torch.float32, device))
+        yield compile_line(f"{family} heads", methods, device, rounds)
     tokens = min(FORWARD_TOKENS, base_model.context_length)
     ids = torch.randint(0, base_model.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     quick = BaseModel(base_model.name, dtype=str(base_model.dtype).removeprefix("torch."), backend=base_model.backend, device=device)
     compile_base_model(quick)
-    ways = {name: partial(model.hidden_states, ids, torch.zeros_like(ids)) for name, model in (("off", base_model), ("on", quick))}
-    yield compile_line("base model", ways, device, rounds)
+    methods = {name: partial(model.hidden_states, ids, torch.zeros_like(ids)) for name, model in (("off", base_model), ("on", quick))}
+    yield compile_line("base model", methods, device, rounds)
 
 
 def features_and_back(speculator, windows):
     sum(features.sum() for features, _ in speculator.heads(windows.hidden, windows.tokens, windows.counts)).backward()
 
 
-def compile_line(what, ways, device, rounds):
+def compile_line(what, methods, device, rounds):
     """First calls, which compile, and the median of later ones; or what went wrong."""
     try:
-        taken = seconds_in_turn(ways, device, 2 * rounds + 2)
+        taken = seconds_in_turn(methods, device, 2 * rounds + 2)
         first, seconds = {name: times[0] for name, times in taken.items()}, medians({name: times[1:] for name, times in taken.items()})
     except Exception as error:  # of torch.compile: there are as many kinds as ways to fail
         return {"name": "compile", "what": what, "skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
@@ -190,10 +190,10 @@ def small_parts(base_model, keep_freed_memory):
     if base_model.backend == "fms":
         layers = [module.position_encoder for module in bare_forward(base_model).modules() if hasattr(module, "position_encoder")]
         theirs = next(encoder for encoder in layers if isinstance(encoder, RotaryEmbedding))
-        ways, config = {"ours": RotaryOnce(base_model.config, device), "ibm_fms": theirs}, base_model.config
+        methods, config = {"ours": RotaryOnce(base_model.config, device), "ibm_fms": theirs}, base_model.config
         for tokens in (1, 9):
             q, k = (torch.randn(1, tokens, h, theirs.dim, device=device) for h in (config.num_attention_heads, config.num_key_value_heads))
-            turns = {name: partial(turn, encoder, len(layers), q, k) for name, encoder in ways.items()}
+            turns = {name: partial(turn, encoder, len(layers), q, k) for name, encoder in methods.items()}
             seconds = median_seconds(turns, device, SMALL_REPEATS)
             yield {"name": "rotary", "tokens": tokens, "layer_us": {name: 1e6 * spent / len(layers) for name, spent in seconds.items()}}
     logits = torch.randn(5, base_model.vocab_size, device=device).bfloat16()
@@ -214,9 +214,9 @@ def small_parts(base_model, keep_freed_memory):
 
 def turn(encoder, layers, q, k):
     """What so many layers do in a forward: positions are new in each, and the same in all of its layers."""
-    places = torch.arange(q.shape[1], device=q.device)[None]
+    positions = torch.arange(q.shape[1], device=q.device)[None]
     for _ in range(layers):
-        encoder.adjusted_qk(q, k, places)
+        encoder.adjusted_qk(q, k, positions)
 
 
 def forward_rate(name, prepare):

@@ -24,7 +24,7 @@ class DistributedBaseModel(BaseModel):
         mesh: see `parallel.mesh_of`. settings: as for `BaseModel`.
 
     Attributes:
-        group: the process group that holds one copy. place, size: of this process in it, and its processes.
+        group: the process group that holds one copy. rank, size: of this process in it, and its processes.
 
     Raises:
         UserError: as `BaseModel`; a model that only `transformers` runs.
@@ -32,7 +32,7 @@ class DistributedBaseModel(BaseModel):
 
     def __init__(self, name, mesh, **settings):
         self.mesh, self.group = mesh, mesh.get_group("shard")
-        self.place, self.size = mesh.get_local_rank("shard"), mesh["shard"].size()
+        self.rank, self.size = mesh.get_local_rank("shard"), mesh["shard"].size()
         self.copy, self.copies = mesh.get_local_rank("replicate"), mesh["replicate"].size()
         self._apart = False  # whether processes of the group may call for different numbers of forwards
         super().__init__(name, **settings)
@@ -64,7 +64,7 @@ class ShardedBaseModel(DistributedBaseModel):
     """
 
     def own(self, rows):
-        return rows[self.place :: self.size]
+        return rows[self.rank :: self.size]
 
     def _load_fms(self):
         # One layer at a time: no process ever holds more than one whole layer.
@@ -120,7 +120,7 @@ class TensorParallelBaseModel(DistributedBaseModel):
         return fms_backend.load(self.path, self.config, self.dtype, self.device, group=self.group)
 
     def hidden_states(self, tokens, segment_ids):
-        return self._round((tokens, segment_ids))[self.place]
+        return self._round((tokens, segment_ids))[self.rank]
 
     def _round(self, job):
         """The states of every process's rows, None for those that have none; job: (tokens, segment_ids) or None."""

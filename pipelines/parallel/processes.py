@@ -156,10 +156,10 @@ def take_gpu(processes):
     """
     if not torch.cuda.is_available():
         return
-    found, count = torch.cuda.device_count(), processes.local_count
-    if count > found:
+    gpus, count = torch.cuda.device_count(), processes.local_count
+    if count > gpus:
         raise UserError(
-            f"{count} processes on a machine with {found} GPUs: start at most {found}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"{count} processes on a machine with {gpus} GPUs: start at most {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     torch.cuda.set_device(processes.local_rank)
 

@@ -63,10 +63,10 @@ def find_device(name, dtype):
 def measure_here(dtype):
     """This machine's first GPU, or its CPU: rates of a matrix product and of a copy."""
     cuda = torch.cuda.is_available()
-    place, size = ("cuda", 8192) if cuda else ("cpu", 1024)
-    matrix = torch.randn(size, size, device=place).to(DTYPES[dtype])
-    block = torch.empty(2**26, dtype=torch.uint8, device=place)
-    seconds = fastest({"product": lambda: matrix @ matrix, "copy": block.clone}, place)
+    device, size = ("cuda", 8192) if cuda else ("cpu", 1024)
+    matrix = torch.randn(size, size, device=device).to(DTYPES[dtype])
+    block = torch.empty(2**26, dtype=torch.uint8, device=device)
+    seconds = fastest({"product": lambda: matrix @ matrix, "copy": block.clone}, device)
     flops, bandwidth = 2 * size**3 / seconds["product"], 2 * block.nbytes / seconds["copy"]
     shared = {"compute_share": 1.0, "bandwidth_share": 1.0}  # measured, not promised
     if cuda:

@@ -235,22 +235,22 @@ def mend(plan):
 
 def changes(plan):
     """Settings that the worst moment hangs on, the ones that cost least first."""
-    config, found = plan.config, []
+    config, updates = plan.config, []
     phase = plan.worst.partition(":")[0]
     if phase in plan.phases:
         size, times = getattr(config, phase).batch_size, getattr(config, phase).accumulate
         halves = [2**i for i in range(1, size.bit_length()) if size % 2**i == 0]
-        found += [{phase: {"batch_size": size // half, "accumulate": times * half}} for half in halves]
+        updates += [{phase: {"batch_size": size // half, "accumulate": times * half}} for half in halves]
     for section, key in (("generation", "batch_size"), ("validation", "prompts")):
         if plan.worst == section:
             size = getattr(getattr(config, section), key)
-            found += [{section: {key: size // 2**i}} for i in range(1, size.bit_length())]
+            updates += [{section: {key: size // 2**i}} for i in range(1, size.bit_length())]
     if plan.ranks.count > 1:
-        found += [{"parallel": {part: "shard"}} for part in ("speculator", "base_model") if getattr(config.parallel, part) == "replicate"]
-        found.append({"parallel": {"speculator": "shard", "base_model": "shard"}})
+        updates += [{"parallel": {part: "shard"}} for part in ("speculator", "base_model") if getattr(config.parallel, part) == "replicate"]
+        updates.append({"parallel": {"speculator": "shard", "base_model": "shard"}})
     if config.base_model.dtype == "float32":
-        found.append({"base_model": {"dtype": "bfloat16"}})
-    return found
+        updates.append({"base_model": {"dtype": "bfloat16"}})
+    return updates
 
 
 def words_of(sections):
@@ -265,5 +265,5 @@ def verdict(plan):
     words, mended = mend(plan)
     if mended.fits:
         return f"does not fit: {need}; with {' '.join(words)} it fits: {mended.peak / 1e9:.1f} GB"
-    way = "a larger --device" if plan.ranks.count > 1 else "a larger --device, or more --processes with parallel.base_model=shard"
-    return f"does not fit: {need}, and {mended.peak / 1e9:.1f} GB with {' '.join(words) or 'any one setting changed'}; it takes {way}"
+    remedy = "a larger --device" if plan.ranks.count > 1 else "a larger --device, or more --processes with parallel.base_model=shard"
+    return f"does not fit: {need}, and {mended.peak / 1e9:.1f} GB with {' '.join(words) or 'any one setting changed'}; it takes {remedy}"

@@ -29,15 +29,15 @@ def plot_evaluation(values, path):
     groups = {"all": values | {"prompt_lookup_speedup": values["prompt_lookup"]["speedup"]}} | values["categories"]
     if len(values["categories"]) == 1:
         groups = {"all": groups["all"]}
-    places = range(len(groups))
+    ticks = range(len(groups))
     middles = [group["speedup"] for group in groups.values()]
     errors = [
         [abs(group["speedup"] - group["speedup_interval"][side]) for group in groups.values()] for side in (0, 1)
     ]  # fmt: skip
-    right.bar([place - 0.2 for place in places], middles, 0.4, yerr=errors, capsize=3, label="speculator")
-    right.bar([place + 0.2 for place in places], [group["prompt_lookup_speedup"] for group in groups.values()], 0.4, label="prompt lookup")
+    right.bar([tick - 0.2 for tick in ticks], middles, 0.4, yerr=errors, capsize=3, label="speculator")
+    right.bar([tick + 0.2 for tick in ticks], [group["prompt_lookup_speedup"] for group in groups.values()], 0.4, label="prompt lookup")
     right.axhline(1.0, color="black", linewidth=0.8)
-    right.set_xticks(list(places), groups, rotation=30, ha="right")
+    right.set_xticks(list(ticks), groups, rotation=30, ha="right")
     right.set(title="speed against plain decoding", ylabel="times")
     right.legend()
     save(figure, path)
@@ -46,15 +46,15 @@ def plot_evaluation(values, path):
 def plot_ratios(ratios, title, path):
     """[(label, value)] as bars from 1, on a logarithmic axis: what is twice as fast reaches as far as what takes twice as long."""
     figure, axes = pyplot.subplots(figsize=(12, 1.5 + 0.3 * len(ratios)), layout="constrained")
-    places = range(len(ratios))
-    axes.barh(places, [value - 1 for _, value in ratios], left=1)
-    axes.set_yticks(places, [label for label, _ in ratios], fontsize=8)
+    ticks = range(len(ratios))
+    axes.barh(ticks, [value - 1 for _, value in ratios], left=1)
+    axes.set_yticks(ticks, [label for label, _ in ratios], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1.0, color="black", linewidth=0.8)
-    for place, (_, value) in enumerate(ratios):
-        axes.annotate(f" {value:.2f}", (max(value, 1.0), place), va="center", fontsize=8)
+    for tick, (_, value) in enumerate(ratios):
+        axes.annotate(f" {value:.2f}", (max(value, 1.0), tick), va="center", fontsize=8)
     axes.set_title("\n".join(textwrap.fill(line, 150) for line in title.splitlines()), fontsize=8)
     axes.set_xlabel("times")
     save(figure, path)

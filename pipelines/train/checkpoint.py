@@ -126,8 +126,8 @@ def checkpoint_path(directory, step):
 
 def checkpoints(directory):
     """A run's checkpoints, whole or damaged, oldest first."""
-    found = [path for path in Path(directory).glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    paths = [path for path in Path(directory).glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def whole_checkpoints(directory):
@@ -171,15 +171,15 @@ def newest_checkpoint(directory, processes=Processes()):
         UserError: there are some, and all are damaged.
     """
     # One process looks: on a network disk each may see another moment.
-    found = processes.gather([path.name for path in checkpoints(directory)] if processes.main else None)[0]
-    for name in reversed(found):
+    names = processes.gather([path.name for path in checkpoints(directory)] if processes.main else None)[0]
+    for name in reversed(names):
         path = Path(directory) / name
         problem = damage(path, processes)
         if problem is None:
             return path
         if processes.main:
             print(f"warning: checkpoint {path} is damaged ({problem}); it is kept, and the one before is taken", file=sys.stderr)
-    if found:
+    if names:
         raise UserError(f"{directory}: every checkpoint is damaged; mend one, or move the folder away to begin again")
     return None
 

@@ -41,7 +41,7 @@ class DeviceMetrics:
         """
         if self.device.type == "cpu":
             return {}
-        found = {
+        metrics = {
             "gpu/allocated_peak_gb": torch.cuda.max_memory_allocated(self.device) / 1e9,
             "gpu/reserved_peak_gb": torch.cuda.max_memory_reserved(self.device) / 1e9,
         }
@@ -49,8 +49,8 @@ class DeviceMetrics:
         before, self.since = self.since, time.perf_counter()
         if self.rate:
             done = sum(self.work[phase] * count for phase, count in steps.items())
-            found["gpu/rate_share"] = done / (self.since - before) / self.rate
-        return found
+            metrics["gpu/rate_share"] = done / (self.since - before) / self.rate
+        return metrics
 
 
 def known_device(name):

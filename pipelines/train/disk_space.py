@@ -19,7 +19,7 @@ def check_space(out_dir, speculator, keep, hidden_states, continuations):
     """
     checkpoints = (keep + 1) * MASTER_BYTES * sum(weight.numel() for weight in speculator.parameters())
     needed = checkpoints + hidden_states + continuations - taken(out_dir)
-    free = shutil.disk_usage(next(place for place in (out_dir, *out_dir.absolute().parents) if place.exists())).free
+    free = shutil.disk_usage(next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())).free
     if needed > free:
         parts = {f"{keep + 1} checkpoints": checkpoints, "hidden states": hidden_states, "continuations": continuations}
         told = ", ".join(f"{size / 1e9:.3g} GB of {name}" for name, size in parts.items() if size)

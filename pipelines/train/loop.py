@@ -61,13 +61,13 @@ class Trainer:
         """Go on from the newest whole checkpoint, if there is one; returns the step."""
         if self.processes.main:
             sweep(self.out_dir / "checkpoints")
-        found = newest_checkpoint(self.out_dir / "checkpoints", self.processes)
+        newest = newest_checkpoint(self.out_dir / "checkpoints", self.processes)
         logged = max((line["step"] for line in read_lines(self.out_dir / "metrics.jsonl")), default=0)
-        if not found and logged > self.config.checkpoint.every:
+        if not newest and logged > self.config.checkpoint.every:
             mend = "bring it back, or remove metrics.jsonl to begin again"
             raise UserError(f"{self.out_dir / 'checkpoints'}: holds none, and metrics.jsonl tells of step {logged}; {mend}")
-        if found:
-            progress = load_checkpoint(found, self.speculator, self.optimizer)
+        if newest:
+            progress = load_checkpoint(newest, self.speculator, self.optimizer)
             self.step, self.tokens, self.log_lines = progress["step"], progress["tokens"], progress["log_lines"]
             self.saved_step = self.step
             self.watch = Stopwatch(progress["seconds"])
@@ -216,8 +216,8 @@ class Trainer:
         settings, heads = getattr(self.config, phase), self.speculator.n_predict
         chosen = []
         for number, (batch, (_, greedy)) in enumerate(zip(micro_batches, states)):
-            place = number * self.processes.count + self.processes.rank
-            generator = torch.Generator().manual_seed(mixed(self.config.seed, self.step, place))
+            index = number * self.processes.count + self.processes.rank
+            generator = torch.Generator().manual_seed(mixed(self.config.seed, self.step, index))
             greedy = greedy if settings.loss.only_accepted else None
             usable = usable_positions(batch.segment_ids, batch.first_states, heads, greedy)
             chosen.append(choose_positions(usable, settings.positions, generator))
@@ -233,9 +233,9 @@ class Trainer:
         with torch.no_grad(), gathered(self.speculator):
             own = self.validation.accepted(proposer)
         accepted = [count for share in self.processes.gather(own) for counts in share for count in counts]
-        found = pooled_acceptance(accepted, proposer.lookahead)
-        shares = {f"validation/acceptance_at_{place}": share for place, share in enumerate(found.per_position, start=1)}
-        return {"validation/acceptance_length": found.length} | shares
+        acceptance = pooled_acceptance(accepted, proposer.lookahead)
+        shares = {f"validation/acceptance_at_{position}": share for position, share in enumerate(acceptance.per_position, start=1)}
+        return {"validation/acceptance_length": acceptance.length} | shares
 
     def read_log(self):
         """Means since the last log line, as plain numbers: the only place where the host waits for the device."""

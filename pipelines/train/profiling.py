@@ -29,5 +29,5 @@ def profiling(out_dir, first, end, step, rank):
     before = max(0, first - step)
     warmup = min(1, before)  # a step that is recorded and thrown away: the first one pays for the tools
     chosen = schedule(skip_first=before - warmup, wait=0, warmup=warmup, active=end - step - before, repeat=1)
-    with profile(activities=activities, schedule=chosen, on_trace_ready=lambda found: found.export_chrome_trace(str(path))) as profiler:
+    with profile(activities=activities, schedule=chosen, on_trace_ready=lambda prof: prof.export_chrome_trace(str(path))) as profiler:
         yield profiler

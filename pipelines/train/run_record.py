@@ -18,8 +18,8 @@ def check_out_dir(out_dir, config, resume, processes, inputs):
     Raises:
         UserError: it holds another run, a run that wasn't asked to be resumed, or other files.
     """
-    found = read_record(out_dir)
-    if found is None:
+    record = read_record(out_dir)
+    if record is None:
         if out_dir.exists() and not out_dir.is_dir():
             raise UserError(f"{out_dir} is a file; give another out_dir")
         names = {path.name for path in out_dir.iterdir()} - {OWNER, RECORD} if out_dir.exists() else set()
@@ -29,7 +29,7 @@ def check_out_dir(out_dir, config, resume, processes, inputs):
             print(f"warning: {out_dir / RECORD} is lost; it is taken for a run with this config", file=sys.stderr)
         return
     now = what_decides(config.model_dump(mode="json"), processes) | inputs
-    difference = first_difference(what_decides(found["config"], found["processes"]) | found["inputs"], now)
+    difference = first_difference(what_decides(record["config"], record["processes"]) | record["inputs"], now)
     if difference:
         key, before, now = difference
         raise UserError(
@@ -49,13 +49,13 @@ def read_record(out_dir):
     if not record.is_file() or not record.stat().st_size:
         return None
     mend = "copy it back, or remove it and resume with the config that the run was started with"
-    found = read_json(record, mend)
+    values = read_json(record, mend)
     try:
-        what_decides(found["config"], found["processes"]) | found["inputs"] | found["versions"]
-        found["command"], found["git_revision"], found["device"]
+        what_decides(values["config"], values["processes"]) | values["inputs"] | values["versions"]
+        values["command"], values["git_revision"], values["device"]
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"{record}: no record of a run; {mend}") from None
-    return found
+    return values
 
 
 def what_decides(config, processes):
@@ -63,12 +63,12 @@ def what_decides(config, processes):
 
     Continuations are the same ones however they come, and a step is the same one over any number of processes if its micro-batches are.
     """
-    ways = ("mode", "shards_ahead", "producer_devices", "memory_share")
+    left_out = ("mode", "shards_ahead", "producer_devices", "memory_share")
     phases = {}
     for name in ("phase1", "phase2"):
         phases[name] = {("accumulate x processes" if key == "accumulate" else key): value for key, value in config[name].items()}
         phases[name]["accumulate x processes"] *= processes
-    generation = {key: value for key, value in config["generation"].items() if key not in ways}
+    generation = {key: value for key, value in config["generation"].items() if key not in left_out}
     family = FAMILIES[
         config["speculator"]["family"]
     ].settings.model_fields  # records of earlier revisions hold the settings of all families

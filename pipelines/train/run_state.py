@@ -21,25 +21,25 @@ def examine_run(out_dir):
     Raises:
         UserError: there is no run.
     """
-    owner, found = owner_of(out_dir), checkpoints(out_dir / "checkpoints")
+    owner, paths = owner_of(out_dir), checkpoints(out_dir / "checkpoints")
     try:
         record = read_record(out_dir)
-        if record is None and not found:
+        if record is None and not paths:
             raise UserError(f"{out_dir}: holds no run; give the --out_dir of scripts.train, or its folder run of a quickstart")
     except UserError as error:
-        if not found:
+        if not paths:
             raise
         record = None
         findings = [Finding(RECORD, "broken", str(error))]
     else:
         findings = [about_record(record, out_dir)]
-    states = [about_checkpoint(path) for path in found]
-    whole = [path for path, state in zip(found, states) if state.state == "works"]
+    states = [about_checkpoint(path) for path in paths]
+    whole = [path for path, state in zip(paths, states) if state.state == "works"]
     findings += [*states, about_metrics(out_dir, whole[-1] if whole else None)]
     if record:
         findings += [about_base_model(record), about_data(record)]
         findings.append(about_continuations(Path(record["config"]["data"]["continuations"] or out_dir / "continuations")))
-    return [*findings, how_to_go_on(record, whole, found, owner)]
+    return [*findings, how_to_go_on(record, whole, paths, owner)]
 
 
 def about_record(record, out_dir):
@@ -105,12 +105,12 @@ def about_continuations(folder):
     return Finding("continuations", "works", f"{folder}: {len(shards)} shards, {rows:,} texts")
 
 
-def how_to_go_on(record, whole, found, owner):
+def how_to_go_on(record, whole, paths, owner):
     """The last line: what a user does next."""
     name = "to go on"
     if owner:
         return Finding(name, "works", f"{owner} is writing there")
-    if found and not whole:
+    if paths and not whole:
         return Finding(name, "broken", "no checkpoint is whole: mend one, or move the folder checkpoints away to begin again")
     if record is None:
         return Finding(name, "works", "the command that the run was started with, and --resume")

@@ -56,10 +56,10 @@ class HiddenStates:
         identity = {"base_model": model.fingerprint, "backend": model.backend, "dtype": str(model.dtype), "states": shape}
         wanted = json.dumps(identity | {"greedy": self.best_tokens is not None}).encode()
         self.directory.mkdir(parents=True, exist_ok=True)
-        written, record, place = (self.directory / name for name in ("written.bin", "identity.json", ".identity.lock"))
-        lock = locked(place, PATIENCE)  # processes that share the files open them at the same time
+        written, record, lock_path = (self.directory / name for name in ("written.bin", "identity.json", ".identity.lock"))
+        lock = locked(lock_path, PATIENCE)  # processes that share the files open them at the same time
         if lock is None:
-            raise UserError(f"{place}: another process has held it for {PATIENCE} s; remove it if that one is gone")
+            raise UserError(f"{lock_path}: another process has held it for {PATIENCE} s; remove it if that one is gone")
         try:
             if not record.exists() or record.read_bytes() != wanted:
                 if written.exists():
@@ -88,8 +88,8 @@ class HiddenStates:
     def __call__(self, batch):
         """(states [b, n, d] on the base model's device, greedy bool [b, n] on the CPU) of a `Batch`.
 
-        greedy says of each token whether it is the base model's own best guess for its place; all False without `best_tokens`. Kept padding
-        is zero.
+        greedy says of each token whether it is the base model's own best guess for its position; all False without `best_tokens`. Kept
+        padding is zero.
 
         Raises:
             UserError: kept states of other data, or no room for more.
@@ -103,41 +103,41 @@ class HiddenStates:
         with self.base_model.together():
             if missing:
                 states, greedy = self.compute(batch.tokens[missing], batch.segment_ids[missing])
-                for place, *row in zip(missing, states.cpu(), greedy):
-                    self._keep(batch, place, *row)
+                for index, *row in zip(missing, states.cpu(), greedy):
+                    self._keep(batch, index, *row)
         padding = batch.segment_ids < 0
         states = self.states[batch.row_ids, :n]
         states[padding] = 0
         return upload(states, self.base_model.device), self.greedy[batch.row_ids, :n] & ~padding
 
     def _missing(self, batch):
-        """Places in a batch of the rows that can't be read; those that can are compared with their checksums once."""
+        """Indices in a batch of the rows that can't be read; those that can are compared with their checksums once."""
         missing, damaged = [], 0
-        for place in (~self.compared[batch.row_ids]).nonzero()[:, 0].tolist():
-            row = batch.row_ids[place]
-            if self.written[row] and self.written[row] == self._checksum(batch, place):
+        for index in (~self.compared[batch.row_ids]).nonzero()[:, 0].tolist():
+            row = batch.row_ids[index]
+            if self.written[row] and self.written[row] == self._checksum(batch, index):
                 self.compared[row] = True
             else:
-                missing.append(place)
+                missing.append(index)
                 damaged += bool(self.written[row])
         if damaged and not self.told:
             self._warn(f"has rows that don't fit their checksums ({damaged} of {len(batch.row_ids)} in a batch); they are computed again")
             self.told = True
         return missing
 
-    def _keep(self, batch, place, states, greedy):
+    def _keep(self, batch, index, states, greedy):
         """Write a row: states [n, d], greedy [n]."""
-        row, length = int(batch.row_ids[place]), tokens_in(batch, place)
-        for name, kept, found in (("states", self.states, states), ("greedy", self.greedy, greedy)):
+        row, length = int(batch.row_ids[index]), tokens_in(batch, index)
+        for name, kept, computed in (("states", self.states, states), ("greedy", self.greedy, greedy)):
             self._allocate(name, kept[row].storage_offset() * kept.itemsize, kept[row, :length].nbytes)
-            kept[row, :length] = found[:length]
-        self.written[row] = self._checksum(batch, place)
+            kept[row, :length] = computed[:length]
+        self.written[row] = self._checksum(batch, index)
         self.compared[row] = True
 
-    def _checksum(self, batch, place):
+    def _checksum(self, batch, index):
         """Of what is kept of a row and of the tokens it is for: an int from 1 on. CRC-32 takes 4 GB/s on a core, sha256 less than half."""
-        row, length, checksum = batch.row_ids[place], tokens_in(batch, place), 0
-        for part in (batch.tokens[place], batch.segment_ids[place], self.greedy[row], self.states[row]):
+        row, length, checksum = batch.row_ids[index], tokens_in(batch, index), 0
+        for part in (batch.tokens[index], batch.segment_ids[index], self.greedy[row], self.states[row]):
             checksum = zlib.crc32(part[:length].contiguous().view(torch.uint8).numpy(), checksum)
         return checksum or 1
 
@@ -161,6 +161,6 @@ class HiddenStates:
         return states, greedy
 
 
-def tokens_in(batch, place):
+def tokens_in(batch, index):
     """Tokens of a batch's row that are no padding."""
-    return int((batch.segment_ids[place] >= 0).sum())
+    return int((batch.segment_ids[index] >= 0).sum())

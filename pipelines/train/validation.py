@@ -45,4 +45,4 @@ class Validation:
 
 def length_to_eos(tokens, eos_token_ids):
     """Number of tokens up to and with the first EOS, or all of them."""
-    return next((place for place, token in enumerate(tokens, start=1) if token in eos_token_ids), len(tokens))
+    return next((length for length, token in enumerate(tokens, start=1) if token in eos_token_ids), len(tokens))
