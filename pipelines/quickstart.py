@@ -16,7 +16,8 @@ from pipelines.config import load_config
 from pipelines.export import export
 from pipelines.machine.environment import environment
 from pipelines.machine.small_model import unpack_small_model
-from pipelines.measure.evaluate import evaluate, losslessness, settle, summary, usual_ways
+from pipelines.measure.figures import losslessness, summary
+from pipelines.measure.samples import decode_in_turn, settle, usual_methods
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts
 from pipelines.plan.devices import faster_dtype
 from pipelines.show.console import print_values
@@ -127,7 +128,7 @@ def measure(out, scale):
 def decode_prompts(load, prompts):
     """(samples, their figures); the models are let go of on return."""
     base_model, speculator, proposer = load()
-    samples = evaluate(base_model, prompts, usual_ways(proposer), NEW_TOKENS)
+    samples = decode_in_turn(base_model, prompts, usual_methods(proposer), NEW_TOKENS)
     chain = chain_acceptance(speculator, greedy_texts(base_model, samples, speculator.n_predict))
     return samples, summary(samples, proposer) | chain
 

@@ -11,7 +11,7 @@ from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, PromptLookup
 from fms_spec.speculators.mlp import MLPSpeculator
-from pipelines.measure.evaluate import evaluate
+from pipelines.measure.samples import decode_in_turn
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts
 from pipelines.train.validation import Validation
 
@@ -75,7 +75,7 @@ def test_what_a_chain_would_have_earned_on_evaluated_texts_is_what_decoding_with
     speculator = heads(small_model, 1)
     ways = {"plain": None, "speculator": DraftShape(lookahead=2).proposer(speculator)}
     prompts = [Prompt(None, tokens) for tokens in torch.randint(1, 12, (100, 5), generator=torch.Generator().manual_seed(1))]
-    samples = evaluate(small_model, prompts, ways, 2)  # the second candidate is past the end of the text
+    samples = decode_in_turn(small_model, prompts, ways, 2)  # the second candidate is past the end of the text
     steps = [count for sample in samples if sample.kind == "speculator" for count in sample.accepted]
     expected = pooled_acceptance(steps, 2)
     found = chain_acceptance(speculator, greedy_texts(small_model, samples, 3), 2)

@@ -16,8 +16,10 @@ from fms_spec.loading import load_for_decoding
 from fms_spec.options import DecodingOptions
 from fms_spec.speculators.directory import describe, save_speculator
 from pipelines.generate import vllm_engine
-from pipelines.measure.evaluate import before_step, evaluate, logit_gap, losslessness, parting, settle, usual_ways
-from scripts.evaluate import Arguments, run
+from pipelines.measure.evaluate import evaluate
+from pipelines.measure.figures import losslessness
+from pipelines.measure.samples import before_step, decode_in_turn, logit_gap, parting, settle, usual_methods
+from scripts.evaluate import Arguments
 
 NEW_TOKENS = 24
 
@@ -36,7 +38,7 @@ def judged(place, dtype, prompts, load=load_for_decoding):
     """(`losslessness`, samples) of prompts, judged the way the script does it."""
     load = partial(load, str(place / "base_model"), place / "speculator")
     base_model, _, proposer = load(dtype=dtype)
-    samples = evaluate(base_model, prompts, usual_ways(proposer), NEW_TOKENS)
+    samples = decode_in_turn(base_model, prompts, usual_methods(proposer), NEW_TOKENS)
     del base_model, proposer
     samples, _ = settle(samples, [], load, NEW_TOKENS)
     return losslessness(samples, prompts), samples
@@ -155,12 +157,12 @@ def test_turns_over_the_context_are_left_out_and_counted(place):
 
 
 def test_a_prompt_that_just_fits_is_decoded_and_a_longer_one_is_not(base_model):
-    ways = usual_ways(tiny_proposer(base_model, "chain", widths=(1, 1, 1)))
+    ways = usual_methods(tiny_proposer(base_model, "chain", widths=(1, 1, 1)))
     fits = base_model.context_length - NEW_TOKENS - 3
-    samples = evaluate(base_model, prompts_like(fits + 1, fits), ways, NEW_TOKENS)
+    samples = decode_in_turn(base_model, prompts_like(fits + 1, fits), ways, NEW_TOKENS)
     assert [sample.prompt_length for sample in samples] == [fits] * 3
     with pytest.raises(UserError, match="every prompt") as caught:
-        evaluate(base_model, prompts_like(fits + 1), ways, NEW_TOKENS)
+        decode_in_turn(base_model, prompts_like(fits + 1), ways, NEW_TOKENS)
     assert "\n" not in str(caught.value)
 
 
@@ -168,7 +170,7 @@ def test_the_script_reports_what_was_left_out(place, tmp_path, capsys):
     lines = [{"prompt": "w1 w2 w3"}, {"prompt": " ".join(["w4"] * 250)}]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     words = dict(base_model=str(place / "base_model"), speculator=str(place / "speculator"), prompts=str(tmp_path / "prompts.jsonl"))
-    run(Arguments(**words, max_new_tokens=8, out=str(tmp_path / "report.json")))
+    evaluate(Arguments(**words, max_new_tokens=8, out=str(tmp_path / "report.json")))
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["left_out"] == 1 and report["texts"] == report["prompts"] == 1 and report["lossless"] is True
     assert "left_out" in capsys.readouterr().out and "against" not in report
@@ -178,5 +180,5 @@ def test_the_script_reports_what_was_left_out(place, tmp_path, capsys):
 def test_against_a_vllm_that_cannot_serve_is_one_line_before_anything_is_read(monkeypatch, found):
     monkeypatch.setattr(vllm_engine, "installed_vllm", lambda: found)
     with pytest.raises(UserError, match=f"--against=vllm needs vLLM: .*{found[1]}") as caught:
-        run(Arguments(base_model="nowhere", speculator="nowhere", prompts="nowhere", against="vllm"))
+        evaluate(Arguments(base_model="nowhere", speculator="nowhere", prompts="nowhere", against="vllm"))
     assert "\n" not in str(caught.value)

@@ -96,7 +96,7 @@ def test_a_family_of_one_file_plans_trains_validates_exports_reloads_evaluates_a
 
     report = tmp_path / "report.json"
     flags = [f"--prompts={data_dir}", "--max_new_tokens=24", "--nodes=5", "--lookahead=3", "--dtype=float32", f"--out={report}"]
-    command(scripts.evaluate, scripts.evaluate.run, *places, *flags)
+    command(scripts.evaluate, scripts.evaluate.evaluate, *places, *flags)
     assert json.loads(report.read_text())["lossless"] is True
     capsys.readouterr()
 

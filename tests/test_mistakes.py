@@ -17,7 +17,7 @@ from scripts import benchmark, decode, evaluate, export, generate_continuations,
 COMMANDS = {
     "train": (train.Arguments, train.run, True), "decode": (decode.Arguments, decode.stream), "export": (export.Arguments, export.run),
     "generate_continuations": (generate_continuations.Arguments, generate_continuations.write_continuations),
-    "evaluate": (evaluate.Arguments, evaluate.run), "quickstart": (quickstart.Arguments, quickstart.run),
+    "evaluate": (evaluate.Arguments, evaluate.evaluate), "quickstart": (quickstart.Arguments, quickstart.run),
     "train_step": (benchmark.TrainStep, benchmark.run_train_step), "recipe": (benchmark.Recipe, benchmark.run_recipe, True),
     "benchmark_decode": (benchmark.Decode, benchmark.run_decode), "report": (benchmark.Report, benchmark.run_report),
     "prepare_data": (prepare_data.Arguments, None),

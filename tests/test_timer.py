@@ -5,7 +5,7 @@ import torch
 
 import fms_spec.timing
 from fms_spec.timing import Stopwatch, timed
-from pipelines.measure.evaluate import RESAMPLES, interval, resampled
+from pipelines.measure.figures import RESAMPLES, interval, resampled
 from pipelines.timer import in_turn, median_seconds, medians, seconds_in_turn, texts_in_turn
 
 

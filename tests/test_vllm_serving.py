@@ -34,8 +34,10 @@ from fms_spec.loading import load_for_decoding
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.sampling import Sampling
-from pipelines.measure.evaluate import evaluate, figures
-from scripts.evaluate import Arguments, run
+from pipelines.measure.evaluate import evaluate
+from pipelines.measure.figures import figures
+from pipelines.measure.samples import decode_in_turn
+from scripts.evaluate import Arguments
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def plain(served, prompts):
 def test_greedy_output_is_that_of_vllm_alone_and_acceptance_that_of_our_evaluation(served, prompts, plain, family):
     params, expected = plain
     base_model, _, proposer = load_for_decoding(str(served / "base_model"), served / family, dtype="float32")
-    samples = evaluate(base_model, [Prompt(None, prompt) for prompt in prompts], {"plain": None, "speculator": proposer}, 32)
+    samples = decode_in_turn(base_model, [Prompt(None, prompt) for prompt in prompts], {"plain": None, "speculator": proposer}, 32)
     ours = figures(samples, "speculator", 3)
     with serving(served / "base_model", served / family) as llm:
         assert answers(llm, prompts, params) == expected
@@ -66,7 +68,7 @@ def test_the_evaluation_against_vllm_finds_the_same_texts_and_acceptance(served,
     tokenizer = AutoTokenizer.from_pretrained(served / "base_model")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": tokenizer.decode(prompt)}) for prompt in prompts[:24]))
     places = dict(base_model=str(served / "base_model"), speculator=str(served / "hidden_state"), prompts=str(tmp_path / "prompts.jsonl"))
-    run(Arguments(**places, dtype="float32", max_new_tokens=32, lookahead=2, against="vllm", out=str(tmp_path / "report.json")))
+    evaluate(Arguments(**places, dtype="float32", max_new_tokens=32, lookahead=2, against="vllm", out=str(tmp_path / "report.json")))
     found = json.loads((tmp_path / "report.json").read_text())["against"]
     assert found["engine"] == "vllm" and found["version"] and found["num_speculative_tokens"] == 2
     assert found["texts"] == {"equal": 24, "parted": 0} and found["largest_gap"] is None and found["partings"] == []
@@ -82,7 +84,7 @@ def test_a_model_unlike_llama_says_in_vllm_what_it_was_trained_for_and_accepts_a
     make_place(tmp_path, ["hidden_state"], lambda directory: write_architecture(directory, label, **changes))
     prompts = served_prompts(tmp_path)
     base_model, _, proposer = load_for_decoding(str(tmp_path / "base_model"), tmp_path / "hidden_state", dtype="float32")
-    samples = evaluate(base_model, [Prompt(None, prompt) for prompt in prompts], {"plain": None, "speculator": proposer}, 32)
+    samples = decode_in_turn(base_model, [Prompt(None, prompt) for prompt in prompts], {"plain": None, "speculator": proposer}, 32)
     ours = figures(samples, "speculator", 3)
     with serving(tmp_path / "base_model", tmp_path / "hidden_state") as llm:
         found = answers(llm, prompts, SamplingParams(temperature=0, max_tokens=32))

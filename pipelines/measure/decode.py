@@ -7,7 +7,8 @@ from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, PromptLookup, TopKProposer
-from pipelines.measure.evaluate import evaluate, figures, logit_gap, side_by_side
+from pipelines.measure.figures import figures
+from pipelines.measure.samples import decode_in_turn, logit_gap, side_by_side
 from pipelines.measure.suggestion import forward_seconds
 from pipelines.timer import in_turn, medians, texts_in_turn
 
@@ -75,7 +76,7 @@ def trees(base_model, speculator, prompts, shapes, new_tokens):
     """Speed-up, acceptance and shares of a step for each shape of tree and for prompt lookup, all against plain decoding in turn."""
     proposers = {f"tree {index}": shape.proposer(speculator) for index, shape in enumerate(shapes)}
     proposers["prompt lookup"] = PromptLookup(4)
-    samples = evaluate(base_model, prompts, {"plain": None} | proposers, new_tokens)
+    samples = decode_in_turn(base_model, prompts, {"plain": None} | proposers, new_tokens)
     for (kind, proposer), shape in zip(proposers.items(), [*shapes, None]):
         partings = [sample.parted_at for sample in samples if sample.kind == kind]
         texts = {"equal": partings.count(None), "parted": len(partings) - partings.count(None)}
@@ -125,7 +126,7 @@ def benchmark_decode(base_model, speculator, prompts, spec_bench, new_tokens, sh
     """Everything above, as an iterator of JSON values.
 
     Args:
-        prompts, spec_bench: prompts as for `evaluate`; spec_bench may be empty. shape: of the trees in comparisons.
+        prompts, spec_bench: prompts as for `samples.decode_in_turn`; spec_bench may be empty. shape: of the trees in comparisons.
     """
     tokens = [prompt.tokens([]) for prompt in prompts]
     yield forwards(base_model)

@@ -1,289 +1,83 @@
-"""What a speculator earns, measured by decoding prompts with it, plainly, and with prompt lookup, in turn on the same machine."""
+"""What a speculator earns, from the flags of scripts.evaluate to its report."""
 
-import gc
-import math
-from dataclasses import dataclass, replace
-from itertools import accumulate
+import os.path
+from functools import partial
+from pathlib import Path
 
-import torch
-
-from data.progress import progress
-from fms_spec.acceptance import pooled_acceptance
-from fms_spec.decoding import Timing, decode
+from data.prompts import load_prompts
 from fms_spec.errors import UserError
-from fms_spec.options import DecodingOptions
-from fms_spec.proposers import PromptLookup
-
-RESAMPLES, INTERVAL = 1000, 0.95  # of the bootstrap over prompts
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One text: which prompt and category, which way it was decoded, what came of it.
-
-    verdict: against the plain text "equal", "differs", or "parted" until `settle` has found out whether that is "rounding" or "differs".
-    tokens: of prompt and continuation, int64 [s]. parted_at: index of the first new token that isn't the plain text's, None where all are.
-    """
-
-    prompt: int
-    category: str
-    kind: str
-    accepted: list
-    new_tokens: int
-    timing: Timing
-    verdict: str
-    tokens: torch.Tensor
-    prompt_length: int
-    parted_at: int | None
-
-    @property
-    def prompt_tokens(self):
-        """What was to be continued: int64 [prompt_length]."""
-        return self.tokens[: self.prompt_length]
-
-    @property
-    def text(self):
-        """The continuation, as a list of ints."""
-        return self.tokens[self.prompt_length :].tolist()
+from fms_spec.files import check_writable, write_json
+from fms_spec.loading import load_for_decoding
+from fms_spec.model_config import resolve_base_model
+from fms_spec.vllm.versions import installed_vllm
+from pipelines.cli import draft_shape
+from pipelines.generate.vllm_engine import need_vllm
+from pipelines.machine.environment import environment
+from pipelines.measure.figures import losslessness, summary
+from pipelines.measure.samples import decode_in_turn, free_memory, parting, settle, side_by_side, usual_methods
+from pipelines.measure.serving import serve
+from pipelines.measure.suggestion import chain_acceptance, greedy_texts, suggest
+from pipelines.show.console import print_evaluation
+from pipelines.show.plots import plot_evaluation
 
 
-def usual_ways(proposer):
-    """What `report` compares: plain decoding, the proposer, and prompt lookup with as many candidates."""
-    return {"plain": None, "speculator": proposer, "prompt_lookup": PromptLookup(proposer.nodes)}
+def evaluate(parsed):
+    """Decode, compare, print, and write the report where one is asked for; parsed: the flags of scripts.evaluate."""
+    out = Path(parsed.out) if parsed.out else None
+    if out:
+        check_new(out)
+    if parsed.against:
+        need_vllm("--against=vllm")
+    prompts = load_prompts(parsed.prompts, resolve_base_model(parsed.base_model), parsed.limit)
+    load = partial(load_for_decoding, parsed.base_model, parsed.speculator, draft_shape(parsed), backend=parsed.backend)
+    samples, values = measure(load, prompts, parsed)
+    pairs = serve_with_vllm(samples, values, parsed) if parsed.against else []
+    samples, gaps = settle(samples, pairs, load, parsed.max_new_tokens)
+    values |= losslessness(samples, prompts)
+    if parsed.against:
+        values["against"] |= side_by_side(pairs, gaps) | {"partings": partings(pairs, gaps)}
+    print_evaluation(values, parsed.speculator)
+    if out:
+        write_json(out, values | {"environment": environment()})
+        plot_evaluation(values, out.with_suffix(".png"))
 
 
-def evaluate(base_model, prompts, methods, max_new_tokens):
-    """Decode every prompt greedily and alone, by all methods in turn.
-
-    A turn that is over the base model's context, with max_new_tokens and candidates, is left out, and so are those after it.
-
-    Args:
-        prompts: objects with category (str or None), turns (int) and tokens(replies) -> int64 [n], the tokens to be continued when the
-        turns before were answered with `replies`. methods: {kind: proposer}, "plain" with None first; see `usual_ways`.
-
-    Returns:
-        list of `Sample`.
-
-    Raises:
-        UserError: every prompt is over the context.
-    """
-    options = DecodingOptions(max_new_tokens=max_new_tokens)
-    room = base_model.context_length - max_new_tokens - max((method.lookahead for method in methods.values() if method), default=0)
-    first, short = first_within(room, prompts, base_model), DecodingOptions(max_new_tokens=min(4, max_new_tokens), ignore_eos=True)
-    for method in methods.values():  # first calls choose kernels and allocate
-        decode(base_model, [first], short, method)
-    samples = []
-    for number, prompt in enumerate(progress(prompts, desc="decode", unit="prompt")):
-        replies = []
-        while len(replies) < prompt.turns and len(tokens := prompt.tokens(replies)) <= room:
-            for kind, method in methods.items():
-                (result,), timing = decode(base_model, [tokens], options, method)
-                if kind == "plain":
-                    replies.append(result.tokens)
-                position = parting(replies[-1], result.tokens)
-                verdict = "equal" if position is None else "differs" if base_model.dtype == torch.float32 else "parted"
-                whole = torch.cat([tokens, torch.tensor(result.tokens)])
-                facts = result.accepted, len(result.tokens), timing, verdict, whole, len(tokens), position
-                samples.append(Sample(number, prompt.category or "all", kind, *facts))
-    return samples
+def measure(load, prompts, parsed):
+    """(samples, their figures as JSON values) in the dtype asked for; the models are let go of on return."""
+    base_model, speculator, proposer = load(dtype=parsed.dtype)
+    samples = decode_in_turn(base_model, prompts, usual_methods(proposer), parsed.max_new_tokens)
+    earned = partial(chain_acceptance, speculator)
+    texts = partial(greedy_texts, base_model, samples, speculator.n_predict)
+    values = summary(samples, proposer) | earned(texts()) | {"suggestion": suggest(base_model, speculator, texts())}
+    if parsed.against:
+        values["against"] = earned(texts(), proposer.lookahead)
+    return samples, values
 
 
-def first_within(room, prompts, base_model):
-    """The first turn of the first prompt that has at most `room` tokens: int64 [n]; raises UserError where there is none."""
-    turns = [prompt.tokens([]) for prompt in prompts]
-    turn = next((tokens for tokens in turns if len(tokens) <= room), None)
-    if turn is None:
-        shortest, context = min(map(len, turns)), base_model.context_length
-        raise UserError(
-            f"every prompt, the shortest of {shortest} tokens, is over the context of {base_model.name}, {context}, {room} without the new "
-            "tokens and candidates; give shorter prompts, or lower the number of new tokens or the lookahead"
-        )
-    return turn
-
-
-def parting(first, second):
-    """Index of the first difference between two texts, lists of ints, be it that one of them ends there; None for equal ones."""
-    if first == second:
-        return None
-    shorter = min(len(first), len(second))
-    return next((index for index in range(shorter) if first[index] != second[index]), shorter)
-
-
-def logit_gap(base_model, prompt, first, second):
-    """How far apart the logits of the two tokens are at which two texts part, in one forward over what they share.
-
-    Args:
-        prompt: int64 [n]. first, second: what follows it, lists of ints.
-
-    Returns:
-        float, in the base model's dtype; None for equal texts and where one merely ends.
-    """
-    position = parting(first, second)
-    if position is None or position == min(len(first), len(second)):
-        return None
-    prefix = torch.cat([prompt, torch.tensor(first[:position], dtype=torch.int64)])[None]
-    logits = base_model.logits(base_model.hidden_states(prefix, torch.zeros_like(prefix))[0, -1])
-    return (logits[first[position]] - logits[second[position]]).abs().item()
-
-
-def side_by_side(pairs, gaps):
-    """How many texts are equal and how many part, and the largest of the `logit_gap`s, None where there is none, as JSON values.
-
-    Args:
-        pairs: list of (prompt, text, other text). gaps: of each pair.
-    """
-    equal = sum(first == second for _, first, second in pairs)
-    largest = max((gap for gap in gaps if gap is not None), default=None)
-    return {"texts": {"equal": equal, "parted": len(pairs) - equal}, "largest_gap": largest}
-
-
-def settle(samples, pairs, load, max_new_tokens):
-    """What float32 says of texts that part: one base model, loaded only if there are any, after the caller has let go of its own.
-
-    The speculator's text in bf16 or fp16 may part from the plain one because a forward over one token rounds otherwise than one over
-    several. So both are decoded again in float32, from before the step in which they parted to their end; only where these part too,
-    "parted" becomes "differs", otherwise "rounding".
-
-    Args:
-        samples: of `evaluate`, with max_new_tokens. pairs: list of (prompt int64 [n], text, other text), as for `logit_gap`. load: function
-        of dtype and device, as `load_for_decoding` for the same models and shape.
-
-    Returns:
-        (samples, with verdicts for the speculator's; list of the pairs' `logit_gap` in float32)
-    """
-    parted = [index for index, sample in enumerate(samples) if (sample.kind, sample.verdict) == ("speculator", "parted")]
-    if not parted and all(first == second for _, first, second in pairs):
-        return samples, [None] * len(pairs)
-
-    def work(base_model, _, proposer):
-        settled = list(samples)
-        for index in progress(parted, desc="in float32", unit="text"):
-            settled[index] = replace(samples[index], verdict=verdict_in(base_model, proposer, samples[index], max_new_tokens))
-        return settled, [logit_gap(base_model, *pair) for pair in pairs]
-
+def serve_with_vllm(samples, values, parsed):
+    """Put the prompts of the plain texts through vLLM and its acceptance into `values`; returns (prompt, plain text, vLLM's) of each."""
     free_memory()
-    try:
-        return work(*load(dtype="float32"))
-    except torch.OutOfMemoryError:
-        pass  # only behind the block the model is let go
-    free_memory()
-    return work(*load(dtype="float32", device="cpu"))
-
-
-def verdict_in(base_model, proposer, sample, max_new_tokens):
-    """ "rounding" or "differs": whether plain and speculative decoding say the same from before the step in which the sample parted on."""
-    kept = before_step(sample.accepted, sample.parted_at)
-    prefix, options = sample.tokens[: sample.prompt_length + kept], DecodingOptions(max_new_tokens=max_new_tokens - kept)
-    (plain,), _ = decode(base_model, [prefix], options)
-    (speculative,), _ = decode(base_model, [prefix], options, proposer)
-    return "rounding" if plain.tokens == speculative.tokens else "differs"
-
-
-def before_step(accepted, position):
-    """How many new tokens to keep so that reading them gives the root of the step that said token `position`, and that step comes next.
-
-    Reading the prompt says the first token; each step says its accepted tokens and one more.
-    """
-    begins = accumulate((count + 1 for count in accepted), initial=1)
-    return max((begin - 1 for begin in begins if begin <= position), default=0)
-
-
-def free_memory():
-    """Give what nothing refers to any more back to the device, cycles included, for another model or process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def summary(samples, proposer):
-    """The figures of `evaluate`'s samples, as JSON values.
-
-    Returns:
-        dict: the speculator's figures (see `figures`) over all prompts; prompt_lookup: the same figures for it; categories: {name: the
-        speculator's figures and prompt lookup's speed}.
-    """
-    categories = {}
-    for category in dict.fromkeys(sample.category for sample in samples):
-        own = [sample for sample in samples if sample.category == category]
-        lookup = figures(own, "prompt_lookup", 1)
-        categories[category] = figures(own, "speculator", proposer.lookahead) | {"prompt_lookup_speedup": lookup["speedup"]}
-    return figures(samples, "speculator", proposer.lookahead) | {
-        "lookahead": proposer.lookahead,
-        "nodes": proposer.nodes,
-        "prompt_lookup": figures(samples, "prompt_lookup", proposer.nodes),
-        "categories": categories,
-    }
-
-
-def losslessness(samples, prompts):
-    """How the speculator's texts compare with the plain ones, as JSON values, and how many of the prompts' turns were left out.
-
-    Args:
-        samples: as `settle` gives them. prompts: as for `evaluate`.
-    """
-    verdicts = [sample.verdict for sample in samples if sample.kind == "speculator"]
-    return {
-        "lossless": set(verdicts) <= {"equal", "rounding"},
-        "texts": len(verdicts),
-        "parting_by_rounding": verdicts.count("rounding"),
-        "differing": verdicts.count("differs"),
-        "prompts": len({sample.prompt for sample in samples}),
-        "left_out": sum(prompt.turns for prompt in prompts) - len(verdicts),
-    }
-
-
-def figures(samples, kind, lookahead):
-    """Acceptance, speed and shares of one way of decoding, against plain decoding of the same prompts; `..._interval` is the 95% one.
-
-    Speed is of decoding, without reading the prompt and without its first token.
-    """
-    own = [sample for sample in samples if sample.kind == kind]
     plain = [sample for sample in samples if sample.kind == "plain"]
-    acceptance = pooled_acceptance((count for sample in own for count in sample.accepted), lookahead)
-    numbers = sorted({sample.prompt for sample in own})
-    sums = torch.zeros(6, len(numbers), dtype=torch.float64)  # accepted, steps, tokens and seconds, plain tokens and seconds
-    for column, number in enumerate(numbers):
-        for first, group in ((2, own), (4, plain)):
-            mine = [sample for sample in group if sample.prompt == number]
-            sums[first, column] = sum(sample.new_tokens - 1 for sample in mine)
-            sums[first + 1, column] = sum(sample.timing.decoding for sample in mine)
-        counts = [count for sample in own if sample.prompt == number for count in sample.accepted]
-        sums[0, column], sums[1, column] = sum(counts), len(counts)
-    drawn = resampled(sums)
-    length = lambda total: 1 + total[0] / total[1].clamp(min=1)  # noqa: E731
-    speedup = lambda total: (total[2] / total[3]) / (total[4] / total[5])  # noqa: E731
-    total, seconds = sums.sum(-1), sum(sample.timing.decoding for sample in own)
-    return {
-        "acceptance_length": acceptance.length,
-        "acceptance_length_interval": interval(length(drawn)),
-        "acceptance_per_position": acceptance.per_position,
-        "draft_steps": acceptance.steps,
-        "new_tokens": sum(sample.new_tokens for sample in own),
-        "plain_tokens_per_s": (total[4] / total[5]).item(),
-        "tokens_per_s": (total[2] / total[3]).item(),
-        "speedup": speedup(total).item(),
-        "speedup_interval": interval(speedup(drawn)),
-        "shares": {
-            part: sum(getattr(s.timing, part) for s in own) / seconds if seconds else 0.0 for part in ("drafting", "verifying", "overhead")
-        },
-    }
+    lines, tokens = [sample.prompt_tokens for sample in plain], values["lookahead"]
+    texts, acceptance = serve(parsed.base_model, parsed.speculator, lines, parsed.max_new_tokens, tokens, parsed.dtype)
+    engine = {"engine": parsed.against, "version": installed_vllm()[0], "num_speculative_tokens": tokens}
+    values["against"] = engine | acceptance | values["against"]
+    return [(sample.prompt_tokens, sample.text, text) for sample, text in zip(plain, texts)]
 
 
-def resampled(sums):
-    """What the prompts add up to in `RESAMPLES` drawings of as many of them, the same ones for every table of p prompts.
-
-    Args:
-        sums: fp64 [..., p], of each prompt.
-
-    Returns:
-        fp64 [..., RESAMPLES]
-    """
-    p = sums.shape[-1]
-    return sums[..., torch.randint(p, (RESAMPLES, p), generator=torch.Generator().manual_seed(0))].sum(-1)
+def partings(pairs, gaps):
+    """Where texts part, as JSON values: which text, at which new token, and how far apart the logits are; see `logit_gap`."""
+    places = [parting(first, second) for _, first, second in pairs]
+    return [{"text": text, "place": place, "gap": gaps[text]} for text, place in enumerate(places) if place is not None]
 
 
-def interval(values):
-    """The middle 95% of resampled values, as [low, high]; values that are no number, from prompts without a step, are left out."""
-    edge = (1 - INTERVAL) / 2
-    finite = values[values.isfinite()]
-    return finite.quantile(torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist() if len(finite) else [math.nan, math.nan]
+def check_new(out):
+    """Raise UserError where the report and its picture can't be written without harm."""
+    if out.suffix == ".png":
+        raise UserError(f"--out={out}: the plot beside the report takes this name; end it in .json")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: no such folder to write to; make it, or give another --out")
+    for path in (out, out.parent / f"{out.stem}.png"):
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists already; give another --out")
+        check_writable(path)

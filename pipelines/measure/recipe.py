@@ -14,7 +14,7 @@ from fms_spec.acceptance import pooled_acceptance
 from fms_spec.errors import UserError, first_difference
 from fms_spec.proposers import DraftShape
 from pipelines.config import Section, load_config
-from pipelines.measure.evaluate import interval, resampled
+from pipelines.measure.figures import interval, resampled
 from pipelines.yaml_files import read_yaml
 
 AVERAGE = 0.99  # the moving average of the weights that is judged beside them reaches back over about a hundred steps

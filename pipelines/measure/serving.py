@@ -14,7 +14,8 @@ from fms_spec.loading import load_for_decoding
 from fms_spec.model_config import context_length, read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.vllm.versions import METHOD
 from pipelines.generate.vllm_engine import start_vllm
-from pipelines.measure.evaluate import evaluate, figures, free_memory, settle, side_by_side
+from pipelines.measure.figures import figures
+from pipelines.measure.samples import decode_in_turn, free_memory, settle, side_by_side
 from pipelines.timer import texts_in_turn
 
 LOOKUP = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}  # as our own prompt lookup: its longest match is 3
@@ -24,7 +25,7 @@ def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
     """One JSON value for each method, as an iterator; batch 1, greedy, speeds with reading the prompt, texts against plain vLLM's.
 
     Args:
-        prompts: as for `evaluate`, of which those over the context are left out.
+        prompts: as for `samples.decode_in_turn`, of which those over the context are left out.
     """
     load = partial(load_for_decoding, name, speculator)
     lines, tokens, ours = our_decoding(load, prompts, new_tokens, dtype)
@@ -58,7 +59,7 @@ def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
 def our_decoding(load, prompts, new_tokens, dtype):
     """(list of int64 [n] that were continued, tokens drafted, acceptance as JSON values) of our own decoding with a chain."""
     base_model, speculator, proposer = load(dtype=dtype)
-    samples = evaluate(base_model, prompts, {"plain": None, "speculator": proposer}, new_tokens)
+    samples = decode_in_turn(base_model, prompts, {"plain": None, "speculator": proposer}, new_tokens)
     values = figures(samples, "speculator", speculator.n_predict)
     ours = {f"our_{name}": values[name] for name in ("acceptance_length", "acceptance_per_position")}
     return [sample.prompt_tokens for sample in samples if sample.kind == "plain"], speculator.n_predict, ours

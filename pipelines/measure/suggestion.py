@@ -84,7 +84,7 @@ def chain_acceptance(speculator, texts, lookahead=None):
 
 
 def greedy_texts(base_model, samples, lookahead):
-    """What `suggest` needs of `evaluate.Sample`s: plainly decoded texts with the base model's states, one after the other.
+    """What `suggest` needs of `samples.Sample`s: plainly decoded texts with the base model's states, one after the other.
 
     Each goes on by `lookahead` tokens where the context has room: decoding judges its last step past the end of the text.
     """

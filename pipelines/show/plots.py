@@ -20,7 +20,7 @@ def save(figure, path):
 
 
 def plot_evaluation(values, path):
-    """Acceptance per position, and speed-up by category with its interval, of `evaluate.summary`'s values."""
+    """Acceptance per position, and speed-up by category with its interval, of `figures.summary`'s values."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(1, 2), layout="constrained")
     shares = values["acceptance_per_position"]
     left.bar(range(1, len(shares) + 1), shares)

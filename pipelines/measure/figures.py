@@ -1,0 +1,103 @@
+"""What samples add up to: acceptance, speed and losslessness, with intervals over prompts."""
+
+import math
+
+import torch
+
+from fms_spec.acceptance import pooled_acceptance
+
+RESAMPLES, INTERVAL = 1000, 0.95  # of the bootstrap over prompts
+
+
+def summary(samples, proposer):
+    """The figures of `samples.decode_in_turn`'s, as JSON values.
+
+    Returns:
+        dict: the speculator's figures (see `figures`) over all prompts; prompt_lookup: the same figures for it; categories: {name: the
+        speculator's figures and prompt lookup's speed}.
+    """
+    categories = {}
+    for category in dict.fromkeys(sample.category for sample in samples):
+        own = [sample for sample in samples if sample.category == category]
+        lookup = figures(own, "prompt_lookup", 1)
+        categories[category] = figures(own, "speculator", proposer.lookahead) | {"prompt_lookup_speedup": lookup["speedup"]}
+    return figures(samples, "speculator", proposer.lookahead) | {
+        "lookahead": proposer.lookahead,
+        "nodes": proposer.nodes,
+        "prompt_lookup": figures(samples, "prompt_lookup", proposer.nodes),
+        "categories": categories,
+    }
+
+
+def losslessness(samples, prompts):
+    """How the speculator's texts compare with the plain ones, as JSON values, and how many of the prompts' turns were left out.
+
+    Args:
+        samples: as `settle` gives them. prompts: as for `samples.decode_in_turn`.
+    """
+    verdicts = [sample.verdict for sample in samples if sample.kind == "speculator"]
+    return {
+        "lossless": set(verdicts) <= {"equal", "rounding"},
+        "texts": len(verdicts),
+        "parting_by_rounding": verdicts.count("rounding"),
+        "differing": verdicts.count("differs"),
+        "prompts": len({sample.prompt for sample in samples}),
+        "left_out": sum(prompt.turns for prompt in prompts) - len(verdicts),
+    }
+
+
+def figures(samples, kind, lookahead):
+    """Acceptance, speed and shares of one way of decoding, against plain decoding of the same prompts; `..._interval` is the 95% one.
+
+    Speed is of decoding, without reading the prompt and without its first token.
+    """
+    own = [sample for sample in samples if sample.kind == kind]
+    plain = [sample for sample in samples if sample.kind == "plain"]
+    acceptance = pooled_acceptance((count for sample in own for count in sample.accepted), lookahead)
+    numbers = sorted({sample.prompt for sample in own})
+    sums = torch.zeros(6, len(numbers), dtype=torch.float64)  # accepted, steps, tokens and seconds, plain tokens and seconds
+    for column, number in enumerate(numbers):
+        for first, group in ((2, own), (4, plain)):
+            mine = [sample for sample in group if sample.prompt == number]
+            sums[first, column] = sum(sample.new_tokens - 1 for sample in mine)
+            sums[first + 1, column] = sum(sample.timing.decoding for sample in mine)
+        counts = [count for sample in own if sample.prompt == number for count in sample.accepted]
+        sums[0, column], sums[1, column] = sum(counts), len(counts)
+    drawn = resampled(sums)
+    length = lambda total: 1 + total[0] / total[1].clamp(min=1)  # noqa: E731
+    speedup = lambda total: (total[2] / total[3]) / (total[4] / total[5])  # noqa: E731
+    total, seconds = sums.sum(-1), sum(sample.timing.decoding for sample in own)
+    return {
+        "acceptance_length": acceptance.length,
+        "acceptance_length_interval": interval(length(drawn)),
+        "acceptance_per_position": acceptance.per_position,
+        "draft_steps": acceptance.steps,
+        "new_tokens": sum(sample.new_tokens for sample in own),
+        "plain_tokens_per_s": (total[4] / total[5]).item(),
+        "tokens_per_s": (total[2] / total[3]).item(),
+        "speedup": speedup(total).item(),
+        "speedup_interval": interval(speedup(drawn)),
+        "shares": {
+            part: sum(getattr(s.timing, part) for s in own) / seconds if seconds else 0.0 for part in ("drafting", "verifying", "overhead")
+        },
+    }
+
+
+def resampled(sums):
+    """What the prompts add up to in `RESAMPLES` drawings of as many of them, the same ones for every table of p prompts.
+
+    Args:
+        sums: fp64 [..., p], of each prompt.
+
+    Returns:
+        fp64 [..., RESAMPLES]
+    """
+    p = sums.shape[-1]
+    return sums[..., torch.randint(p, (RESAMPLES, p), generator=torch.Generator().manual_seed(0))].sum(-1)
+
+
+def interval(values):
+    """The middle 95% of resampled values, as [low, high]; values that are no number, from prompts without a step, are left out."""
+    edge = (1 - INTERVAL) / 2
+    finite = values[values.isfinite()]
+    return finite.quantile(torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist() if len(finite) else [math.nan, math.nan]
