@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fms_spec.context import of_text
 from fms_spec.proposers import Proposer, Step
 from fms_spec.verification import match
 
@@ -55,7 +56,8 @@ def accepted_in_text(proposer: Proposer, states: torch.Tensor, tokens: torch.Ten
     line = tokens.tolist()
     roots = torch.arange(prompt_length, prompt_length + count, device=tokens.device)
     texts = [line[: root + 1] for root in range(prompt_length, prompt_length + count)]
-    candidates = proposer.propose(Step(states[roots - 1], tokens[roots], texts))
+    context = of_text(proposer.speculator, states, tokens, roots)
+    candidates = proposer.propose(Step(states[roots - 1], tokens[roots], texts, context=context))
     if candidates is None:
         return []
     # What the base model says after a node on the text's own path, as deep as it is; other nodes' parents are wrong already.

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from fms_spec.batch import upload
+from fms_spec.context import Text, packed_text
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Windows:
     """Hidden states and tokens lined up for the heads.
 
     states: [b * n, d], of every position. index: int64 [m]; see `Positions`. tokens: int64 [m, h + 1], x_{t+1} onwards.
+    text: what families see that keep a context; None for others.
     """
 
     states: torch.Tensor
     index: torch.Tensor
     tokens: torch.Tensor
     counts: list[int]
+    text: Text | None = None
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -81,9 +84,15 @@ def choose_positions(usable: torch.Tensor, limit: int | None = None, generator: 
     return Positions(index[order], [int((depth > head).sum()) for head in range(len(usable))])
 
 
-def make_windows(states: torch.Tensor, tokens: torch.Tensor, positions: Positions, heads: int) -> Windows:
-    """Line up states [b, n, d] (any device) with tokens int64 [b, n] (on the CPU) at `positions`."""
+def make_windows(
+    states: torch.Tensor, tokens: torch.Tensor, positions: Positions, heads: int, segment_ids: torch.Tensor | None = None
+) -> Windows:
+    """Line up states [b, n, d] (any device) with tokens int64 [b, n] (on the CPU) at `positions`.
+
+    segment_ids: int [b, n] on the CPU, for families that keep a context.
+    """
     ahead = F.pad(tokens, (0, heads + 1))
     following = torch.stack([ahead[:, 1 + i : 1 + i + tokens.shape[1]] for i in range(heads + 1)], dim=-1).flatten(0, 1)
     index = positions.index
-    return Windows(states.flatten(0, 1), upload(index, states.device), upload(following[index], states.device), positions.counts)
+    text = None if segment_ids is None else packed_text(tokens, segment_ids, index, states.device)
+    return Windows(states.flatten(0, 1), upload(index, states.device), upload(following[index], states.device), positions.counts, text)

@@ -14,6 +14,7 @@ import torch
 
 from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
+from fms_spec.context import ContextCache, recent_tokens
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Proposer, Step
 from fms_spec.sampling import Chance
@@ -140,6 +141,9 @@ class Decoding:
         self.root = Tree.full([], base_model.device)
         capacity = max(len(prompt) for prompt in prompts) + options.max_new_tokens + nodes
         self.cache = base_model.new_cache(len(prompts), capacity)
+        self.context: ContextCache | None = None
+        if proposer and proposer.speculator and proposer.speculator.context_width:
+            self.context = ContextCache(proposer.speculator, len(prompts), capacity, base_model.dtype, base_model.device)
         self.chance: Chance | None = None
         if options.sampling.temperature > 0:
             seeds = range(len(prompts)) if options.seeds is None else options.seeds
@@ -173,12 +177,15 @@ class Decoding:
         for start in range(0, padded.shape[1], PREFILL_CHUNK):
             self.cache.hold([start] * len(ends))
             states = self.base_model.extend(padded[:, start : start + PREFILL_CHUNK], self.cache)
+            if self.context:
+                self.context.read(self.cache.lengths, states, recent_tokens(padded)[:, start : start + PREFILL_CHUNK])
             here = [row for row, end in enumerate(ends) if start < end <= start + PREFILL_CHUNK]
             self.hidden[here] = states[here, [ends[row] - 1 - start for row in here]]
         self.cache.hold(ends)
         candidates = Candidates(padded[:, :0], self.root)
         self.newest = self.verify(candidates, self.base_model.logits(self.hidden)[:, None], None).newest
         emitted = self.take([[token] for token in self.newest.tolist()], [None] * len(self.live))
+        self.keep(self.hidden[:, None], [[0]] * len(ends), [end - 1 for end in ends])
         self.marks.mark("prefill")
         return emitted
 
@@ -202,17 +209,32 @@ class Decoding:
         paths = [[node for node in range(nodes) if line[1 + node]] for line in lines]
         said = [[line[1 + nodes + node] for node in path[1:]] + line[-1:] for line, path in zip(lines, paths)]
         emitted = self.take(said, [len(path) - 1 if line[0] else None for line, path in zip(lines, paths)])
+        self.keep(states, paths, self.cache.counts)
         # Rows that have ended stay where they are, or they would outgrow the cache before they leave.
         self.cache.accept([[] if row in self.done else path for row, path in enumerate(paths)])
         self.marks.mark("overhead")
         return emitted
+
+    def keep(self, states: torch.Tensor, paths: list[list[int]], firsts: list[int]) -> None:
+        """Let the speculator keep what it wants of the accepted nodes: states [b, n + 1, d], in the slots from `firsts` on."""
+        if not self.context:
+            return
+        longest = max(map(len, paths))
+        lines = []  # of each row the tokens from the one before `firsts` on
+        for index, first in zip(self.live, firsts):
+            line = ([-1] * (first == 0) + self.texts[index][max(0, first - 1) :])[: longest + 2]
+            lines.append(line + [-1] * (longest + 2 - len(line)))
+        nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=states.device)
+        recent = recent_tokens(torch.tensor(lines, device=states.device))[:, 1:-1]
+        self.context.read(torch.tensor(firsts, device=states.device), states[self.rows()[:, None], nodes], recent)
 
     def propose(self, numbers: torch.Tensor | None) -> Candidates:
         """The proposer's `Candidates`, or none at all for a plain step."""
         candidates = None
         if self.proposer:
             texts = [self.texts[index] for index in self.live]
-            candidates = self.proposer.propose(Step(self.hidden, self.newest, texts, self.options.sampling, numbers))
+            context = self.context.seen(self.cache.lengths, max(self.cache.counts)) if self.context else None
+            candidates = self.proposer.propose(Step(self.hidden, self.newest, texts, self.options.sampling, numbers, context))
         return candidates or Candidates(self.newest.new_zeros(len(self.live), 0), self.root)
 
     def verify(self, candidates: Candidates, logits: torch.Tensor, tests: torch.Tensor | None) -> Verdict:
@@ -258,6 +280,8 @@ class Decoding:
         kept = [row for row in range(len(self.live)) if row not in self.done]
         self.live, self.done = [self.live[row] for row in kept], set()
         self.cache.keep_sequences(kept)
+        if self.context:
+            self.context.keep_sequences(kept)
         if self.chance:
             self.chance.keep_sequences(kept)
         self.hidden, self.newest = self.hidden[kept], self.newest[kept]

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from fms_spec.alignment import Windows
 from fms_spec.base_model import BaseModel
 from fms_spec.batch import upload
+from fms_spec.mixture import Copying
 from fms_spec.read_out import capped, read_out
 
 # Positions whose logits exist at once: 512 x 128k in fp32 is 0.26 GB, and matrix products of 512 rows already run at full rate.
@@ -104,33 +105,41 @@ class SoftTargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, targets: list[torch.Tensor], teacher_of: Callable[[int], torch.Tensor] | None, teacher_weight: torch.Tensor | None,
-        teacher_cap: float | None, scales: torch.Tensor, weights: LossWeights, dtype: torch.dtype, *inputs: torch.Tensor,
+        teacher_cap: float | None, scales: torch.Tensor, weights: LossWeights, dtype: torch.dtype, seen: Any, *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Returns (the heads' sum, fp32 scalar, to be trained on; each head's, fp32 [h], without gradient).
 
         Args:
             targets: one int64 [m] a head (-1: none). teacher_of, teacher_weight, teacher_cap: teacher_of(head) [m, d], [r, d] and the
             `BaseModel.output_cap`, of which the base model's logits are made; all None where no loss asks for them. scales: fp32 [h],
-            what a head's loss is multiplied by. weights: `LossWeights`. dtype: of the matrix products. inputs: each head's features
-            [m, k], then its read-out [r, k].
+            what a head's loss is multiplied by. weights: `LossWeights`. dtype: of the matrix products. seen: (entries, text) of
+            `mixture.Copying` where heads have a pointer, otherwise None. inputs: each head's features [m, k], then its read-out [r, k];
+            with a pointer each head's query and gate, then the keys.
         """
-        features, readouts = inputs[: len(targets)], inputs[len(targets) :]
-        ctx.dtypes, trained = [value.dtype for value in inputs], ctx.needs_input_grad[-len(targets) :]
+        heads = len(targets)
+        features, readouts, queries, gates = (inputs[part * heads : (part + 1) * heads] for part in range(4))
+        ctx.dtypes, trained = [value.dtype for value in inputs], ctx.needs_input_grad[-len(inputs) :][heads : 2 * heads]
         shared = {id(weight): weight.to(dtype) for weight in readouts}
         grads = {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight, train in zip(readouts, trained) if train}
         size = (min(CHUNK, len(features[0])), len(readouts[0]))
-        buffers = [features[0].new_empty(size, dtype=torch.float32) for _ in range(1 if teacher_of is None else 3)]
-        losses, grad_features = [], []
+        wanted = [True, teacher_of is not None, teacher_of is not None or bool(seen), bool(seen)]
+        buffers = [features[0].new_empty(size, dtype=torch.float32) if want else None for want in wanted]
+        losses, grad_features, copying = [], [], []
+        if seen:
+            keys = inputs[-1].to(dtype)
+            grad_keys = torch.zeros_like(keys, dtype=torch.float32)
+            copying = [Copying(query.to(dtype), gate, keys, grad_keys, *seen) for query, gate in zip(queries, gates)]
         for head, (x, weight) in enumerate(zip(features, readouts)):
             teacher = None if teacher_of is None else teacher_of(head).to(dtype)
             loss, grad = one_head(
                 x.to(dtype), shared[id(weight)], grads.get(id(weight)), targets[head], teacher, teacher_weight,
-                teacher_cap, scales[head], weights, buffers,
+                teacher_cap, scales[head], weights, buffers, copying[head] if seen else None,
             )  # fmt: skip
             losses.append(loss)
             grad_features.append(grad.to(x.dtype))
         grad_readouts = [grads.pop(id(weight), None) for weight in readouts]  # the first of those who share it has it
-        ctx.save_for_backward(*grad_features, *grad_readouts)
+        grad_pointers = [*(copied.grad_query for copied in copying), *(copied.grad_gate for copied in copying), grad_keys] if seen else []
+        ctx.save_for_backward(*grad_features, *grad_readouts, *grad_pointers)
         each = torch.stack(losses)
         ctx.mark_non_differentiable(each)
         return each.sum(), each
@@ -140,29 +149,33 @@ class SoftTargetLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         """In place: autograd refuses a second call, and nobody asks for one."""
         gradients = [grad if grad is None else grad.mul_(grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return (None,) * 7 + tuple(gradients)
+        return (None,) * 8 + tuple(gradients)
 
 
 def one_head(
     features: torch.Tensor, weight: torch.Tensor, grad_weight: torch.Tensor | None, targets: torch.Tensor, teacher: torch.Tensor | None,
     teacher_weight: torch.Tensor | None, teacher_cap: float | None, scale: torch.Tensor, weights: LossWeights,
-    buffers: Sequence[torch.Tensor],
+    buffers: Sequence[torch.Tensor | None], copying: Copying | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Loss of a head, times `scale`, chunk by chunk: (fp32 scalar, gradient by its features [m, k]); `grad_weight`, if any, is added to.
 
-    buffers: one fp32 [CHUNK, r], or three where there is a teacher.
+    buffers: fp32 [CHUNK, r] for the logits, the teacher's, and two more, None where they aren't needed. copying: takes the gradients of a
+    pointer.
     """
     total = torch.zeros((), dtype=torch.float32, device=features.device)
     grad_features = torch.empty_like(features)
     for start in range(0, len(features), CHUNK):
         rows = slice(start, start + CHUNK)
         x = features[rows]
-        room: list[Any] = [buffer[: len(x)] for buffer in buffers]
-        logits, teacher_logits, spare = room + [None] * (3 - len(room))
+        room: list[Any] = [None if buffer is None else buffer[: len(x)] for buffer in buffers]
+        logits, teacher_logits, spare, _ = room
         log_softmax_of(x, weight, logits)
         if teacher is not None and teacher_weight is not None:
             log_softmax_of(teacher[rows], teacher_weight, teacher_logits, teacher_cap)
-        loss, row_scale = chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
+        if copying:
+            loss, row_scale = copying.chunk_loss(rows, room, targets[rows], weights, scale)
+        else:
+            loss, row_scale = chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
         total += loss
         grad, row_scale = logits.to(weight.dtype), scale * row_scale
         torch.mm(grad, weight, out=grad_features[rows]).mul_(row_scale)
@@ -195,14 +208,20 @@ def head_losses(
     device, dtype = windows.states.device, dtype or compute_dtype(windows.states)
     scales = upload(torch.tensor(weights.heads), device) / counts.clamp(min=1)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        outputs = list(speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts))
-        features, readouts = zip(*outputs)
-        targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(outputs))]
+        before = windows.text.before if windows.text else None
+        features, readouts, pointers = zip(*speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts, before))
+        targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(features))]
         teacher: tuple[Any, ...] = (None, None, None)
         if weights.teacher:
             weight = speculator.teacher_weight(base_model).to(dtype)
             teacher = (lambda head: read_out(windows.target_states(head), weight), weight, base_model.output_cap)
-        total, losses = SoftTargetLoss.apply(targets, *teacher, scales, weights, dtype, *features, *readouts)
+        seen, inputs = None, [*features, *readouts]
+        if windows.text:
+            follows = windows.text.recent[:, 0]
+            seen = speculator.draft_targets(follows.clamp(min=0)).where(follows >= 0, -1), windows.text
+            queries, gates = zip(*pointers)
+            inputs += [*queries, *gates, speculator.keep(windows.states.to(dtype), windows.text.recent)]
+        total, losses = SoftTargetLoss.apply(targets, *teacher, scales, weights, dtype, seen, *inputs)
         if weights.smooth_l1:
             distances = [speculator.state_distance(x, windows.target_states(head)).sum() for head, x in enumerate(features)]
             weighted = weights.smooth_l1 * scales * torch.stack(distances)

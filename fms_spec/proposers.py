@@ -5,13 +5,15 @@ Shapes: b sequences, n candidates, w nodes of a tree's level, d base width, r dr
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy
 import torch
+from torch.nn import functional as F
 
 from fms_spec.candidates import Candidates, Tree
+from fms_spec.context import Context
 from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling, best_token, draw
 from fms_spec.speculators.interface import Speculator, select
@@ -25,7 +27,8 @@ class Step:
 
     hidden: [b, d], the base model's states that chose `tokens`. tokens: int64 [b], each sequence's newest token. texts: b lists of ints,
     prompt and new tokens up to the newest, not to be changed. sampling: how the base model's tokens are chosen. chance: float64 [b, n],
-    a number for each candidate that is drawn; None where decoding is greedy.
+    a number for each candidate that is drawn; None where decoding is greedy. context: what the speculator keeps of the texts, None for
+    those that keep nothing.
     """
 
     hidden: torch.Tensor
@@ -33,13 +36,18 @@ class Step:
     texts: list[list[int]]
     sampling: Sampling = Sampling()
     chance: torch.Tensor | None = None
+    context: Context | None = None
 
 
 class Proposer(Protocol):
-    """Whatever has these three. lookahead: deepest level of its trees. nodes: most candidates of one."""
+    """Whatever has these. lookahead: deepest level of its trees. nodes: most candidates of one."""
 
     lookahead: int
     nodes: int
+
+    @property
+    def speculator(self) -> Speculator | None:
+        """Whose context is given in each `Step`, if it keeps one."""
 
     def propose(self, step: Step) -> Candidates | None:
         """None where no sequence has a candidate."""
@@ -63,11 +71,11 @@ class TopKProposer:
 
     def propose(self, step: Step) -> Candidates:
         speculator, batch = self.speculator, len(step.tokens)
-        state, tokens, levels, drafts = speculator.start(step.hidden), step.tokens, [], []
+        state, tokens, levels, drafts = started(speculator, step), step.tokens, [], []
         numbers = None if step.chance is None else step.chance.split(level_sizes(self.widths), dim=1)
         for head, width in enumerate(self.widths):
             state = speculator.advance(state, tokens, head)
-            logits = speculator.logits(state, head)
+            logits = speculator.logits(state, head, step.context)
             if numbers is None:
                 picked = best_token(logits)[:, None] if width == 1 else logits.topk(width, dim=-1).indices
             else:
@@ -102,12 +110,12 @@ class BestNodesProposer:
     def propose(self, step: Step) -> Candidates:
         speculator, batch = self.speculator, len(step.tokens)
         device = step.tokens.device
-        state, tokens = speculator.start(step.hidden), step.tokens
+        state, tokens = started(speculator, step), step.tokens
         scores = torch.zeros(batch, 1, device=device)  # [b, w] joint log-probability of the nodes that the heads go on from
         ids, first, all_scores, all_tokens, all_parents = torch.zeros(batch, 1, dtype=torch.int64, device=device), 0, [], [], []
         for head in range(self.lookahead):
             state = speculator.advance(state, tokens.flatten(), head)
-            logits = speculator.logits(state, head).float()
+            logits = speculator.logits(state, head, step.context).float()
             keep = min(self.nodes - head, logits.shape[-1])
             best, picked = logits.log_softmax(-1).topk(keep, dim=-1)  # [b * w, keep]
             joint = (scores[:, :, None] + best.view(batch, -1, keep)).flatten(1)
@@ -127,6 +135,11 @@ class BestNodesProposer:
         return best_nodes(scores, tokens, parents, self.nodes)
 
 
+def started(speculator: Speculator, step: Step) -> Any:
+    """The running state of a step."""
+    return speculator.start(step.hidden) if step.context is None else speculator.start(step.hidden, step.context.before)
+
+
 def best_nodes(scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, count: int) -> Candidates:
     """`Candidates` of the `count` best of m nodes, parents before children: all [b, m], parents counted from 1 with the root as 0."""
     # A child's score never exceeds its parent's; stable, so that the parent comes first where they are equal.
@@ -140,16 +153,17 @@ def best_nodes(scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
 class PromptLookup:
     """What followed the latest earlier place where the text had the same last tokens: a chain of `lookahead`, no model at all.
 
-    The longest of `LONGEST` to 1 equal tokens decides, as in the public prompt-lookup decoding.
+    The longest of `LONGEST` to `shortest` equal tokens decides, as in the public prompt-lookup decoding, where it is 1.
     """
 
-    LONGEST = 3
+    LONGEST, speculator = 3, None
 
-    def __init__(self, lookahead: int):
+    def __init__(self, lookahead: int, shortest: int = 1):
         """Raises UserError for a lookahead under 1."""
         if lookahead < 1:
             raise UserError(f"lookahead {lookahead}: must be at least 1")
         self.lookahead = self.nodes = lookahead
+        self.shortest = shortest
 
     def propose(self, step: Step) -> Candidates | None:
         drafts = [self.look_up(numpy.array(text)) for text in step.texts]
@@ -162,13 +176,32 @@ class PromptLookup:
 
     def look_up(self, text: numpy.ndarray) -> list[int]:
         """Up to `lookahead` tokens that followed, as a list."""
-        for size in range(min(self.LONGEST, len(text) - 1), 0, -1):
+        for size in range(min(self.LONGEST, len(text) - 1), self.shortest - 1, -1):
             # A match must end before the text does, so that something follows it.
             same = (numpy.lib.stride_tricks.sliding_window_view(text[:-1], size) == text[-size:]).all(-1)
             if same.any():
                 start = int(same.nonzero()[0][-1]) + size
                 return text[start : start + self.lookahead].tolist()
         return []
+
+
+class LookupFirst:
+    """What followed the last two or more tokens where they stood before, otherwise a speculator's chain: what heads that copy must beat."""
+
+    def __init__(self, speculator: Speculator, lookahead: int):
+        """lookahead: of the lookup; the chain is as long as the speculator was trained for, at most so long."""
+        self.lookup = PromptLookup(lookahead, shortest=2)
+        self.heads = TopKProposer(speculator, [1] * min(lookahead, speculator.n_predict))
+        self.speculator, self.lookahead, self.nodes = speculator, lookahead, lookahead
+
+    def propose(self, step: Step) -> Candidates:
+        copied = self.lookup.propose(step)
+        drafted = self.heads.propose(replace(step, sampling=Sampling(), chance=None)).tokens
+        if copied is None:
+            return Candidates(drafted, self.heads.tree)
+        width = max(drafted.shape[1], copied.tokens.shape[1])
+        copies, drafted = (F.pad(tokens, (0, width - tokens.shape[1]), value=-1) for tokens in (copied.tokens, drafted))
+        return Candidates(copies.where(copies[:, :1] >= 0, drafted), Tree.full([1] * width, copies.device))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 from data.prepare.run import prepare
 from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
-from fms_spec.proposers import BestNodesProposer, PromptLookup, TopKProposer
+from fms_spec.proposers import BestNodesProposer, LookupFirst, PromptLookup, TopKProposer
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
 from fms_spec.speculators.mlp import MLPSpeculator
 from pipelines.config import load_config
@@ -177,31 +177,41 @@ def tiny_models(tmp_path_factory):
 
 
 FAMILIES = ("mlp_tied", "mlp_untied", "hidden_state")
+POINTERS = ("mlp_tied_pointer", "hidden_state_pointer")  # the same, copying from the text
 
 
 def tiny_speculator(base_model, family, seed=0, n_predict=4):
-    """Untrained heads, none of whose logits are zero."""
+    """Untrained heads, none of whose logits are zero; what they copy and what they know are about equally likely."""
     torch.manual_seed(seed)
-    if family != "hidden_state":
-        return MLPSpeculator(base_model.width, base_model.vocab_size, n_predict, inner_dim=12, tie_weights=family == "mlp_tied")
-    draft_ids = torch.randperm(base_model.vocab_size)[: max(6, base_model.vocab_size // 2)].sort().values
-    scale = torch.rand(base_model.width) + 0.5
-    speculator = HiddenStateSpeculator(base_model.width, base_model.vocab_size, draft_ids, scale, n_predict, width=12, inner_dim=20)
-    for trunk in speculator.trunks:
-        torch.nn.init.normal_(trunk.out.weight, std=0.5)
-        torch.nn.init.normal_(trunk.out.bias)
+    d, v, pointer_width = base_model.width, base_model.vocab_size, 16 if family.endswith("_pointer") else 0
+    if family.startswith("mlp"):
+        tied = family.startswith("mlp_tied")
+        speculator = MLPSpeculator(d, v, n_predict, inner_dim=12, tie_weights=tied, pointer_width=pointer_width)
+    else:
+        draft_ids, scale = torch.randperm(v)[: max(6, v // 2)].sort().values, torch.rand(d) + 0.5
+        speculator = HiddenStateSpeculator(d, v, draft_ids, scale, n_predict, 12, 20, pointer_width)
+        for trunk in speculator.trunks:
+            torch.nn.init.normal_(trunk.out.weight, std=0.5)
+            torch.nn.init.normal_(trunk.out.bias)
+    if pointer_width:
+        for weight in (speculator.pointer.key_state.weight, speculator.pointer.query_state.weight, speculator.pointer.gate.weight):
+            torch.nn.init.normal_(weight, std=0.3)
+        torch.nn.init.constant_(speculator.pointer.gate.bias, -6.0)
     speculator.attach(base_model)
     return speculator
 
 
-KINDS = ("chain", "tree", "best", "lookup")
+KINDS = ("chain", "tree", "best", "lookup", "first")
 
 
 def tiny_proposer(base_model, kind, family="mlp_tied", seed=0, widths=(2, 2), extra=4):
-    """Candidates as deep as `widths` is long: a chain, a tree with those children, the best `extra` more nodes than levels, or lookup."""
+    """Candidates as deep as `widths` is long: a chain, a tree with those children, the best `extra` more nodes than levels, or lookup,
+    with the heads where it finds nothing for "first"."""
     if kind == "lookup":
         return PromptLookup(len(widths))
     speculator = tiny_speculator(base_model, family, seed)
+    if kind == "first":
+        return LookupFirst(speculator, len(widths))
     if kind == "best":
         return BestNodesProposer(speculator, len(widths) + extra, len(widths))
     return TopKProposer(speculator, [1] * len(widths) if kind == "chain" else widths)
@@ -220,6 +230,8 @@ class Planted:
         texts: lists of ints, prompt and what the base model says, longer than it will be asked for. right: function of (prompt's index,
             number of its step) giving how many tokens are right. A wrong branch is wrong at its first token and right ever after.
     """
+
+    speculator = None
 
     def __init__(self, texts, vocab_size, lookahead, right, branches=1, seed=0):
         self.texts, self.vocab_size, self.right, self.branches = texts, vocab_size, right, branches

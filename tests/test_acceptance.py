@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import write_model
+from conftest import POINTERS, tiny_speculator, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +10,6 @@ from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, PromptLookup
-from fms_spec.speculators.mlp import MLPSpeculator
 from pipelines.measure.samples import decode_in_turn
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts
 from pipelines.train.validation import Validation
@@ -25,9 +24,8 @@ def small_model(tmp_path_factory):
     return BaseModel(str(directory), dtype="float32", device="cpu")
 
 
-def heads(model, seed):
-    torch.manual_seed(seed)
-    return MLPSpeculator(model.width, model.vocab_size, n_predict=3, inner_dim=8, tie_weights=False)
+def heads(model, seed, family="mlp_untied"):
+    return tiny_speculator(model, family, seed, n_predict=3)
 
 
 def test_acceptance_is_counted_as_vllm_counts_it():
@@ -36,10 +34,13 @@ def test_acceptance_is_counted_as_vllm_counts_it():
     assert pooled_acceptance([], drafts=2).length == 1.0
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), shape=st.sampled_from(SHAPES), length=st.integers(1, 12), new_tokens=st.integers(2, 24))
-def test_the_evaluator_without_decoding_gives_what_decoding_accepts(small_model, seed, shape, length, new_tokens):
-    proposer = shape.proposer(heads(small_model, seed))
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), shape=st.sampled_from(SHAPES), length=st.integers(1, 12), new_tokens=st.integers(2, 24),
+    family=st.sampled_from(["mlp_untied", *POINTERS]),
+)  # fmt: skip
+def test_the_evaluator_without_decoding_gives_what_decoding_accepts(small_model, seed, shape, length, new_tokens, family):
+    proposer = shape.proposer(heads(small_model, seed, family))
     prompts = torch.randint(1, 12, (4, length), generator=torch.Generator().manual_seed(seed))
     decoded, _ = decode(small_model, list(prompts), DecodingOptions(max_new_tokens=new_tokens), proposer)
     expected = [list(result.accepted) for result in decoded]
@@ -72,7 +73,7 @@ def test_candidates_past_the_end_of_a_known_text_count_as_wrong(small_model):
 
 
 def test_what_a_chain_would_have_earned_on_evaluated_texts_is_what_decoding_with_it_earns(small_model):
-    speculator = heads(small_model, 1)
+    speculator = heads(small_model, 3)
     ways = {"plain": None, "speculator": DraftShape(lookahead=2).proposer(speculator)}
     prompts = [Prompt(None, tokens) for tokens in torch.randint(1, 12, (100, 5), generator=torch.Generator().manual_seed(1))]
     samples = decode_in_turn(small_model, prompts, ways, 2)  # the second candidate is past the end of the text

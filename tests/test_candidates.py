@@ -283,6 +283,7 @@ def test_a_right_path_through_any_tree_is_accepted_exactly_as_far_as_it_goes(tin
 
     class AnotherTreeForEach:
         lookahead = nodes = len(batch[0]) - 1
+        speculator = None
 
         def propose(self, step):
             indices = [next(i for i, whole in enumerate(wholes) if whole[: len(text)] == text) for text in step.texts]

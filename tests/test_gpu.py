@@ -118,7 +118,7 @@ def test_losses_and_their_gradients_are_those_of_double_precision(model_dir, fam
 
 def plain_loss(speculator, windows, model):
     total, teacher_weight = 0.0, speculator.teacher_weight(model).double()
-    for head, (features, weight) in enumerate(speculator.heads(windows.hidden, windows.tokens, windows.counts)):
+    for head, (features, weight, _) in enumerate(speculator.heads(windows.hidden, windows.tokens, windows.counts)):
         log_q = F.linear(features, weight.double()).log_softmax(-1)
         log_p = F.linear(windows.target_states(head), teacher_weight).log_softmax(-1)
         targets = speculator.draft_targets(windows.targets(head))

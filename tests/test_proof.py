@@ -288,7 +288,7 @@ def test_heads_are_taught_by_the_models_own_distribution_with_its_bias_its_cap_a
         log_p = theirs(tokens).logits[0][:, heads.draft_ids].double().log_softmax(-1)
         assert torch.equal(heads.best_base_tokens(model, states)[0], heads.draft_ids[log_p.argmax(-1)])
         outputs = list(heads.heads(windows.hidden, windows.tokens, windows.counts))
-    for head, (features, weight) in enumerate(outputs):
+    for head, (features, weight, _) in enumerate(outputs):
         log_q = (features.double() @ weight.double().T).log_softmax(-1)
         p = log_p[positions.index[: positions.counts[head]] + 1 + head]
         expected = (p.exp() * (p - log_q)).sum(-1).mean()

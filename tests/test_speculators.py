@@ -80,7 +80,7 @@ def test_a_proposed_chain_is_what_the_trained_heads_find_likeliest(base_model, f
     hidden, first = torch.randn(6, base_model.width), torch.arange(6)
     chain = propose(speculator, hidden, first)
     seen = torch.cat([first[:, None], chain], dim=1)
-    for i, (features, weight) in enumerate(speculator.heads(hidden, seen, [6, 6, 6])):
+    for i, (features, weight, _) in enumerate(speculator.heads(hidden, seen, [6, 6, 6])):
         best = (features @ weight.T).argmax(-1)
         assert torch.equal(chain[:, i], best if speculator.draft_ids is None else speculator.draft_ids[best])
 

@@ -25,6 +25,7 @@ from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 from fms_spec.read_out import read_out
 from fms_spec.settings import Side
 from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Size, Sizes, Speculator, State
+from fms_spec.speculators.pointer import Pointer, PointerSettings
 
 STATE_SCALE_FLOOR = 1e-3  # keeps a coordinate that hardly moves from being blown up
 
@@ -61,12 +62,14 @@ class HiddenStateSettings(Settings):
     width: Side = 768  # of the trunk
     inner_dim: Side = 4096
     draft_vocab_size: int | None = Field(None, ge=2)  # the most frequent tokens of the corpus; None keeps all
+    pointer: PointerSettings | None = None  # onto the text; None: nothing is copied
 
 
 class HiddenStateSizes(Sizes):
     draft_vocab_size: Size
     width: Size
     inner_dim: Size
+    pointer_width: int = Field(0, ge=0, le=2**24)  # 0: no pointer
 
 
 class HiddenStateSpeculator(Speculator):
@@ -92,6 +95,7 @@ class HiddenStateSpeculator(Speculator):
         n_predict: int = 3,
         width: int = 768,
         inner_dim: int = 1536,
+        pointer_width: int = 0,
     ) -> None:
         super().__init__()
         self.emb_dim, self.vocab_size, self.n_predict, self.width, self.inner_dim = emb_dim, vocab_size, n_predict, width, inner_dim
@@ -99,6 +103,9 @@ class HiddenStateSpeculator(Speculator):
         self.register_buffer("state_scale", state_scale)
         inputs = (2 * emb_dim, 3 * emb_dim + width)[: min(2, n_predict)]
         self.trunks = nn.ModuleList(Trunk(size, width, inner_dim, emb_dim) for size in inputs)
+        self.context_width = pointer_width
+        if pointer_width:
+            self.pointer = Pointer(emb_dim, width, pointer_width)
 
     @classmethod
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
@@ -113,7 +120,8 @@ class HiddenStateSpeculator(Speculator):
             draft_ids = most_frequent(corpus.token_counts, size, base_model)
             assert corpus.states is not None
             state_scale = corpus.states.std(0) + STATE_SCALE_FLOOR
-        return cls(d, v, draft_ids, state_scale, settings.n_predict, settings.width, settings.inner_dim)
+        pointer_width = settings.pointer.width if settings.pointer else 0
+        return cls(d, v, draft_ids, state_scale, settings.n_predict, settings.width, settings.inner_dim, pointer_width)
 
     def attach(self, base_model: BaseWeights) -> None:
         device = self.draft_ids.device
@@ -123,6 +131,8 @@ class HiddenStateSpeculator(Speculator):
         self.embedding_scale = 1 / embedding.float().square().mean().sqrt().item()
         self.frozen = (embedding, base_model.output_weight[self.draft_ids])  # a tuple, so that neither becomes a parameter
         self.packed_output = None  # see `pack`
+        if self.context_width:
+            self.pointer.attach(embedding)
 
     def teacher_weight(self, base_model: BaseWeights) -> torch.Tensor:
         return self.frozen[1]
@@ -130,20 +140,26 @@ class HiddenStateSpeculator(Speculator):
     def draft_targets(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.draft_index[tokens]
 
-    def start(self, hidden: torch.Tensor) -> State:
-        return (hidden / self.state_scale).to(hidden.dtype), None, None
+    def start(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> State:
+        return (hidden / self.state_scale).to(hidden.dtype), None, None, before, None
 
     def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
-        hidden, *before = state
+        hidden, *drafted, newest, _ = state
         embedded = F.embedding(tokens, self.frozen[0]) * self.embedding_scale
-        inputs = [hidden, embedded] if head == 0 else [hidden, *before, embedded]
+        inputs = [hidden, embedded] if head == 0 else [hidden, *drafted, embedded]
         predicted, inner = self.trunks[min(head, 1)](torch.cat(inputs, dim=-1))
-        return hidden, predicted, inner
+        return hidden, predicted, inner, tokens, newest
 
     def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return read_out(state[1] * self.state_scale, self.frozen[1]), self.frozen[1]
 
-    def logits(self, state: Any, head: int) -> torch.Tensor:
+    def keep(self, states: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
+        return self.pointer.keys(recent, states)
+
+    def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pointer.look(*state[2:])
+
+    def read_out_logits(self, state: Any, head: int) -> torch.Tensor:
         features, weight = self.output(state, head)
         features = features.to(weight.dtype)
         return F.linear(features, weight) if self.packed_output is None else self.packed_output(features)
@@ -162,7 +178,7 @@ class HiddenStateSpeculator(Speculator):
         return {
             "model_type": self.model_type, "architectures": [self.architecture], "emb_dim": self.emb_dim, "vocab_size": self.vocab_size,
             "draft_vocab_size": len(self.draft_ids), "n_predict": self.n_predict, "width": self.width, "inner_dim": self.inner_dim,
-        }  # fmt: skip
+        } | ({"pointer_width": self.context_width} if self.context_width else {})  # fmt: skip
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from fms_spec.alignment import Windows
 from fms_spec.base_model import BaseModel
+from fms_spec.context import Context
 from fms_spec.errors import UserError
 from fms_spec.losses import CHUNK, LossWeights, head_losses
+from fms_spec.mixture import mixed
 from fms_spec.read_out import read_out
 from fms_spec.settings import Section
 
@@ -83,6 +85,7 @@ class Speculator(nn.Module):
     sample_rows = 0  # corpus rows whose states `build` is to be given
     needs_embedding = False  # whether `attach` takes the base model's token embedding; the lm_head is there in any case
     predicts_states = False  # whether there is a `state_distance`
+    context_width = 0  # w of what `keep` keeps of each slot of a text, see `context`; 0: nothing is kept
     vocab_size: int
     n_predict: int
     draft_ids: Any  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
@@ -122,14 +125,22 @@ class Speculator(nn.Module):
         """
         weight = self.teacher_weight(base_model)
         best = torch.cat([F.linear(read_out(rows, weight), weight).argmax(-1) for rows in states.flatten(0, -2).split(CHUNK)])
-        return self.to_tokens(best.view(states.shape[:-1]))
+        best = best.view(states.shape[:-1])
+        return best if self.draft_ids is None else self.draft_ids[best]
 
     def draft_targets(self, tokens: torch.Tensor) -> torch.Tensor:
         """Draft-vocabulary entry of each token, -1 where it has none: int64, the tokens' shape."""
         return tokens
 
-    def start(self, hidden: torch.Tensor) -> State:
-        """Running state before any token is seen: hidden [m, d]."""
+    def keep(self, states: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
+        """Of families with a `context_width`: what is kept of slots, [..., w]; states [..., d], recent int64 [..., 3] as in `Text`."""
+        raise NotImplementedError
+
+    def start(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> State:
+        """Running state before any token is seen: hidden [m, d]; before int64 [m], the token it is the state of, -1 for none.
+
+        Families that keep a context are given `before`, others aren't.
+        """
         raise NotImplementedError
 
     def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
@@ -140,8 +151,17 @@ class Speculator(nn.Module):
         """(features [m, k], weight [r, k]): the head's logits are features @ weight.T, never formed here."""
         raise NotImplementedError
 
-    def logits(self, state: Any, head: int) -> torch.Tensor:
-        """The head's logits over the draft vocabulary: [m, r]. For proposing only."""
+    def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of families with a `context_width`: (query [m, w], gate [m]) for what is kept, see `pointer`."""
+        raise NotImplementedError
+
+    def logits(self, state: Any, head: int, context: Context | None = None) -> torch.Tensor:
+        """The head's logits over the draft vocabulary, [m, r]; over the whole one, [m, v], with a context. For proposing only."""
+        logits = self.read_out_logits(state, head)
+        return logits if context is None else mixed(self.over_all(logits.float().softmax(-1)), *self.point(state, head), context)
+
+    def read_out_logits(self, state: Any, head: int) -> torch.Tensor:
+        """`output`'s product: [m, r]."""
         return F.linear(*self.output(state, head))
 
     def pack(self) -> None:
@@ -178,23 +198,29 @@ class Speculator(nn.Module):
                 raise UserError(f"speculator tensor {key}: the file says {shape}, the config {wanted}; export it again")
         self.load_state_dict(tensors, assign=True)
 
-    def heads(self, hidden: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Training forward: yield each head's (features, weight).
+    def heads(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int], before: torch.Tensor | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Any]]:
+        """Training forward: yield each head's (features, weight, what `point` says or None).
 
         Args:
             hidden: [m, d] states h_t. tokens: int64 [m, >= n_predict], x_{t+1} onwards. counts: head i goes on with the first
-            counts[i] positions only.
+            counts[i] positions only. before: as for `start`.
         """
-        state = self.start(hidden)
+        state = self.start(hidden) if before is None else self.start(hidden, before)
         for head, count in enumerate(counts):
             state = self.advance(first(state, count), tokens[:count, head], head)
-            yield self.output(state, head)
+            yield *self.output(state, head), None if before is None else self.point(state, head)
 
     def to_tokens(self, drafts: torch.Tensor) -> torch.Tensor:
-        """Token of each draft-vocabulary entry: int64, any shape; -1 stays -1."""
-        return drafts if self.draft_ids is None else self.draft_ids[drafts].where(drafts >= 0, -1)
+        """Token of each entry of `logits`: int64, any shape; -1 stays -1."""
+        return drafts if self.draft_ids is None or self.context_width else self.draft_ids[drafts].where(drafts >= 0, -1)
 
     def over_vocabulary(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Probabilities of the entries of `logits` [..., r] as such over the whole vocabulary, [..., v]."""
+        return probabilities if self.context_width else self.over_all(probabilities)
+
+    def over_all(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Probabilities over the draft vocabulary [..., r] as such over the whole vocabulary, [..., v]."""
         if self.draft_ids is None:
             return probabilities

@@ -10,12 +10,14 @@ import re
 from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.errors import UserError
 from fms_spec.settings import Side
-from fms_spec.speculators.interface import Corpus, Settings, Size, Sizes, Speculator, State
+from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Size, Sizes, Speculator, State
+from fms_spec.speculators.pointer import Pointer, PointerSettings
 
 EPS = 1e-6
 
@@ -30,6 +32,7 @@ class MLPSettings(Settings):
     inner_dim: Side = 4096
     tie_weights: bool = True
     scale_input: bool = True
+    pointer: PointerSettings | None = None  # onto the text; None: nothing is copied, and the layout is the published one
 
 
 class MLPSizes(Sizes):
@@ -37,6 +40,7 @@ class MLPSizes(Sizes):
     # Both flags are absent from the oldest published configs, which are untied and unscaled.
     tie_weights: bool = False
     scale_input: bool = False
+    pointer_width: int = Field(0, ge=0, le=2**24)  # 0: no pointer
 
 
 class MLPSpeculator(Speculator):
@@ -47,8 +51,9 @@ class MLPSpeculator(Speculator):
     draft_ids = None
 
     def __init__(
-        self, emb_dim: int, vocab_size: int, n_predict: int = 3, inner_dim: int = 4096, tie_weights: bool = True, scale_input: bool = True
-    ) -> None:
+        self, emb_dim: int, vocab_size: int, n_predict: int = 3, inner_dim: int = 4096, tie_weights: bool = True, scale_input: bool = True,
+        pointer_width: int = 0,
+    ) -> None:  # fmt: skip
         """emb_dim: D. inner_dim: d. vocab_size: V."""
         super().__init__()
         self.emb_dim, self.vocab_size, self.n_predict = emb_dim, vocab_size, n_predict
@@ -63,30 +68,45 @@ class MLPSpeculator(Speculator):
         self.token_scale = math.sqrt((1 - state_weight**2) * inner_dim / 2) / state_weight
         for module in (*self.emb, *self.proj, *self.head):
             nn.init.normal_(module.get_parameter("weight"), std=1 / math.sqrt(inner_dim))
+        self.context_width = pointer_width
+        if pointer_width:
+            self.pointer = Pointer(emb_dim, inner_dim, pointer_width)
 
     @classmethod
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
-        sizes = settings.model_dump(exclude={"family"})
-        return cls(base_model.width, base_model.vocab_size, **sizes)
+        sizes = settings.model_dump(exclude={"family", "pointer"})
+        pointer_width = settings.pointer.width if settings.pointer else 0
+        return cls(base_model.width, base_model.vocab_size, pointer_width=pointer_width, **sizes)
 
-    def start(self, hidden: torch.Tensor) -> State:
-        return rms(hidden) / math.sqrt(2) if self.scale_input else hidden
+    def attach(self, base_model: BaseWeights) -> None:
+        if self.context_width:
+            self.pointer.attach(base_model.embedding_weight)
+
+    def start(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> State:
+        return rms(hidden) / math.sqrt(2) if self.scale_input else hidden, before, None
 
     def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
         own = 0 if self.tie_weights else head
         projection = self.proj[min(head, 1) if self.tie_weights else head]
-        mixed = projection(state) + self.token_scale * self.emb[own](tokens)
-        return F.gelu(self.ln[own](rms(mixed)))
+        inner, newest, _ = state
+        mixed = projection(inner) + self.token_scale * self.emb[own](tokens)
+        return F.gelu(self.ln[own](rms(mixed))), tokens, newest
 
     def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return state, self.head[0 if self.tie_weights else head].get_parameter("weight")
+        return state[0], self.head[0 if self.tie_weights else head].get_parameter("weight")
+
+    def keep(self, states: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
+        return self.pointer.keys(recent, states)
+
+    def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pointer.look(*state)
 
     def saved_config(self) -> dict[str, Any]:
         return {
             "model_type": self.model_type, "architectures": [self.architecture], "emb_dim": self.emb_dim,
             "inner_dim": self.inner_dim, "vocab_size": self.vocab_size, "n_predict": self.n_predict, "n_candidates": 1,
             "top_k_tokens_per_head": [1] * self.n_predict, "tie_weights": self.tie_weights, "scale_input": self.scale_input,
-        }  # fmt: skip
+        } | ({"pointer_width": self.context_width} if self.context_width else {})  # fmt: skip
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

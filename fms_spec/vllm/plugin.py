@@ -86,6 +86,10 @@ def check(settings: Any) -> None:
     if settings.num_speculative_tokens > config["n_predict"]:
         asked = f"num_speculative_tokens {settings.num_speculative_tokens}"
         raise UserError(f"{asked}: speculator {draft.model} has {config['n_predict']} heads; ask for at most as many")
+    if config.get("pointer_width"):
+        raise UserError(
+            f"speculator {draft.model} copies from the text (speculator.pointer), which isn't served in vLLM yet; train it without"
+        )
     stages = settings.target_parallel_config.pipeline_parallel_size
     if stages > 1 and family_of(config["model_type"]).needs_embedding:
         mend = "split by tensor_parallel_size instead"

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import DraftShape, PromptLookup, TopKProposer
+from fms_spec.proposers import DraftShape, LookupFirst, PromptLookup, TopKProposer
 from pipelines.measure.figures import figures
 from pipelines.measure.samples import decode_in_turn, logit_gap, side_by_side
 from pipelines.measure.suggestion import forward_seconds
@@ -73,15 +73,16 @@ def plain(base_model, generate, prompts, new_tokens):
 
 
 def trees(base_model, speculator, prompts, shapes, new_tokens):
-    """Speed-up, acceptance and shares of a step for each shape of tree and for prompt lookup, all against plain decoding in turn."""
+    """Speed-up, acceptance and shares of a step for each shape of tree and for prompt lookup,
+    alone and with the heads where it finds nothing, all against plain decoding in turn."""
     proposers = {f"tree {index}": shape.proposer(speculator) for index, shape in enumerate(shapes)}
-    proposers["prompt lookup"] = PromptLookup(4)
+    proposers |= {"our_prompt_lookup": PromptLookup(4), "lookup_first": LookupFirst(speculator, 5)}
     samples = decode_in_turn(base_model, prompts, {"plain": None} | proposers, new_tokens)
-    for (kind, proposer), shape in zip(proposers.items(), [*shapes, None]):
+    for (kind, proposer), shape in zip(proposers.items(), [*shapes, None, None]):
         partings = [sample.parted_at for sample in samples if sample.kind == kind]
         texts = {"equal": partings.count(None), "parted": len(partings) - partings.count(None)}
         yield {
-            "name": "tree" if shape else "our_prompt_lookup", "lookahead": proposer.lookahead, "nodes": proposer.nodes,
+            "name": "tree" if shape else kind, "lookahead": proposer.lookahead, "nodes": proposer.nodes,
             "chain": isinstance(proposer, TopKProposer) and proposer.nodes == proposer.lookahead, "texts": texts,
             **figures(samples, kind, proposer.lookahead),
         }  # fmt: skip

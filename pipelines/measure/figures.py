@@ -14,13 +14,14 @@ def summary(samples, proposer):
 
     Returns:
         dict: the speculator's figures (see `figures`) over all prompts; prompt_lookup: the same figures for it; categories: {name: the
-        speculator's figures and prompt lookup's speed}.
+        speculator's figures, prompt lookup's tokens a forward and speed}.
     """
     categories = {}
     for category in dict.fromkeys(sample.category for sample in samples):
         own = [sample for sample in samples if sample.category == category]
         lookup = figures(own, "prompt_lookup", 1)
-        categories[category] = figures(own, "speculator", proposer.lookahead) | {"prompt_lookup_speedup": lookup["speedup"]}
+        theirs = {f"prompt_lookup_{name}": lookup[name] for name in ("tokens_per_forward", "speedup")}
+        categories[category] = figures(own, "speculator", proposer.lookahead) | theirs
     return figures(samples, "speculator", proposer.lookahead) | {
         "lookahead": proposer.lookahead,
         "nodes": proposer.nodes,
@@ -49,13 +50,15 @@ def losslessness(samples, prompts):
 def figures(samples, kind, lookahead):
     """Acceptance, speed and shares of one way of decoding, against plain decoding of the same prompts; `..._interval` is the 95% one.
 
-    Speed is of decoding, without reading the prompt and without its first token.
+    Speed is of decoding, without reading the prompt and without its first token. `acceptance_length` leaves out steps without a draft, as
+    vLLM's does; methods that don't always draft are compared by `tokens_per_forward`, where such a step counts as one token.
     """
     own = [sample for sample in samples if sample.kind == kind]
     plain = [sample for sample in samples if sample.kind == "plain"]
     acceptance = pooled_acceptance((count for sample in own for count in sample.accepted), lookahead)
     numbers = sorted({sample.prompt for sample in own})
-    sums = torch.zeros(6, len(numbers), dtype=torch.float64)  # accepted, steps, tokens and seconds, plain tokens and seconds
+    # Accepted, steps that drafted, tokens and seconds, plain tokens and seconds, forwards.
+    sums = torch.zeros(7, len(numbers), dtype=torch.float64)
     for column, number in enumerate(numbers):
         for first, group in ((2, own), (4, plain)):
             mine = [sample for sample in group if sample.prompt == number]
@@ -63,15 +66,19 @@ def figures(samples, kind, lookahead):
             sums[first + 1, column] = sum(sample.timing.decoding for sample in mine)
         counts = [count for sample in own if sample.prompt == number for count in sample.accepted]
         sums[0, column], sums[1, column] = sum(counts), len(counts)
+        sums[6, column] = sum(sample.timing.steps for sample in own if sample.prompt == number)
     drawn = resampled(sums)
     length = lambda total: 1 + total[0] / total[1].clamp(min=1)  # noqa: E731
     speedup = lambda total: (total[2] / total[3]) / (total[4] / total[5])  # noqa: E731
+    per_forward = lambda total: total[2] / total[6].clamp(min=1)  # noqa: E731
     total, seconds = sums.sum(-1), sum(sample.timing.decoding for sample in own)
     return {
         "acceptance_length": acceptance.length,
         "acceptance_length_interval": interval(length(drawn)),
         "acceptance_per_position": acceptance.per_position,
         "draft_steps": acceptance.steps,
+        "tokens_per_forward": per_forward(total).item(),
+        "tokens_per_forward_interval": interval(per_forward(drawn)),
         "new_tokens": sum(sample.new_tokens for sample in own),
         "plain_tokens_per_s": (total[4] / total[5]).item(),
         "tokens_per_s": (total[2] / total[3]).item(),

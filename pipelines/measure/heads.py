@@ -77,8 +77,8 @@ def plain_losses(speculator, windows, base_model, weights, counts):
     losses = []
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         outputs = list(speculator.heads(windows.hidden, windows.tokens, windows.counts))
-        logits = torch.stack([F.linear(features, weight) for features, weight in outputs])
-        for head, (features, _) in enumerate(outputs):
+        logits = torch.stack([F.linear(features, weight) for features, weight, _ in outputs])
+        for head, (features, *_) in enumerate(outputs):
             states, loss = windows.target_states(head), 0.0
             if weights.cross_entropy:
                 targets = speculator.draft_targets(windows.targets(head))

@@ -10,6 +10,7 @@ import torch
 
 from fms_spec.acceptance import accepted_in_text, pooled_acceptance
 from fms_spec.candidates import Tree
+from fms_spec.context import of_text
 from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, Step
@@ -57,7 +58,8 @@ def suggest(base_model, speculator, texts):
     if not texts:
         return []
     states, tokens, _, _ = texts[0]
-    step = Step(states[-1:], tokens[-1:], [tokens.tolist()])
+    context = of_text(speculator, states, tokens, torch.tensor([len(tokens) - 1], device=tokens.device))
+    step = Step(states[-1:], tokens[-1:], [tokens.tolist()], context=context)
     proposers = {shape: shape.proposer(speculator) for shape in shapes(speculator.n_predict)}
     costs = forward_seconds(base_model)
     drafts = {shape: partial(proposer.propose, step) for shape, proposer in proposers.items()}

@@ -169,7 +169,7 @@ def compiled(base_model, shape, rounds):
 
 
 def features_and_back(speculator, windows):
-    sum(features.sum() for features, _ in speculator.heads(windows.hidden, windows.tokens, windows.counts)).backward()
+    sum(features.sum() for features, *_ in speculator.heads(windows.hidden, windows.tokens, windows.counts)).backward()
 
 
 def compile_line(what, methods, device, rounds):

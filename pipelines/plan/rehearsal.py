@@ -9,9 +9,10 @@ Shapes: b rows, n tokens, d base width.
 import weakref
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from fms_spec.alignment import Positions, make_windows
 from fms_spec.base_model import BaseModel
+from fms_spec.context import RECENT, Text
 from fms_spec.decoding import PREFILL_CHUNK
 from fms_spec.errors import UserError
 from fms_spec.fms_backend import build
@@ -212,23 +214,38 @@ class Rehearsal:
                 cost.peak += nbytes(self.speculator.parameters())  # the first one's gradients
             self.speculator.zero_grad(set_to_none=True)
             with self.meter.measure() as chunk:
-                self.one_chunk(weights, min(2 * CHUNK, counts[0]), dtype)
+                self.one_chunk(weights, min(2 * CHUNK, counts[0]), n, dtype)
         return cost, chunk.peak - chunk.kept
 
     def backward(self, weights, states, tokens, positions, dtype):
         windows = make_windows(states, tokens, positions, self.speculator.n_predict)
+        if self.speculator.context_width:
+            windows = replace(windows, text=self.text(*tokens.shape, positions.counts[0]))
         counts = torch.ones(len(positions.counts))
         head_losses(self.speculator, windows, self.base_model, weights, counts, dtype)[0].backward()
 
-    def one_chunk(self, weights, count, dtype):
-        features, weight = self.speculator.output(self.speculator.advance(
-            self.speculator.start(self.states(1, count)[0]), torch.zeros(count, dtype=torch.int64), 0), 0)  # fmt: skip
+    def text(self, b, n, count):
+        """What so many positions of packed rows see, spread evenly, each row one document."""
+        slots = numpy.arange(count) * (b * n) // count
+        spans = numpy.stack([slots // n * n, slots + 1], axis=1)
+        return Text(torch.zeros(b * n, RECENT, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), spans, n)
+
+    def one_chunk(self, weights, count, n, dtype):
+        copies, tokens = self.speculator.context_width, torch.zeros(count, dtype=torch.int64)
+        state = self.speculator.start(self.states(1, count)[0], *([tokens] if copies else []))
+        state = self.speculator.advance(state, tokens, 0)
+        features, weight = self.speculator.output(state, 0)
+        seen, more = None, []
+        if copies:
+            keys = torch.zeros(n, copies, dtype=dtype)
+            seen, more = (torch.zeros(n, dtype=torch.int64), self.text(1, n, count)), [*self.speculator.point(state, 0), keys]
         weight_of_teacher = self.speculator.teacher_weight(self.base_model).to(dtype)
         given = (lambda _: teacher, weight_of_teacher, self.base_model.output_cap) if weights.teacher else (None, None, None)
         teacher = read_out(self.states(1, count)[0], weight_of_teacher)
         self.meter.start, self.meter.cost.peak = self.meter.live, 0  # only the loss itself counts
         targets = [torch.zeros(count, dtype=torch.int64)]
-        SoftTargetLoss.apply(targets, *given, torch.ones(1), weights, dtype, features.detach(), weight.detach())
+        inputs = [value.detach() for value in (features, weight, *more)]
+        SoftTargetLoss.apply(targets, *given, torch.ones(1), weights, dtype, seen, *inputs)
 
     @cache
     def decode(self, sampling, b, prompt_length, new_tokens):

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+COMPARED = ("acceptance_length", "tokens_per_forward", "tokens_per_s", "speedup")
 WIDTH = 110  # columns, where the terminal doesn't say: tables in logs keep their headings whole
 
 
@@ -17,15 +18,14 @@ def print_values(values, title):
 def print_evaluation(values, title):
     """`scripts.evaluate`'s values: all prompts, vLLM where it was asked for, each category, and the trees that would have been fastest."""
     nested = ("prompt_lookup", "categories", "suggestion", "against")
-    lookup = {f"prompt_lookup_{name}": values["prompt_lookup"][name] for name in ("acceptance_length", "tokens_per_s", "speedup")}
+    lookup = {f"prompt_lookup_{name}": values["prompt_lookup"][name] for name in COMPARED}
     against = against_rows(values["against"]) if "against" in values else {}
     print_values({name: value for name, value in values.items() if name not in nested} | lookup | against, title)
-    table = Table("category", "acceptance length", "95%", "tokens/s", "speed-up", "95%", "prompt lookup's")
+    table = Table("category", "acceptance length", "tokens a forward", "prompt lookup's", "speed-up", "95%", "prompt lookup's")
     for name, group in values["categories"].items():
-        table.add_row(
-            name, f"{group['acceptance_length']:.2f}", span(group["acceptance_length_interval"]), f"{group['tokens_per_s']:.1f}",
-            f"{group['speedup']:.2f}", span(group["speedup_interval"]), f"{group['prompt_lookup_speedup']:.2f}",
-        )  # fmt: skip
+        columns = ("acceptance_length", "tokens_per_forward", "prompt_lookup_tokens_per_forward", "speedup")
+        figures = [f"{group[column]:.2f}" for column in columns]
+        table.add_row(name, *figures, span(group["speedup_interval"]), f"{group['prompt_lookup_speedup']:.2f}")
     show(table)
     table = Table(
         "lookahead", "nodes", "acceptance length", "drafting ms", "verifying ms", "speed-up expected", title="trees on this machine"

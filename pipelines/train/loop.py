@@ -203,7 +203,8 @@ class Trainer:
         counts = self.processes.add_up(upload(counts, self.base_model.device))
         total = 0.0
         for number, (batch, (hidden, _), positions) in enumerate(zip(micro_batches, states, chosen)):
-            windows = make_windows(hidden, batch.tokens, positions, self.speculator.n_predict)
+            seen = batch.segment_ids if self.speculator.context_width else None
+            windows = make_windows(hidden, batch.tokens, positions, self.speculator.n_predict, seen)
             if self.processes.count > 1:
                 self.speculator.set_requires_gradient_sync(number == len(chosen) - 1)
             loss, parts = self.speculator.losses(windows, self.base_model, self.weights[phase], counts)

@@ -1,0 +1,168 @@
+"""What a family keeps of the text beside the running state: a row for each token, and which of them a position sees.
+
+Shapes: g texts, n slots of each, w width of what is kept, b sequences, m positions, d base width.
+
+Slot t of a text stands for the base model's state h_t there and the token x_{t+1} that follows it. A position at t sees the slots of its
+own document up to and with t; what was drafted since is in the running state. Whatever is kept is the family's own (`Speculator.keep`):
+over whole packed rows in training, in a cache that is accepted and dropped with the base model's in decoding.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch.nn import functional as F
+
+from fms_spec.batch import upload
+
+RECENT = 3  # tokens of a slot: the one that follows its state, its own, the one before
+
+
+@dataclass(frozen=True)
+class Context:
+    """What sequences see of texts: b sequences over g texts, b a multiple of g, the first b / g over the first text.
+
+    kept: [g, n, w]. tokens: int64 [g, n], x_{t+1} of each slot. end: int64 [b], a sequence sees the slots before it. before: int64 [b],
+    x_t of each sequence, whose newest token is x_{t+1}.
+    """
+
+    kept: torch.Tensor
+    tokens: torch.Tensor
+    end: torch.Tensor
+    before: torch.Tensor
+
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """query . kept, fp32 [m, n], -inf where a position doesn't look; query [m, w], m / b positions for each sequence."""
+        texts, slots = self.tokens.shape
+        scores = (query.view(texts, -1, query.shape[-1]) @ self.kept.transpose(1, 2).to(query.dtype)).float().view(len(self.end), -1, slots)
+        slot = torch.arange(slots, device=scores.device)
+        return scores.masked_fill((slot >= self.end[:, None])[:, None], -torch.inf).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Packed rows, as the positions of a training step see them, flattened to s = b * n slots.
+
+    recent: int64 [s, 3], x_{t+1}, x_t and x_{t-1} of each slot, -1 for those of another document. before: int64 [m], x_t of each position.
+    spans: int64 [m, 2] on the host, a position sees the slots from the first to before the second. length: n.
+    """
+
+    recent: torch.Tensor
+    before: torch.Tensor
+    spans: numpy.ndarray
+    length: int
+
+    def block(self, rows: slice, count: int) -> "Block":
+        """The first `count` positions of `rows` beside the slots that any of them sees."""
+        spans = self.spans[rows][:count]
+        first = spans[:, 0] // self.length * self.length
+        spans = spans - first[:, None]
+        places, group, each = numpy.unique(first // self.length, return_inverse=True, return_counts=True)
+        order = numpy.argsort(group, kind="stable")
+        rank = numpy.empty_like(order)
+        rank[order] = numpy.arange(count) - (each.cumsum() - each)[group[order]]
+        host = torch.from_numpy(numpy.concatenate([spans.T.flatten(), group, group * each.max() + rank, places]))
+        begin, end, number, cell, used = upload(host, self.recent.device).split([count, count, count, count, len(places)])
+        bounds = int(spans[:, 0].min()), int(spans[:, 1].max())
+        return Block(begin, end, number, cell, used, int(each.max()), self.length, *bounds)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Positions laid out by the row they stand in, so that each is held against its own row's slots alone, those from low to high.
+
+    Shapes: c positions, g rows that have any, k most of one row, n = high - low.
+
+    begin, end, group, cell: int64 [c], first and last slot, number of the row among the g, and place in [g, k]. rows: int64 [g].
+    """
+
+    begin: torch.Tensor
+    end: torch.Tensor
+    group: torch.Tensor
+    cell: torch.Tensor
+    rows: torch.Tensor
+    most: int
+    length: int
+    low: int
+    high: int
+
+    def by_row(self, values: torch.Tensor) -> torch.Tensor:
+        """[c, ...] -> [g, k, ...], zeros where a row has fewer."""
+        laid = values.new_zeros(len(self.rows) * self.most, *values.shape[1:]).index_copy_(0, self.cell, values)
+        return laid.unflatten(0, (len(self.rows), self.most))
+
+    def by_position(self, values: torch.Tensor) -> torch.Tensor:
+        """[g, k, ...] -> [c, ...]."""
+        return values.flatten(0, 1)[self.cell]
+
+    def of_slots(self, values: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+        """[s, ...] -> [g, n, ...]; `add` is added to them there."""
+        slots = values.unflatten(0, (-1, self.length))[:, self.low : self.high]
+        return slots[self.rows] if add is None else slots.index_add_(0, self.rows, add)
+
+    def seen(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [g, k, n] of each position, -inf where it doesn't look: [c, n]."""
+        slots = torch.arange(self.low, self.high, device=scores.device)
+        return self.by_position(scores).masked_fill_((slots < self.begin[:, None]) | (slots >= self.end[:, None]), -torch.inf)
+
+
+def packed_text(tokens: torch.Tensor, segment_ids: torch.Tensor, index: torch.Tensor, device: torch.device | str) -> Text:
+    """`Text` of packed rows on `device`; all else is on the CPU.
+
+    Args:
+        tokens: int64 [b, n]. segment_ids: int [b, n], see `attention.document_spans`. index: int64 [m], positions in the flattened rows.
+    """
+    same = torch.zeros_like(segment_ids, dtype=torch.bool)
+    same[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
+    slots = torch.arange(tokens.numel())
+    first = torch.where(same.flatten(), 0, slots).cummax(0).values
+    before, after = F.pad(tokens, (1, 0))[:, :-1], F.pad(tokens, (0, 1))[:, 1:]
+    follows = F.pad(same, (0, 1))[:, 1:]
+    recent = torch.stack([after.where(follows, -1), tokens, before.where(same, -1)], dim=-1).flatten(0, 1)
+    spans = torch.stack([first[index], index + 1], dim=1).numpy()
+    return Text(upload(recent, device), upload(recent[index, 1], device), spans, tokens.shape[1])
+
+
+def recent_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """The three tokens of each slot of texts int64 [..., n]: [..., n, 3], -1 where there is none."""
+    return torch.stack([F.pad(tokens, (0, 1), value=-1)[..., 1:], tokens, F.pad(tokens, (1, 0), value=-1)[..., :-1]], dim=-1)
+
+
+def of_text(speculator: Any, states: torch.Tensor, tokens: torch.Tensor, ends: torch.Tensor) -> Context | None:
+    """What sequences see that all have one text, the first ends int64 [b] of its slots; None of a family that keeps nothing.
+
+    states: [s, d]. tokens: int64 [s].
+    """
+    if not speculator or not speculator.context_width:
+        return None
+    kept = speculator.keep(states[None, :-1], recent_tokens(tokens)[None, :-1])
+    return Context(kept, tokens[None, 1:], ends, tokens[ends - 1])
+
+
+class ContextCache:
+    """What is kept of a batch in decoding, allocated once: kept [b, capacity, w], tokens and own int64 [b, capacity], x_{t+1} and x_t.
+
+    Slots hold the text in order, as those of the base model's cache, and nothing in them ever moves: only accepted tokens get here.
+    """
+
+    def __init__(self, speculator: Any, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        self.speculator = speculator
+        self.kept = torch.zeros(batch, capacity, speculator.context_width, dtype=dtype, device=device)
+        self.tokens, self.own = torch.zeros(2, batch, capacity, dtype=torch.int64, device=device)
+
+    def read(self, first: torch.Tensor, states: torch.Tensor, recent: torch.Tensor) -> None:
+        """Fill the slots from first int64 [b] on: states [b, n, d], recent int64 [b, n, 3]. What stands behind an end is never seen."""
+        rows = torch.arange(len(states), device=states.device)[:, None]
+        slots = first[:, None] + torch.arange(states.shape[1], device=states.device)
+        self.kept[rows, slots] = self.speculator.keep(states, recent).to(self.kept.dtype)
+        self.tokens[rows, slots], self.own[rows, slots] = recent[..., 0].clamp(min=0), recent[..., 1]
+
+    def keep_sequences(self, kept: list[int]) -> None:
+        """Drop finished sequences: `kept` list of ints, ascending."""
+        self.kept, self.tokens, self.own = self.kept[kept], self.tokens[kept], self.own[kept]
+
+    def seen(self, end: torch.Tensor, longest: int) -> Context:
+        """`Context` of the batch: each sequence sees the first end int64 [b] of its slots, at most `longest`."""
+        before = self.own.gather(1, end[:, None] - 1)[:, 0]
+        return Context(self.kept[:, :longest], self.tokens[:, :longest], end, before)
