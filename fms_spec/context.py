@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 from fms_spec.batch import upload
 
-RECENT = 3  # tokens of a slot: the one that follows its state, its own, the one before
-
 
 @dataclass(frozen=True)
 class Context:
@@ -41,14 +39,34 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Recent:
+    """The tokens of slots: x_{t+1}, x_t and x_{t-1} of each, by their place in a list: what hangs on a token is worked out once.
+
+    listed: int64 [u], tokens, -1 for none. index: int64 [..., 3] into it, -1 for none.
+    """
+
+    listed: torch.Tensor
+    index: torch.Tensor
+
+    def tokens(self, back: int) -> torch.Tensor:
+        """x_{t+1} for 0, x_t for 1, x_{t-1} for 2: int64 [...], -1 where there is none."""
+        index = self.index[..., back]
+        return self.listed[index.clamp(min=0)].where(index >= 0, -1)
+
+    def slots(self, first: int, end: int | None) -> "Recent":
+        """Those of these slots of texts [b, n]."""
+        return Recent(self.listed, self.index[:, first:end])
+
+
+@dataclass(frozen=True)
 class Text:
     """Packed rows, as the positions of a training step see them, flattened to s = b * n slots.
 
-    recent: int64 [s, 3], x_{t+1}, x_t and x_{t-1} of each slot, -1 for those of another document. before: int64 [m], x_t of each position.
+    recent: of the s slots, none for tokens of another document. before: int64 [m], x_t of each position.
     spans: int64 [m, 2] on the host, a position sees the slots from the first to before the second. length: n.
     """
 
-    recent: torch.Tensor
+    recent: Recent
     before: torch.Tensor
     spans: numpy.ndarray
     length: int
@@ -63,7 +81,7 @@ class Text:
         rank = numpy.empty_like(order)
         rank[order] = numpy.arange(count) - (each.cumsum() - each)[group[order]]
         host = torch.from_numpy(numpy.concatenate([spans.T.flatten(), group, group * each.max() + rank, places]))
-        begin, end, number, cell, used = upload(host, self.recent.device).split([count, count, count, count, len(places)])
+        begin, end, number, cell, used = upload(host, self.before.device).split([count, count, count, count, len(places)])
         bounds = int(spans[:, 0].min()), int(spans[:, 1].max())
         return Block(begin, end, number, cell, used, int(each.max()), self.length, *bounds)
 
@@ -117,16 +135,19 @@ def packed_text(tokens: torch.Tensor, segment_ids: torch.Tensor, index: torch.Te
     same[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
     slots = torch.arange(tokens.numel())
     first = torch.where(same.flatten(), 0, slots).cummax(0).values
-    before, after = F.pad(tokens, (1, 0))[:, :-1], F.pad(tokens, (0, 1))[:, 1:]
-    follows = F.pad(same, (0, 1))[:, 1:]
-    recent = torch.stack([after.where(follows, -1), tokens, before.where(same, -1)], dim=-1).flatten(0, 1)
+    listed, number = tokens.unique(return_inverse=True)
+    before, after, follows = F.pad(number, (1, 0))[:, :-1], F.pad(number, (0, 1))[:, 1:], F.pad(same, (0, 1))[:, 1:]
+    recent = torch.stack([after.where(follows, -1), number, before.where(same, -1)], dim=-1).flatten(0, 1)
     spans = torch.stack([first[index], index + 1], dim=1).numpy()
-    return Text(upload(recent, device), upload(recent[index, 1], device), spans, tokens.shape[1])
+    recent = Recent(upload(listed, device), upload(recent, device))
+    return Text(recent, upload(tokens.flatten()[index], device), spans, tokens.shape[1])
 
 
-def recent_tokens(tokens: torch.Tensor) -> torch.Tensor:
-    """The three tokens of each slot of texts int64 [..., n]: [..., n, 3], -1 where there is none."""
-    return torch.stack([F.pad(tokens, (0, 1), value=-1)[..., 1:], tokens, F.pad(tokens, (1, 0), value=-1)[..., :-1]], dim=-1)
+def recent_tokens(tokens: torch.Tensor) -> Recent:
+    """`Recent` of each slot of texts int64 [b, n]."""
+    number = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
+    index = torch.stack([F.pad(number, (0, 1), value=-1)[:, 1:], number, F.pad(number, (1, 0), value=-1)[:, :-1]], dim=-1)
+    return Recent(tokens.flatten(), index)
 
 
 def of_text(speculator: Any, states: torch.Tensor, tokens: torch.Tensor, ends: torch.Tensor) -> Context | None:
@@ -136,7 +157,7 @@ def of_text(speculator: Any, states: torch.Tensor, tokens: torch.Tensor, ends: t
     """
     if not speculator or not speculator.context_width:
         return None
-    kept = speculator.keep(states[None, :-1], recent_tokens(tokens)[None, :-1])
+    kept = speculator.keep(states[None, :-1], recent_tokens(tokens[None]).slots(0, -1))
     return Context(kept, tokens[None, 1:], ends, tokens[ends - 1])
 
 
@@ -151,12 +172,12 @@ class ContextCache:
         self.kept = torch.zeros(batch, capacity, speculator.context_width, dtype=dtype, device=device)
         self.tokens, self.own = torch.zeros(2, batch, capacity, dtype=torch.int64, device=device)
 
-    def read(self, first: torch.Tensor, states: torch.Tensor, recent: torch.Tensor) -> None:
-        """Fill the slots from first int64 [b] on: states [b, n, d], recent int64 [b, n, 3]. What stands behind an end is never seen."""
+    def read(self, first: torch.Tensor, states: torch.Tensor, recent: Recent) -> None:
+        """Fill the slots from first int64 [b] on: states [b, n, d]. What stands behind an end is never seen."""
         rows = torch.arange(len(states), device=states.device)[:, None]
         slots = first[:, None] + torch.arange(states.shape[1], device=states.device)
         self.kept[rows, slots] = self.speculator.keep(states, recent).to(self.kept.dtype)
-        self.tokens[rows, slots], self.own[rows, slots] = recent[..., 0].clamp(min=0), recent[..., 1]
+        self.tokens[rows, slots], self.own[rows, slots] = recent.tokens(0).clamp(min=0), recent.tokens(1)
 
     def keep_sequences(self, kept: list[int]) -> None:
         """Drop finished sequences: `kept` list of ints, ascending."""

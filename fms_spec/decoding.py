@@ -178,7 +178,7 @@ class Decoding:
             self.cache.hold([start] * len(ends))
             states = self.base_model.extend(padded[:, start : start + PREFILL_CHUNK], self.cache)
             if self.context:
-                self.context.read(self.cache.lengths, states, recent_tokens(padded)[:, start : start + PREFILL_CHUNK])
+                self.context.read(self.cache.lengths, states, recent_tokens(padded).slots(start, start + PREFILL_CHUNK))
             here = [row for row, end in enumerate(ends) if start < end <= start + PREFILL_CHUNK]
             self.hidden[here] = states[here, [ends[row] - 1 - start for row in here]]
         self.cache.hold(ends)
@@ -225,7 +225,7 @@ class Decoding:
             line = ([-1] * (first == 0) + self.texts[index][max(0, first - 1) :])[: longest + 2]
             lines.append(line + [-1] * (longest + 2 - len(line)))
         nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=states.device)
-        recent = recent_tokens(torch.tensor(lines, device=states.device))[:, 1:-1]
+        recent = recent_tokens(torch.tensor(lines, device=states.device)).slots(1, -1)
         self.context.read(torch.tensor(firsts, device=states.device), states[self.rows()[:, None], nodes], recent)
 
     def propose(self, numbers: torch.Tensor | None) -> Candidates:

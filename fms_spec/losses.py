@@ -217,7 +217,7 @@ def head_losses(
             teacher = (lambda head: read_out(windows.target_states(head), weight), weight, base_model.output_cap)
         seen, inputs = None, [*features, *readouts]
         if windows.text:
-            follows = windows.text.recent[:, 0]
+            follows = windows.text.recent.tokens(0)
             seen = speculator.draft_targets(follows.clamp(min=0)).where(follows >= 0, -1), windows.text
             queries, gates = zip(*pointers)
             inputs += [*queries, *gates, speculator.keep(windows.states.to(dtype), windows.text.recent)]

@@ -194,7 +194,7 @@ def tiny_speculator(base_model, family, seed=0, n_predict=4):
             torch.nn.init.normal_(trunk.out.weight, std=0.5)
             torch.nn.init.normal_(trunk.out.bias)
     if pointer_width:
-        for weight in (speculator.pointer.key_state.weight, speculator.pointer.query_state.weight, speculator.pointer.gate.weight):
+        for weight in (speculator.pointer.query_state.weight, speculator.pointer.gate.weight):
             torch.nn.init.normal_(weight, std=0.3)
         torch.nn.init.constant_(speculator.pointer.gate.bias, -6.0)
     speculator.attach(base_model)

@@ -70,7 +70,6 @@ def said(speculator, model, windows, rows):
             scores = []
             for j in range(begin, t + 1):
                 key = own["key_tokens.weight"] @ pair(token(j), token(j - 1) if j > begin else None)
-                key = key + own["key_state.weight"] @ norm(states[j])
                 scores.append(own["sharpness"][0] * 8 / speculator.pointer.width * (query @ key))
             scores = torch.stack(scores)
             gate = torch.sigmoid(scores.logsumexp(0) + (own["gate.weight"] @ norm(inner[m]) + own["gate.bias"])[0])
@@ -192,7 +191,7 @@ def test_heads_that_copy_plan_train_resume_export_evaluate_and_decode(
         trained.append(load_speculator(out, base_model))
     for key, value in trained[0].published_state().items():
         assert torch.equal(value, trained[1].published_state()[key]), key
-    assert trained[0].pointer.key_state.weight.any()  # zeros at the start
+    assert trained[0].pointer.query_state.weight.any()  # zeros at the start
     places = [f"--base_model={model_dir}", f"--speculator={tmp_path / 'speculator_whole'}", "--dtype=float32"]
     report = tmp_path / "report.json"
     flags = [f"--prompts={data_dir}", "--max_new_tokens=24", "--nodes=5", f"--out={report}"]

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from fms_spec.context import Recent
 from fms_spec.errors import UserError
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 from fms_spec.read_out import read_out
@@ -153,8 +154,8 @@ class HiddenStateSpeculator(Speculator):
     def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return read_out(state[1] * self.state_scale, self.frozen[1]), self.frozen[1]
 
-    def keep(self, states: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
-        return self.pointer.keys(recent, states)
+    def keep(self, states: torch.Tensor, recent: Recent) -> torch.Tensor:
+        return self.pointer.keys(recent, states.dtype)
 
     def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.pointer.look(*state[2:])

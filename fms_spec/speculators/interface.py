@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fms_spec.alignment import Windows
 from fms_spec.base_model import BaseModel
-from fms_spec.context import Context
+from fms_spec.context import Context, Recent
 from fms_spec.errors import UserError
 from fms_spec.losses import CHUNK, LossWeights, head_losses
 from fms_spec.mixture import mixed
@@ -132,8 +132,8 @@ class Speculator(nn.Module):
         """Draft-vocabulary entry of each token, -1 where it has none: int64, the tokens' shape."""
         return tokens
 
-    def keep(self, states: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
-        """Of families with a `context_width`: what is kept of slots, [..., w]; states [..., d], recent int64 [..., 3] as in `Text`."""
+    def keep(self, states: torch.Tensor, recent: Recent) -> torch.Tensor:
+        """Of families with a `context_width`: what is kept of slots, [..., w]: states [..., d], recent of as many."""
         raise NotImplementedError
 
     def start(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> State:

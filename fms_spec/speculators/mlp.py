@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from fms_spec.context import Recent
 from fms_spec.errors import UserError
 from fms_spec.settings import Side
 from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Size, Sizes, Speculator, State
@@ -95,8 +96,8 @@ class MLPSpeculator(Speculator):
     def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return state[0], self.head[0 if self.tie_weights else head].get_parameter("weight")
 
-    def keep(self, states: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
-        return self.pointer.keys(recent, states)
+    def keep(self, states: torch.Tensor, recent: Recent) -> torch.Tensor:
+        return self.pointer.keys(recent, states.dtype)
 
     def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.pointer.look(*state)

@@ -3,12 +3,12 @@
 Shapes: m positions, n slots of a text, d base width, w pointer width, y width of the family's own state.
 
 With e the base model's frozen embedding, scaled to unit RMS, n an RMS norm and c = 8 / w:
-    key_t   = K e(x_t) + K' e(x_{t-1}) + K'' n(h_t)                 of slot t, which stands for the token x_{t+1} that followed
+    key_t   = K e(x_t) + K' e(x_{t-1})                              of slot t, which stands for the token x_{t+1} that followed
     query   = Q e(newest) + Q' e(the one before) + Q'' n(y)         of a draft
     s_t     = b c query . key_t over the slots that the position sees
-    gate    = sigmoid(log sum_t exp s_t + G n(y) + a)                  so that it closes where nothing matches
+    gate    = sigmoid(log sum_t exp s_t + G n(y) + a)               so that it closes where nothing matches
     draft   = (1 - gate) softmax(read-out) + gate sum_t softmax(s)_t [token = x_{t+1}]
-K = Q and K' = Q' start as the same random projections and K'', Q'' and G at zero: equal tokens find each other from the first step. Pointer
+K = Q and K' = Q' start as the same random projections and Q'' and G at zero: equal tokens find each other from the first step. Pointer
 networks: arXiv 1506.03134; a gate that competes with the matches: arXiv 1609.07843.
 """
 
@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from fms_spec.context import Recent
 from fms_spec.settings import Section, Side
 
 SHARPNESS = 8.0  # score of a match of one token at the start; the noise of the others is about 8 / sqrt(w)
@@ -35,7 +36,6 @@ class Pointer(nn.Module):
         super().__init__()
         self.width = width
         self.key_tokens, self.query_tokens = (nn.Linear(2 * emb_dim, width, bias=False) for _ in range(2))
-        self.key_state = nn.Linear(emb_dim, width, bias=False)
         self.query_state = nn.Linear(state_width, width, bias=False)
         self.gate = nn.Linear(state_width, 1)
         self.sharpness = nn.Parameter(torch.ones(1))
@@ -44,7 +44,7 @@ class Pointer(nn.Module):
             start[:, emb_dim:] *= SECOND
             for linear in (self.key_tokens, self.query_tokens):
                 linear.weight.copy_(start)
-            for value in (self.key_state.weight, self.query_state.weight, self.gate.weight):
+            for value in (self.query_state.weight, self.gate.weight):
                 value.zero_()
             self.gate.bias.fill_(OPEN)
 
@@ -52,19 +52,23 @@ class Pointer(nn.Module):
         """Take the base model's token embedding [v, d]."""
         self.frozen = (embedding, 1 / embedding.float().square().mean().sqrt().item())  # a tuple, so that it becomes no parameter
 
-    def keys(self, recent: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """[..., w] of slots: recent int64 [..., 3] as in `context.Text`, states [..., d]."""
-        return self.key_tokens(self.embedded(recent[..., 1:], states.dtype)) + self.key_state(rms(states))
+    def keys(self, recent: Recent, dtype: torch.dtype) -> torch.Tensor:
+        """[..., w] of slots. Each token is projected once: a step of 32 rows of 512 has some 3,000 of them."""
+        embedded = self.embedded(recent.listed, dtype)
+        own, before = (F.linear(embedded, weight) for weight in self.key_tokens.weight.chunk(2, dim=1))
+        keys = F.embedding(recent.index[..., 1], own)
+        return keys + F.embedding(recent.index[..., 2].clamp(min=0), before) * (recent.index[..., 2, None] >= 0)
 
     def look(self, inner: torch.Tensor, newest: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(query [m, w], scaled so that a score is its product with a key; gate [m], its G y + a): inner [m, y], tokens int64 [m]."""
-        query = self.query_tokens(self.embedded(torch.stack([newest, before], dim=-1), inner.dtype)) + self.query_state(rms(inner))
+        pair = self.embedded(torch.stack([newest, before], dim=-1), inner.dtype).flatten(-2)
+        query = self.query_tokens(pair) + self.query_state(rms(inner))
         return query * (self.sharpness * (SHARPNESS / self.width)), self.gate(rms(inner)).squeeze(-1)
 
-    def embedded(self, pair: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Embeddings of two tokens side by side: int64 [..., 2] -> [..., 2 d]; a token of -1 gives zeros."""
+    def embedded(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """int64 [...] -> [..., d]; a token of -1 gives zeros."""
         embedding, scale = self.frozen
-        return (F.embedding(pair.clamp(min=0), embedding).to(dtype) * (scale * (pair >= 0)[..., None]).to(dtype)).flatten(-2)
+        return F.embedding(tokens.clamp(min=0), embedding).to(dtype) * (scale * (tokens >= 0)[..., None]).to(dtype)
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from fms_spec.alignment import Positions, make_windows
 from fms_spec.base_model import BaseModel
-from fms_spec.context import RECENT, Text
+from fms_spec.context import Recent, Text
 from fms_spec.decoding import PREFILL_CHUNK
 from fms_spec.errors import UserError
 from fms_spec.fms_backend import build
@@ -228,7 +228,9 @@ class Rehearsal:
         """What so many positions of packed rows see, spread evenly, each row one document."""
         slots = numpy.arange(count) * (b * n) // count
         spans = numpy.stack([slots // n * n, slots + 1], axis=1)
-        return Text(torch.zeros(b * n, RECENT, dtype=torch.int64), torch.zeros(count, dtype=torch.int64), spans, n)
+        listed = torch.zeros(min(b * n, self.base_model.vocab_size), dtype=torch.int64)
+        recent = Recent(listed, torch.zeros(b * n, 3, dtype=torch.int64))
+        return Text(recent, torch.zeros(count, dtype=torch.int64), spans, n)
 
     def one_chunk(self, weights, count, n, dtype):
         copies, tokens = self.speculator.context_width, torch.zeros(count, dtype=torch.int64)
