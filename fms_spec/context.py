@@ -137,9 +137,9 @@ def packed_text(tokens: torch.Tensor, segment_ids: torch.Tensor, index: torch.Te
     first = torch.where(same.flatten(), 0, slots).cummax(0).values
     listed, number = tokens.unique(return_inverse=True)
     before, after, follows = F.pad(number, (1, 0))[:, :-1], F.pad(number, (0, 1))[:, 1:], F.pad(same, (0, 1))[:, 1:]
-    recent = torch.stack([after.where(follows, -1), number, before.where(same, -1)], dim=-1).flatten(0, 1)
+    three = torch.stack([after.where(follows, -1), number, before.where(same, -1)], dim=-1).flatten(0, 1)
     spans = torch.stack([first[index], index + 1], dim=1).numpy()
-    recent = Recent(upload(listed, device), upload(recent, device))
+    recent = Recent(upload(listed, device), upload(three, device))
     return Text(recent, upload(tokens.flatten()[index], device), spans, tokens.shape[1])
 
 

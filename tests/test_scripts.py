@@ -79,7 +79,9 @@ def test_the_readmes_commands_do_what_it_says(place):
     assert "tokens/s, acceptance length" in printed["scripts.decode"] and "speed-up" in printed["scripts.decode"]
     lines = [json.loads(line) for line in (place / "speed.jsonl").read_text().splitlines()]
     assert [json.loads(line) for line in printed["scripts.benchmark"].splitlines()] == lines
-    assert {line["name"] for line in lines} == {"forward", "plain", "tree", "our_prompt_lookup", "prompt_lookup", "batch"}
+    assert {line["name"] for line in lines} == {
+        "forward", "plain", "tree", "our_prompt_lookup", "lookup_first", "prompt_lookup", "batch", "context",
+    }  # fmt: skip
     assert all(line["benchmark"] == "decode" and line["environment"]["versions"]["torch"] for line in lines)
     assert all(line["environment"]["command"].startswith("benchmark.py decode --") for line in lines)
     assert all(sum(line["texts"].values()) == 2 for line in lines if "texts" in line)

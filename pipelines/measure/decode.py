@@ -1,20 +1,24 @@
 """How fast decoding is here, as ratios of things measured in turn in one run. Batch 1 unless said otherwise."""
 
+from functools import partial
+
 import torch
 from transformers import AutoModelForCausalLM
 
 from fms_spec.base_model import BaseModel
+from fms_spec.context import ContextCache
 from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import DraftShape, LookupFirst, PromptLookup, TopKProposer
+from fms_spec.proposers import DraftShape, LookupFirst, PromptLookup, Step, TopKProposer
 from pipelines.measure.figures import figures
 from pipelines.measure.samples import decode_in_turn, logit_gap, side_by_side
-from pipelines.measure.suggestion import forward_seconds
-from pipelines.timer import in_turn, medians, texts_in_turn
+from pipelines.measure.suggestion import REPEATS, forward_at, forward_seconds
+from pipelines.timer import in_turn, median_seconds, medians, texts_in_turn
 
 DTYPE = "bfloat16"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 13, 17)  # tokens of a forward: 9 verifies 8 candidates
 BATCHES = (1, 2, 4, 8, 16)
+CONTEXTS = (256, 2048, 8192)  # tokens, or what the base model's context leaves room for
 COPYING = ("summarization", "rag", "extraction")  # of Spec-Bench: where answers repeat the prompt
 LOOKUP_TOKENS = 10  # transformers' documented prompt_lookup_num_tokens
 
@@ -123,6 +127,29 @@ def batches(base_model, speculator, prompts, shape, new_tokens):
         yield {"name": "batch", "batch": batch, "tokens_per_s": rates, "speedup": rates["speculator"] / rates["plain"]}
 
 
+@torch.inference_mode()
+def contexts(base_model, speculator):
+    """What a step's parts cost as the text grows: drafting the whole chain, and the forward that verifies it; and bytes of a token."""
+    chain, device = DraftShape().proposer(speculator), base_model.device
+    room = base_model.context_length - chain.nodes - 1
+    for held in sorted({min(length, room) for length in CONTEXTS}):
+        context = None
+        if speculator.context_width:
+            kept = ContextCache(speculator, 1, held, base_model.dtype, device)
+            kept.tokens.random_(base_model.vocab_size)
+            context = kept.seen(torch.tensor([held], device=device), held)
+        hidden = torch.randn(1, base_model.width, dtype=base_model.dtype, device=device)
+        step = Step(hidden, torch.zeros(1, dtype=torch.int64, device=device), [[]], context=context)
+        forward = partial(forward_at(base_model, held, chain.nodes + 1), chain.nodes + 1)
+        seconds = median_seconds({"drafting": partial(chain.propose, step), "verifying": forward}, device, REPEATS, left_out=1)
+        held_bytes = base_model.new_cache(1, 1).store.nbytes
+        yield {
+            "name": "context", "context": held, "ms": {part: 1000 * spent for part, spent in seconds.items()},
+            "drafting_over_verifying": seconds["drafting"] / seconds["verifying"],
+            "bytes_a_token": {"base_model": held_bytes, "speculator": speculator.context_width * base_model.dtype.itemsize},
+        }  # fmt: skip
+
+
 def benchmark_decode(base_model, speculator, prompts, spec_bench, new_tokens, shape=DraftShape()):
     """Everything above, as an iterator of JSON values.
 
@@ -139,3 +166,4 @@ def benchmark_decode(base_model, speculator, prompts, spec_bench, new_tokens, sh
     yield from against_prompt_lookup(base_model, speculator, generate, prompts, shape, new_tokens)
     yield from against_prompt_lookup(base_model, speculator, generate, spec_bench, shape, new_tokens)
     yield from batches(base_model, speculator, tokens, shape, new_tokens)
+    yield from contexts(base_model, speculator)

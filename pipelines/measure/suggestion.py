@@ -25,8 +25,13 @@ CONTEXT = 256  # cached tokens of the measured forwards
 
 def forward_seconds(base_model, sizes=FORWARDS):
     """{tokens: seconds} of a forward with logits, batch 1, over a chain of so many tokens on a cache of `CONTEXT`."""
-    held = min(CONTEXT, base_model.context_length - max(sizes))
-    cache = base_model.new_cache(1, held + max(sizes))
+    forward = forward_at(base_model, min(CONTEXT, base_model.context_length - max(sizes)), max(sizes))
+    return median_seconds({size: partial(forward, size) for size in sizes}, base_model.device, REPEATS, left_out=1)
+
+
+def forward_at(base_model, held, most):
+    """A function that runs such a forward over so many tokens, at most `most`, on a cache that holds `held`."""
+    cache = base_model.new_cache(1, held + most)
     cache.hold([held])
 
     @torch.inference_mode()
@@ -34,7 +39,7 @@ def forward_seconds(base_model, sizes=FORWARDS):
         tokens = torch.ones(1, size, dtype=torch.int64, device=base_model.device)
         base_model.logits(base_model.extend(tokens, cache, Tree.full([1] * (size - 1), base_model.device)))
 
-    return median_seconds({size: partial(forward, size) for size in sizes}, base_model.device, REPEATS, left_out=1)
+    return forward
 
 
 def shapes(n_predict):
