@@ -45,7 +45,7 @@ def plain_loss(features, weight, targets, teacher, teacher_weight, path):
 def our_loss(features, weight, targets, teacher, teacher_weight, weights, dtype):
     """Of one head, its scale 1."""
     given = (lambda _: teacher, teacher_weight, None) if weights.teacher else (None, None, None)
-    return SoftTargetLoss.apply([targets], *given, torch.ones(1), weights, dtype, features, weight)[0]
+    return SoftTargetLoss.apply([targets], *given, torch.ones(1), weights, dtype, None, features, weight)[0]
 
 
 def both(path, dtype, train_weight=True, scale=1.0):

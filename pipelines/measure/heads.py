@@ -160,7 +160,7 @@ def kernel_loss(kernel, features, weight, targets):
         weights, computed = LossWeights(1.0, 0.0, 0.0, ()), compute_dtype(features[0])
         h = len(features)
         scales = torch.ones(h, device=targets.device)
-        return SoftTargetLoss.apply([targets] * h, None, None, None, scales, weights, computed, *features, *[weight] * h)[0]
+        return SoftTargetLoss.apply([targets] * h, None, None, None, scales, weights, computed, None, *features, *[weight] * h)[0]
     if kernel == "plain":
         logits = torch.stack([x @ weight.to(dtype).T for x in features])
         return sum(F.cross_entropy(head.float(), targets, reduction="sum") for head in logits)
