@@ -4,7 +4,8 @@ Shapes: g texts, n slots of each, w width of what is kept, b sequences, m positi
 
 Slot t of a text stands for the base model's state h_t there and the token x_{t+1} that follows it. A position at t sees the slots of its
 own document up to and with t; what was drafted since is in the running state. Whatever is kept is the family's own (`Speculator.keep`):
-over whole packed rows in training, in a cache that is accepted and dropped with the base model's in decoding.
+over whole packed rows in training, in a cache that is accepted and dropped with the base model's in decoding. A text's first token is not
+known to a context: engines hand a draft the tokens from the second on (vLLM shows it x_{t+1} beside h_t), and one slot is nothing.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Context:
     """What sequences see of texts: b sequences over g texts, b a multiple of g, the first b / g over the first text.
 
     kept: [g, n, w]. tokens: int64 [g, n], x_{t+1} of each slot. end: int64 [b], a sequence sees the slots before it. before: int64 [b],
-    x_t of each sequence, whose newest token is x_{t+1}.
+    x_t of each sequence, whose newest token is x_{t+1}, -1 for none.
     """
 
     kept: torch.Tensor
@@ -62,7 +63,7 @@ class Recent:
 class Text:
     """Packed rows, as the positions of a training step see them, flattened to s = b * n slots.
 
-    recent: of the s slots, none for tokens of another document. before: int64 [m], x_t of each position.
+    recent: of the s slots, none for tokens of another document. before: int64 [m], x_t of each position, -1 for none.
     spans: int64 [m, 2] on the host, a position sees the slots from the first to before the second. length: n.
     """
 
@@ -136,15 +137,21 @@ def packed_text(tokens: torch.Tensor, segment_ids: torch.Tensor, index: torch.Te
     slots = torch.arange(tokens.numel())
     first = torch.where(same.flatten(), 0, slots).cummax(0).values
     listed, number = tokens.unique(return_inverse=True)
-    before, after, follows = F.pad(number, (1, 0))[:, :-1], F.pad(number, (0, 1))[:, 1:], F.pad(same, (0, 1))[:, 1:]
-    three = torch.stack([after.where(follows, -1), number, before.where(same, -1)], dim=-1).flatten(0, 1)
+    own = number.where(same, -1)  # none of a document's first token
+    before, after, follows = F.pad(own, (1, 0))[:, :-1], F.pad(number, (0, 1))[:, 1:], F.pad(same, (0, 1))[:, 1:]
+    three = torch.stack([after.where(follows, -1), own, before.where(same, -1)], dim=-1).flatten(0, 1)
     spans = torch.stack([first[index], index + 1], dim=1).numpy()
     recent = Recent(upload(listed, device), upload(three, device))
-    return Text(recent, upload(tokens.flatten()[index], device), spans, tokens.shape[1])
+    return Text(recent, upload(tokens.where(same, -1).flatten()[index], device), spans, tokens.shape[1])
+
+
+def without_first(tokens: torch.Tensor) -> torch.Tensor:
+    """Texts int64 [b, n] as a context knows them: -1 for their first tokens."""
+    return F.pad(tokens[:, 1:], (1, 0), value=-1)
 
 
 def recent_tokens(tokens: torch.Tensor) -> Recent:
-    """`Recent` of each slot of texts int64 [b, n]."""
+    """`Recent` of each slot of texts int64 [b, n], -1 for none."""
     number = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
     index = torch.stack([F.pad(number, (0, 1), value=-1)[:, 1:], number, F.pad(number, (1, 0), value=-1)[:, :-1]], dim=-1)
     return Recent(tokens.flatten(), index)
@@ -157,8 +164,9 @@ def of_text(speculator: Any, states: torch.Tensor, tokens: torch.Tensor, ends: t
     """
     if not speculator or not speculator.context_width:
         return None
-    kept = speculator.keep(states[None, :-1], recent_tokens(tokens[None]).slots(0, -1))
-    return Context(kept, tokens[None, 1:], ends, tokens[ends - 1])
+    known = without_first(tokens[None])
+    kept = speculator.keep(states[None, :-1], recent_tokens(known).slots(0, -1))
+    return Context(kept, tokens[None, 1:], ends, known[0, ends - 1])
 
 
 class ContextCache:

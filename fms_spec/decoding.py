@@ -14,7 +14,7 @@ import torch
 
 from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
-from fms_spec.context import ContextCache, recent_tokens
+from fms_spec.context import ContextCache, recent_tokens, without_first
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Proposer, Step
 from fms_spec.sampling import Chance
@@ -178,7 +178,7 @@ class Decoding:
             self.cache.hold([start] * len(ends))
             states = self.base_model.extend(padded[:, start : start + PREFILL_CHUNK], self.cache)
             if self.context:
-                self.context.read(self.cache.lengths, states, recent_tokens(padded).slots(start, start + PREFILL_CHUNK))
+                self.context.read(self.cache.lengths, states, recent_tokens(without_first(padded)).slots(start, start + PREFILL_CHUNK))
             here = [row for row, end in enumerate(ends) if start < end <= start + PREFILL_CHUNK]
             self.hidden[here] = states[here, [ends[row] - 1 - start for row in here]]
         self.cache.hold(ends)
@@ -222,7 +222,7 @@ class Decoding:
         longest = max(map(len, paths))
         lines = []  # of each row the tokens from the one before `firsts` on
         for index, first in zip(self.live, firsts):
-            line = ([-1] * (first == 0) + self.texts[index][max(0, first - 1) :])[: longest + 2]
+            line = [-1] * max(0, 2 - first) + self.texts[index][max(1, first - 1) : first + longest + 1]
             lines.append(line + [-1] * (longest + 2 - len(line)))
         nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=states.device)
         recent = recent_tokens(torch.tensor(lines, device=states.device)).slots(1, -1)

@@ -55,7 +55,7 @@ def said(speculator, model, windows, rows):
     embedding = embedding / embedding.square().mean().sqrt()
     own = {name: value.double() for name, value in speculator.pointer.named_parameters()}
     norm = lambda x: x / torch.sqrt((x * x).mean() + 1e-6)  # noqa: E731
-    pair = lambda token, before: torch.cat([embedding[token], embedding[before] if before is not None else 0 * embedding[0]])  # noqa: E731
+    pair = lambda *tokens: torch.cat([0 * embedding[0] if token is None else embedding[token] for token in tokens])  # noqa: E731
     token = lambda t: int(tokens[t])  # noqa: E731
     state = speculator.start(windows.hidden.double(), windows.text.before)
     for head in range(HEADS):
@@ -65,11 +65,11 @@ def said(speculator, model, windows, rows):
         for m in range(windows.counts[head]):
             t = int(windows.index[m])
             begin = next(j for j in range(t + 1) if documents[j] == documents[t])
-            line = [token(j) for j in range(begin, t + 1)] + windows.tokens[m, : head + 1].tolist()
+            line = [token(j) if j > begin else None for j in range(begin, t + 1)] + windows.tokens[m, : head + 1].tolist()
             query = own["query_tokens.weight"] @ pair(line[-1], line[-2]) + own["query_state.weight"] @ norm(inner[m])
             scores = []
             for j in range(begin, t + 1):
-                key = own["key_tokens.weight"] @ pair(token(j), token(j - 1) if j > begin else None)
+                key = own["key_tokens.weight"] @ pair(*(token(i) if i > begin else None for i in (j, j - 1)))  # the first is not known
                 scores.append(own["sharpness"][0] * 8 / speculator.pointer.width * (query @ key))
             scores = torch.stack(scores)
             gate = torch.sigmoid(scores.logsumexp(0) + (own["gate.weight"] @ norm(inner[m]) + own["gate.bias"])[0])

@@ -55,9 +55,11 @@ class Pointer(nn.Module):
     def keys(self, recent: Recent, dtype: torch.dtype) -> torch.Tensor:
         """[..., w] of slots. Each token is projected once: a step of 32 rows of 512 has some 3,000 of them."""
         embedded = self.embedded(recent.listed, dtype)
-        own, before = (F.linear(embedded, weight) for weight in self.key_tokens.weight.chunk(2, dim=1))
-        keys = F.embedding(recent.index[..., 1], own)
-        return keys + F.embedding(recent.index[..., 2].clamp(min=0), before) * (recent.index[..., 2, None] >= 0)
+        parts = (F.linear(embedded, weight) for weight in self.key_tokens.weight.chunk(2, dim=1))
+        own, before = (
+            F.embedding(index.clamp(min=0), part) * (index >= 0)[..., None] for part, index in zip(parts, recent.index[..., 1:].unbind(-1))
+        )
+        return own + before
 
     def look(self, inner: torch.Tensor, newest: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(query [m, w], scaled so that a score is its product with a key; gate [m], its G y + a): inner [m, y], tokens int64 [m]."""
