@@ -14,7 +14,7 @@ import torch
 from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, owned, owner_of, read_json, sync
 from fms_spec.speculators.directory import Description, check_config, from_config, save_speculator
-from fms_spec.vllm.versions import METHOD, TRIED
+from fms_spec.vllm.versions import TRIED
 from pipelines.train.checkpoint import damage, load_weights, newest_checkpoint
 from pipelines.train.metrics import read_lines
 
@@ -136,7 +136,7 @@ def appearing(out_dir):
 def model_card(speculator, config, checkpoint, out_dir):
     """README.md of an exported speculator, with the commands that serve and measure it from where it was written."""
     base_model, heads = config["base_model_name_or_path"], config["n_predict"]
-    settings = {"method": METHOD, "model": str(out_dir), "num_speculative_tokens": heads}
+    settings = {"model": str(out_dir), "num_speculative_tokens": heads}
     flags = [f"--base_model={base_model}", f"--speculator={out_dir}", "--prompts=PROMPTS.jsonl"]
     return CARD.format(
         base_model=base_model, heads=heads, family=config["model_type"], fingerprint=config["base_model_fingerprint"], versions=TRIED,

@@ -67,7 +67,7 @@ def test_the_readmes_commands_do_what_it_says(place):
         "scripts.benchmark",
     ]  # fmt: skip
     card = (place / "speculator/README.md").read_text()
-    assert """vllm serve base_model --host 127.0.0.1 --speculative-config '{"method": "mlp_speculator", "model": "speculator",""" in card
+    assert """vllm serve base_model --host 127.0.0.1 --speculative-config '{"model": "speculator",""" in card
     assert "14 steps over" in card and "acceptance length" in card
     report = json.loads((place / "report.json").read_text())
     assert report["lossless"] is True and 1 <= report["acceptance_length"] <= 4

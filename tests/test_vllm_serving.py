@@ -34,6 +34,7 @@ from fms_spec.loading import load_for_decoding
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.sampling import Sampling
+from fms_spec.vllm.token_store import PassBuilder, TokenStore
 from pipelines.measure.evaluate import evaluate
 from pipelines.measure.figures import figures
 from pipelines.measure.samples import decode_in_turn
@@ -78,15 +79,15 @@ def test_the_evaluation_against_vllm_finds_the_same_texts_and_acceptance(served,
     assert "24 of 24 equal" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("label", ["Llama 3.1, 3.2, 3.3", "Phi"])  # scaled rotary positions; a bias of the lm_head
+@pytest.mark.parametrize("label", ["Llama 3.1, 3.2, 3.3", "Phi", "Granite"])  # scaled rotary positions; a bias of the lm_head; a scale
 def test_a_model_unlike_llama_says_in_vllm_what_it_was_trained_for_and_accepts_as_much(tmp_path, label):
     changes = SIZES | ({"num_key_value_heads": 2} if label == "Phi" else {})
-    make_place(tmp_path, ["hidden_state"], lambda directory: write_architecture(directory, label, **changes))
+    make_place(tmp_path, ["pointer"], lambda directory: write_architecture(directory, label, **changes))
     prompts = served_prompts(tmp_path)
-    base_model, _, proposer = load_for_decoding(str(tmp_path / "base_model"), tmp_path / "hidden_state", dtype="float32")
+    base_model, _, proposer = load_for_decoding(str(tmp_path / "base_model"), tmp_path / "pointer", dtype="float32")
     samples = decode_in_turn(base_model, [Prompt(None, prompt) for prompt in prompts], {"plain": None, "speculator": proposer}, 32)
     ours = figures(samples, "speculator", 3)
-    with serving(tmp_path / "base_model", tmp_path / "hidden_state") as llm:
+    with serving(tmp_path / "base_model", tmp_path / "pointer") as llm:
         found = answers(llm, prompts, SamplingParams(temperature=0, max_tokens=32))
         counted = counters(llm)
     plain = [sample.tokens[sample.prompt_length :].tolist() for sample in samples if sample.kind == "plain"]
@@ -105,12 +106,11 @@ def test_a_published_speculator_drafts_in_vllm_what_the_formulas_and_our_own_fam
         drafter = drafter_of(llm)
         propose = drafter.propose
 
-        def watched(*arguments, **named):
-            drafted = propose(*arguments, **named)
-            rows = [row for row, tokens in enumerate(drafter.sampled) if tokens]
-            newest = torch.tensor([drafter.sampled[row][-1] for row in rows], dtype=torch.int64)
-            seen.append((named["target_hidden_states"][rows], newest, drafted[rows]))
-            return drafted
+        def watched(**named):
+            rows, newest = named["token_indices_to_sample"], named["next_token_ids"]
+            rows = named["common_attn_metadata"].query_start_loc[1:] - 1 if rows is None else rows
+            seen.append((named["target_hidden_states"][rows].clone(), newest.long(), propose(**named)))
+            return seen[-1][-1]
 
         drafter.propose = watched
         answers(llm, prompts[:16], SamplingParams(temperature=0, max_tokens=12))
@@ -160,7 +160,7 @@ def test_logprobs_stop_strings_structured_output_and_cached_prefixes_work_as_wit
             outputs = [output.outputs[0] for _ in range(2) for output in llm.generate(inputs, [job for _, job in jobs], use_tqdm=False)]
             assert counters(llm)["prefix_cache_hits"] > 0
             if speculator:
-                assert drafter_of(llm).chain.lookahead == 2 and counters(llm)["spec_decode_num_accepted_tokens"] > 0
+                assert drafter_of(llm).num_speculative_tokens == 2 and counters(llm)["spec_decode_num_accepted_tokens"] > 0
         found.append([(list(output.token_ids), output.finish_reason, output.stop_reason, output.text) for output in outputs])
         found.append([[{token: entry.logprob for token, entry in entries.items()} for entries in outputs[0].logprobs]])
     assert found[2] == found[0]
@@ -170,15 +170,43 @@ def test_logprobs_stop_strings_structured_output_and_cached_prefixes_work_as_wit
     assert structured[0] in ("w5w9w7w8", "w3w2") and len(structured[1]) == 24
 
 
+def test_a_draft_sees_its_own_text_also_from_cached_prefixes_and_where_vllm_does_not_say_which_pass_it_runs(served, prompts, monkeypatch):
+    known = prompts[5]  # as long as a block and a bit more; some of the lines go on otherwise just where the block ends
+    lines = [known[:length] for length in range(34, 44)] + [torch.cat([known[:32], prompt]) for prompt in prompts[8:12]]
+    params, found, seen = SamplingParams(temperature=0, max_tokens=32), [], set()
+    context = TokenStore.context
+
+    def watched(*arguments):
+        shown = context(*arguments)
+        seen.update(tuple(tokens[:end].tolist()) for tokens, end in zip(shown.tokens, shown.end))
+        return shown
+
+    monkeypatch.setattr(TokenStore, "context", watched)
+    # Prompts are read whole: beside the last token of a part vLLM shows a draft the prompt's last token, not the next one.
+    with serving(served / "base_model", served / "pointer", num_gpu_blocks_override=64, max_num_batched_tokens=512) as llm:
+        for unsaid in (False, False, True):
+            if unsaid:
+                monkeypatch.setattr(PassBuilder, "build_for_drafting", lambda self, common, draft_index: self.build(0, common))
+            before = counters(llm)
+            texts, after = answers(llm, lines, params), counters(llm)
+            counts = [after[name] - (before[name] or 0) for name in ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens")]
+            found.append((texts, counts))
+        assert after["prefix_cache_hits"] > before["prefix_cache_hits"] > 0
+    assert found[0] == found[1] == found[2] and counts[1] > 50
+    seam = lambda text: (*text[:31], *text[32:])  # noqa: E731 - the last slot of the shared block stands for whichever text came first
+    whole = [seam([*line.tolist(), *tokens][1:]) for line, (tokens, _) in zip(lines, texts)]
+    assert len(seen) > 100 and all(any(text[: len(part) - 1] == seam(part) for text in whole) for part in seen)
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
 def test_a_target_split_over_two_ranks_drafts_with_a_whole_drafter_on_each(served, prompts, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     texts, _ = decode(BaseModel(str(served / "base_model"), dtype="float32"), prompts[:8], DecodingOptions(max_new_tokens=30))
     two = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
-    with serving(served / "base_model", served / "hidden_state", **two) as llm:
+    with serving(served / "base_model", served / "pointer", **two) as llm:
         assert [tokens for tokens, _ in answers(llm, prompts[:8], SamplingParams(temperature=0, max_tokens=30))] == [
             t.tokens for t in texts
         ]
         counted = counters(llm)
-        assert counted["spec_decode_num_accepted_tokens"] > 0.5 * counted["spec_decode_num_drafts"]
+        assert counted["spec_decode_num_accepted_tokens"] > 0.3 * counted["spec_decode_num_drafts"]

@@ -23,7 +23,8 @@ SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_ke
 FAMILIES = {
     "hidden_state": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 64}",
     "mlp_tied": "{family: mlp, n_predict: 3, inner_dim: 48}",
-    "mlp_untied": "{family: mlp, n_predict: 3, inner_dim: 48, tie_weights: false, scale_input: false}",
+    "mlp_untied": "{family: mlp, n_predict: 3, inner_dim: 48, tie_weights: false, scale_input: false, pointer: {width: 16}}",
+    "pointer": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 32, pointer: {width: 16}}",
 }
 CONFIG = """
 base_model: {{name: {place}/base_model, dtype: float32}}
@@ -70,7 +71,7 @@ def served_prompts(place):
 @contextmanager
 def serving(base_model, speculator=None, num_speculative_tokens=3, **settings):
     """An `LLM` in this process, with room for eight requests and less cache than eight long ones need."""
-    speculative = speculator and {"method": "mlp_speculator", "model": str(speculator), "num_speculative_tokens": num_speculative_tokens}
+    speculative = speculator and {"model": str(speculator), "num_speculative_tokens": num_speculative_tokens}
     defaults = dict(
         dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=40, block_size=32,
         num_gpu_blocks_override=20, kv_cache_memory_bytes=10**8, disable_log_stats=False, distributed_executor_backend="uni",

@@ -102,7 +102,8 @@ class HiddenStateSpeculator(Speculator):
         self.emb_dim, self.vocab_size, self.n_predict, self.width, self.inner_dim = emb_dim, vocab_size, n_predict, width, inner_dim
         self.register_buffer("draft_ids", draft_ids)
         self.register_buffer("state_scale", state_scale)
-        inputs = (2 * emb_dim, 3 * emb_dim + width)[: min(2, n_predict)]
+        self.distinct_heads = min(2, n_predict)
+        inputs = (2 * emb_dim, 3 * emb_dim + width)[: self.distinct_heads]
         self.trunks = nn.ModuleList(Trunk(size, width, inner_dim, emb_dim) for size in inputs)
         self.context_width = pointer_width
         if pointer_width:
@@ -167,6 +168,8 @@ class HiddenStateSpeculator(Speculator):
 
     def pack(self) -> None:
         pack_linears(self.trunks)
+        if self.context_width:
+            self.pointer.pack()
         if can_pack(self.frozen[1]):
             self.packed_output = PackedLinear(self.frozen[1])
 

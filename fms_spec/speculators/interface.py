@@ -86,8 +86,10 @@ class Speculator(nn.Module):
     needs_embedding = False  # whether `attach` takes the base model's token embedding; the lm_head is there in any case
     predicts_states = False  # whether there is a `state_distance`
     context_width = 0  # w of what `keep` keeps of each slot of a text, see `context`; 0: nothing is kept
+    emb_dim: int  # d
     vocab_size: int
     n_predict: int
+    distinct_heads: int  # how many compute differently: those behind them compute as the last of them
     draft_ids: Any  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
 
     @classmethod

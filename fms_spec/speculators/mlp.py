@@ -60,7 +60,7 @@ class MLPSpeculator(Speculator):
         self.emb_dim, self.vocab_size, self.n_predict = emb_dim, vocab_size, n_predict
         self.inner_dim, self.tie_weights, self.scale_input = inner_dim, tie_weights, scale_input
         copies = 1 if tie_weights else n_predict
-        projections = min(2, n_predict) if tie_weights else n_predict
+        self.distinct_heads = projections = min(2, n_predict) if tie_weights else n_predict
         self.emb = nn.ModuleList(nn.Embedding(vocab_size, inner_dim) for _ in range(copies))
         self.proj = nn.ModuleList(nn.Linear(emb_dim if i == 0 else inner_dim, inner_dim, bias=False) for i in range(projections))
         self.head = nn.ModuleList(nn.Linear(inner_dim, vocab_size, bias=False) for _ in range(copies))
@@ -101,6 +101,10 @@ class MLPSpeculator(Speculator):
 
     def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.pointer.look(*state)
+
+    def pack(self) -> None:
+        if self.context_width:
+            self.pointer.pack()
 
     def saved_config(self) -> dict[str, Any]:
         return {

@@ -51,15 +51,25 @@ class Pointer(nn.Module):
     def attach(self, embedding: torch.Tensor) -> None:
         """Take the base model's token embedding [v, d]."""
         self.frozen = (embedding, 1 / embedding.float().square().mean().sqrt().item())  # a tuple, so that it becomes no parameter
+        self.table: tuple[torch.Tensor, ...] | None = None
+
+    def pack(self) -> None:
+        """Work the keys' parts out for every token, two tables [v, w]: from there on a key is two rows of them."""
+        self.table = self.projected(torch.arange(len(self.frozen[0]), device=self.frozen[0].device), self.key_tokens.weight.dtype)
 
     def keys(self, recent: Recent, dtype: torch.dtype) -> torch.Tensor:
         """[..., w] of slots. Each token is projected once: a step of 32 rows of 512 has some 3,000 of them."""
-        embedded = self.embedded(recent.listed, dtype)
-        parts = (F.linear(embedded, weight) for weight in self.key_tokens.weight.chunk(2, dim=1))
-        own, before = (
-            F.embedding(index.clamp(min=0), part) * (index >= 0)[..., None] for part, index in zip(parts, recent.index[..., 1:].unbind(-1))
-        )
+        if self.table is None:
+            parts, places = self.projected(recent.listed, dtype), recent.index[..., 1:].unbind(-1)
+        else:
+            parts, places = self.table, (recent.tokens(1), recent.tokens(2))
+        own, before = (F.embedding(place.clamp(min=0), part) * (place >= 0)[..., None] for part, place in zip(parts, places))
         return own + before
+
+    def projected(self, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """K e(token) and K' e(token) of tokens int64 [u], -1 for none: [u, w] each."""
+        embedded = self.embedded(tokens, dtype)
+        return tuple(F.linear(embedded, weight) for weight in self.key_tokens.weight.chunk(2, dim=1))
 
     def look(self, inner: torch.Tensor, newest: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(query [m, w], scaled so that a score is its product with a key; gate [m], its G y + a): inner [m, y], tokens int64 [m]."""

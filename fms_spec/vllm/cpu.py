@@ -1,4 +1,4 @@
-"""Two faults of vLLM 0.31's and 0.32's speculative sampling on a CPU, mended in memory before it drafts with attached heads.
+"""Two faults of vLLM 0.32's speculative sampling on a CPU, mended in memory before it drafts with attached heads.
 
 Both are in vLLM's own code and strike any speculative method there; greedy decoding is free of them. Shapes: b requests, m drafted tokens.
 """

@@ -1,20 +1,36 @@
-"""Serves attached heads in vLLM, unpatched on disk: the package's entry point in the group vllm.general_plugins.
+"""Serves attached heads in vLLM: the package's entry point in the group vllm.general_plugins.
 
-vLLM calls `register` once in each of its processes. It knows the configuration of `method: mlp_speculator`, and has had no drafter for it
-since its V0 engine went; its Medusa drafter is the one that is handed the states from which each newest token was chosen. So, in memory:
-- every family's `model_type` and architectures become known, under the one method mlp_speculator;
-- a speculator that doesn't fit is refused when the engine's configuration is made, before any weight is loaded;
-- a model runner that is to draft with one gets our drafter where it would make a Medusa one, and hands it the sampled tokens.
-Another method's runs are left exactly as they are.
+vLLM calls `register` once in each of its processes. A draft model of ours becomes known to it as any out-of-tree model does, and so does
+the configuration of every family. The one thing changed in memory is how a speculative_config is read: where its model is a speculator of
+ours, it is checked before any weight is loaded, and drafts by the method `eagle`. Another model's runs are left exactly as they are.
 """
 
 import functools
+import json
 import logging
 import multiprocessing
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fms_spec.vllm.versions import METHOD, installed_vllm
+from transformers import PretrainedConfig
+
+from fms_spec.vllm.versions import installed_vllm
+
+METHOD = "eagle"  # hands a draft the states after the final norm, and asks nothing of the base model's class
+UNDERSTOOD = (None, METHOD, "mlp_speculator")  # what a speculative_config may say; the last is what IBM's cards say
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's own variable
+
+
+class AttachedHeadsConfig(PretrainedConfig):
+    """What vLLM reads a speculator's config.json into."""
+
+    def __init__(self, emb_dim: int = 1, n_predict: int = 1, **values: Any) -> None:
+        super().__init__(**values)
+        self.hidden_size, self.n_predict = emb_dim, n_predict
+        self.num_hidden_layers, self.num_attention_heads, self.head_dim = 1, 5040, 1  # of none, but split evenly over any ranks
+        self.architectures = ["EagleAttachedHeads"]
 
 
 def register() -> None:
@@ -27,39 +43,64 @@ def register() -> None:
     from vllm.config.speculative import SpeculativeConfig
     from vllm.model_executor.models import ModelRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
-    from vllm.v1.worker import gpu_model_runner
 
     from fms_spec.speculators.registry import FAMILIES
-    from fms_spec.vllm.drafter import AttachedHeadsConfig, drafting, handing_over
+    from fms_spec.vllm.draft_model import AttachedHeads
 
+    ModelRegistry.register_model("EagleAttachedHeads", AttachedHeads)
     for family in FAMILIES.values():
-        ModelRegistry.register_model(family.architecture, family)
-        if family.model_type != METHOD:  # which vLLM knows itself
-            _CONFIG_REGISTRY[family.model_type] = AttachedHeadsConfig
-    runner = gpu_model_runner.GPUModelRunner
-    wrap(SpeculativeConfig, "__post_init__", checked)
-    wrap(runner, "__init__", drafting)
-    wrap(runner, "propose_draft_token_ids", handing_over)
-
-
-def wrap(owner: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put `wrapper(original)` in a method's place, once."""
-    original = getattr(owner, name)
-    if not hasattr(original, "fms_spec"):
-        replacement = functools.wraps(original)(wrapper(original))
-        replacement.fms_spec = True  # type: ignore[attr-defined]
-        setattr(owner, name, replacement)
+        _CONFIG_REGISTRY[family.model_type] = AttachedHeadsConfig
+    if not hasattr(SpeculativeConfig.__init__, "fms_spec"):
+        SpeculativeConfig.__init__ = checked(SpeculativeConfig.__init__)
 
 
 def checked(original: Callable[..., None]) -> Callable[..., None]:
-    """`SpeculativeConfig.__post_init__` that refuses a speculator that can't draft here."""
+    """`SpeculativeConfig.__init__` that knows our speculators and refuses those that can't draft here."""
 
-    def __post_init__(self: Any) -> None:
-        original(self)
-        if self.method == METHOD:
+    @functools.wraps(original)
+    def __init__(self: Any, *arguments: Any, **settings: Any) -> None:
+        config = config_of_ours(**settings)
+        if config:
+            check_wish(settings, config)
+            settings["method"] = METHOD
+        original(self, *arguments, **settings)
+        if config:
             check(self)
 
-    return __post_init__
+    __init__.fms_spec = True  # type: ignore[attr-defined]
+    return __init__
+
+
+def config_of_ours(method: str | None = None, model: str | None = None, revision: str | None = None, **_: Any) -> dict[str, Any] | None:
+    """config.json of a speculative_config's model where that is a speculator of one of our families."""
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    from fms_spec.speculators.registry import FAMILIES
+
+    if method not in UNDERSTOOD or not model or not (Path(model).is_dir() or str(model).count("/") == 1):
+        return None  # "ngram", the name of a class, or nothing
+    try:
+        config = get_hf_file_to_dict("config.json", model, revision)
+    except (OSError, json.JSONDecodeError):
+        return None  # vLLM itself says what is wrong with it
+    known = {family.model_type for family in FAMILIES.values()}
+    return config if isinstance(config, dict) and config.get("model_type") in known else None
+
+
+def check_wish(settings: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse what heads with this config.json can't do, and take the runner that can draft with them.
+
+    Raises:
+        UserError: more tokens asked for than there are heads; copying heads in vLLM's V2 runner.
+    """
+    from fms_spec.errors import UserError
+
+    tokens, heads = settings.get("num_speculative_tokens"), config.get("n_predict")
+    if isinstance(tokens, int) and isinstance(heads, int) and tokens > heads:
+        raise UserError(f"num_speculative_tokens {tokens}: speculator {settings['model']} has {heads} heads; ask for at most as many")
+    # The V2 runner records passes as CUDA graphs, in which every text would be as long as texts may get.
+    if config.get("pointer_width") and os.environ.setdefault(RUNNER, "0") != "0":
+        raise UserError(f"speculator {settings['model']} copies from the text, which vLLM's V2 runner can't do; unset {RUNNER}")
 
 
 def check(settings: Any) -> None:
@@ -69,8 +110,8 @@ def check(settings: Any) -> None:
         settings: `SpeculativeConfig`. Its draft model becomes a local directory, downloaded where it was a hub name.
 
     Raises:
-        UserError: more tokens asked than there are heads, another base model, other sizes, altered weights, or a split that
-        leaves the heads without what they share with the base model.
+        UserError: another base model, other sizes, altered weights, or a split that leaves the heads without what they share with the
+        base model.
     """
     from fms_spec.errors import UserError
     from fms_spec.hub import local_directory
@@ -83,15 +124,8 @@ def check(settings: Any) -> None:
     sizes = (target.get_hidden_size(), target.get_vocab_size())
     check_base_model(draft.model, config, target.model, fingerprint_of(target), sizes)
     check_weights(draft.model, config)
-    if settings.num_speculative_tokens > config["n_predict"]:
-        asked = f"num_speculative_tokens {settings.num_speculative_tokens}"
-        raise UserError(f"{asked}: speculator {draft.model} has {config['n_predict']} heads; ask for at most as many")
-    if config.get("pointer_width"):
-        raise UserError(
-            f"speculator {draft.model} copies from the text (speculator.pointer), which isn't served in vLLM yet; train it without"
-        )
     stages = settings.target_parallel_config.pipeline_parallel_size
-    if stages > 1 and family_of(config["model_type"]).needs_embedding:
+    if stages > 1 and (family_of(config["model_type"]).needs_embedding or config.get("pointer_width")):
         mend = "split by tensor_parallel_size instead"
         raise UserError(f"pipeline_parallel_size {stages}: speculator {draft.model} needs the token embedding on the last rank; {mend}")
 

@@ -12,7 +12,6 @@ import torch
 from fms_spec.hub import local_directory
 from fms_spec.loading import load_for_decoding
 from fms_spec.model_config import context_length, read_config, read_eos_token_ids, resolve_base_model
-from fms_spec.vllm.versions import METHOD
 from pipelines.generate.vllm_engine import start_vllm
 from pipelines.measure.figures import figures
 from pipelines.measure.samples import decode_in_turn, free_memory, settle, side_by_side
@@ -93,7 +92,7 @@ def serve(name, speculator, lines, new_tokens, tokens, dtype):
 
 def attached(speculator, tokens):
     """vLLM's speculative_config for a speculator's directory or hub name."""
-    return {"method": METHOD, "model": str(local_directory("speculator", speculator)), "num_speculative_tokens": tokens}
+    return {"model": str(local_directory("speculator", speculator)), "num_speculative_tokens": tokens}
 
 
 def length_of(lines, new_tokens, tokens, config):
