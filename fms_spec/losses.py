@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from fms_spec.alignment import Windows
 from fms_spec.base_model import BaseModel
@@ -200,16 +201,20 @@ def head_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the weighted loss, fp32 scalar, to be trained on; each head's part of it, fp32 [h], without gradient).
 
+    Heads that share their weights with earlier ones, and have no weight in the loss, are not run: their part is 0.
+
     Args:
         speculator: a `Speculator`. windows: `alignment.Windows`. weights: `LossWeights`. counts: positions of each head over the whole
         step, fp32 [h] on the device, so that micro-batches, of all processes, add up to exactly the mean over the step. dtype: of the
         arithmetic; what `compute_dtype` chooses by default.
     """
     device, dtype = windows.states.device, dtype or compute_dtype(windows.states)
-    scales = upload(torch.tensor(weights.heads), device) / counts.clamp(min=1)
+    last = max((head for head, weight in enumerate(weights.heads) if weight), default=0)
+    run = max(last + 1, speculator.distinct_heads)
+    scales = (upload(torch.tensor(weights.heads), device) / counts.clamp(min=1))[:run]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         before = windows.text.before if windows.text else None
-        features, readouts, pointers = zip(*speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts, before))
+        features, readouts, pointers = zip(*speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts[:run], before))
         targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(features))]
         teacher: tuple[Any, ...] = (None, None, None)
         if weights.teacher:
@@ -226,4 +231,4 @@ def head_losses(
             distances = [speculator.state_distance(x, windows.target_states(head)).sum() for head, x in enumerate(features)]
             weighted = weights.smooth_l1 * scales * torch.stack(distances)
             total, losses = total + weighted.sum(), losses + weighted.detach()
-    return total, losses
+    return total, F.pad(losses, (0, len(weights.heads) - run))

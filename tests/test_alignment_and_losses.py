@@ -103,6 +103,19 @@ def test_gradients_are_those_of_plain_autograd_and_do_not_depend_on_the_chunk(mo
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_heads_without_a_weight_are_run_only_where_no_other_has_their_weights():
+    states, tokens, segments, first = row([[0] * 30])
+    windows = lined_up(states, tokens, segments, first)
+    for tied, run in ((True, 2), (False, 3)):
+        speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10, tie_weights=tied)
+        seen = []
+        speculator.output = lambda state, head, output=speculator.output, seen=seen: seen.append(head) or output(state, head)
+        total, parts = head_losses(
+            speculator, windows, BareBase(), LossWeights(0.5, 1.0, 0.0, (1.0, 0.0, 0.0)), torch.tensor(windows.counts)
+        )
+        assert seen == [*range(run)] and len(parts) == HEADS and not parts[1:].any() and total == parts[0] > 0
+
+
 def test_no_logits_outlive_their_chunk(monkeypatch):
     monkeypatch.setattr(losses_module, "CHUNK", 16)
     speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10)
