@@ -1,6 +1,6 @@
 """Which hidden state meets which tokens: the same alignment for both phases.
 
-Shapes: b rows, n tokens, m positions, d base width, h heads.
+Shapes: b rows, n tokens, m positions, d width of the base model's states, h heads.
 
 Head i (from 0) sees h_t and x_{t+1} ... x_{t+1+i}, and predicts x_{t+2+i}; all of them lie in one document, and in phase 2 t starts at
 the end of the prompt. A later head's positions are always among an earlier one's.

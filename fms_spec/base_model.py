@@ -1,6 +1,6 @@
 """The frozen base model: the one seam to ibm-fms, with `transformers` for what ibm-fms lacks.
 
-Shapes: b batch, n tokens, d base width, v vocabulary.
+Shapes: b batch, n tokens, d base width, k inner layers that were asked for, v vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,11 @@ from fms_spec.attention import CACHED, PACKED, Span, asking, document_spans, spa
 from fms_spec.batch import upload
 from fms_spec.candidates import Tree
 from fms_spec.errors import UserError
+from fms_spec.inner_states import InnerStates
 from fms_spec.kv_cache import KVCache, TransformersCacheView, Visible
 from fms_spec.model_config import DTYPES, attention_heads, context_length, head_width, read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
-from fms_spec.proof import settle_backend
+from fms_spec.proof import layer_stack, settle_backend
 from fms_spec.read_out import capped, read_out, with_bias
 from fms_spec.rotary import look_up_once
 from fms_spec.weights import fingerprint
@@ -32,10 +33,14 @@ class BaseModel:
 
     Attributes:
         name: directory or hub name as given. fingerprint: see `weights.fingerprint`. backend: "fms" or "transformers".
-        width (d), vocab_size (v), context_length (tokens), eos_token_ids (set), dtype, device.
+        width (d), vocab_size (v), layers (how many), context_length (tokens), eos_token_ids (set), dtype, device.
+        inner_layers: the k ids of `give_layers`. state_width: (1 + k) d, of the states it gives.
         embedding_weight [v, d]: the frozen token embedding. output_weight [v, d]: the frozen lm_head; where it has a bias, see
         `read_out.with_bias`. output_cap: see `read_out.capped`; None for most models.
     """
+
+    inner_layers: tuple[int, ...] = ()
+    inner_states: InnerStates | None = None
 
     def __init__(
         self, name: Path | str, *, dtype: str = "bfloat16", backend: str = "auto", device: torch.device | str | None = None,
@@ -65,6 +70,7 @@ class BaseModel:
         self.path, self.name, self.config, self.backend, self.dtype = path, str(name), config, backend, dtype
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.query_heads, self.kv_groups = attention_heads(config)
+        self.layers = config.num_hidden_layers
         self.fingerprint = fingerprint(path)
         if backend == "fms":
             self.model: Any = self._load_fms()
@@ -101,19 +107,43 @@ class BaseModel:
             )
         self.packed_output: PackedLinear | None = None  # see `pack`
 
+    @property
+    def state_width(self) -> int:
+        return (1 + len(self.inner_layers)) * self.width
+
+    def give_layers(self, ids: Sequence[int]) -> None:
+        """From now on give beside the final states the residual stream that enters these layers, in this order; see `inner_states`.
+
+        Whoever asks for none leaves a forward as it is: nothing stands in its way.
+
+        Raises:
+            UserError: a layer that there isn't.
+        """
+        if tuple(ids) == self.inner_layers:
+            return
+        for index in ids:
+            if not 0 <= index <= self.layers:
+                raise UserError(f"base model {self.name} has {self.layers} layers, no state {index}; correct speculator.base_layers")
+        if self.inner_states:
+            self.inner_states.remove()
+        self.inner_layers, self.inner_states = tuple(ids), None
+        if ids:
+            stack = layer_stack(self.trunk, self.config.num_hidden_layers)
+            self.inner_states = InnerStates(self.name, self.trunk, stack, self.layers, ids, self.width, self.dtype)
+
     def together(self) -> AbstractContextManager[None]:
         """A context in which processes that hold one model between them may call for different numbers of forwards."""
         return nullcontext()
 
     @torch.no_grad()
     def hidden_states(self, tokens: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-        """States after the final norm for packed rows; no vocabulary logits are computed.
+        """States after the final norm, then those of `inner_layers`, for packed rows; no vocabulary logits are computed.
 
         Args:
             tokens: int64 [b, n]. segment_ids: int [b, n], on the CPU; see `attention.document_spans`.
 
         Returns:
-            [b, n, d] in the model's dtype; padding holds arbitrary finite values.
+            [b, n, (1 + k) d] in the model's dtype; padding holds arbitrary finite values.
 
         Raises:
             UserError: a document longer than the base model's context.
@@ -148,7 +178,7 @@ class BaseModel:
                 ancestors, at positions by their depth; by default the tokens are a text, each seeing those before it.
 
         Returns:
-            [b, n, d] states after the final norm.
+            [b, n, (1 + k) d] states, as `hidden_states` gives them.
         """
         slot_mapping = cache.slot_mapping(tokens.shape[1])
         visible = Visible(cache, slot_mapping, tree, self.query_heads // self.kv_groups, self.dtype)
@@ -173,7 +203,7 @@ class BaseModel:
             self.packed_output = PackedLinear(self.output_weight)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Vocabulary logits [..., v] of states [..., d]."""
-        states = read_out(states, self.output_weight)
+        """Vocabulary logits [..., v] of states [..., d or more], of which the first d are read."""
+        states = read_out(states[..., : self.width], self.output_weight)
         logits = F.linear(states, self.output_weight) if self.packed_output is None else self.packed_output(states)
         return capped(logits, self.output_cap)

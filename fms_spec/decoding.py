@@ -130,6 +130,8 @@ class Decoding:
         lookahead, nodes = (proposer.lookahead, proposer.nodes) if proposer else (0, 0)
         options.check(base_model, prompts, lookahead)
         self.base_model, self.options, self.proposer = base_model, options, proposer
+        if proposer and proposer.speculator:  # one base model may have several, one after the other
+            base_model.give_layers(proposer.speculator.base_layers)
         self.marks, self.steps = Marks(base_model.device), 0
         self.prompts = [prompt.to(base_model.device) for prompt in prompts]
         self.texts = [prompt.tolist() for prompt in prompts]
@@ -173,7 +175,7 @@ class Decoding:
         """
         padded = torch.nn.utils.rnn.pad_sequence(self.prompts, batch_first=True)
         ends = [len(prompt) for prompt in self.prompts]
-        self.hidden = torch.empty(len(ends), self.base_model.width, dtype=self.base_model.dtype, device=self.base_model.device)
+        self.hidden = torch.empty(len(ends), self.base_model.state_width, dtype=self.base_model.dtype, device=self.base_model.device)
         for start in range(0, padded.shape[1], PREFILL_CHUNK):
             self.cache.hold([start] * len(ends))
             states = self.base_model.extend(padded[:, start : start + PREFILL_CHUNK], self.cache)

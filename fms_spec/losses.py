@@ -11,7 +11,7 @@ The phase's loss is the sum over heads of weight_i times the mean over that head
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -216,10 +216,11 @@ def head_losses(
         before = windows.text.before if windows.text else None
         features, readouts, pointers = zip(*speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts[:run], before))
         targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(features))]
+        final = replace(windows, states=speculator.final(windows.states))
         teacher: tuple[Any, ...] = (None, None, None)
         if weights.teacher:
             weight = speculator.teacher_weight(base_model).to(dtype)
-            teacher = (lambda head: read_out(windows.target_states(head), weight), weight, base_model.output_cap)
+            teacher = (lambda head: read_out(final.target_states(head), weight), weight, base_model.output_cap)
         seen, inputs = None, [*features, *readouts]
         if windows.text:
             follows = windows.text.recent.tokens(0)
@@ -228,7 +229,7 @@ def head_losses(
             inputs += [*queries, *gates, speculator.keep(windows.states.to(dtype), windows.text.recent)]
         total, losses = SoftTargetLoss.apply(targets, *teacher, scales, weights, dtype, seen, *inputs)
         if weights.smooth_l1:
-            distances = [speculator.state_distance(x, windows.target_states(head)).sum() for head, x in enumerate(features)]
+            distances = [speculator.state_distance(x, final.target_states(head)).sum() for head, x in enumerate(features)]
             weighted = weights.smooth_l1 * scales * torch.stack(distances)
             total, losses = total + weighted.sum(), losses + weighted.detach()
     return total, F.pad(losses, (0, len(weights.heads) - run))

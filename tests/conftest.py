@@ -168,6 +168,7 @@ class TinyModels:
             if weight.dim() > 1:
                 torch.nn.init.normal_(weight, std=0.3)
         model.eos_token_ids = {0}
+        model.give_layers(())
         return model
 
 
@@ -178,18 +179,23 @@ def tiny_models(tmp_path_factory):
 
 FAMILIES = ("mlp_tied", "mlp_untied", "hidden_state")
 POINTERS = ("mlp_tied_pointer", "hidden_state_pointer")  # the same, copying from the text
+INNER = "hidden_state_inner"  # the same, reading what enters and what leaves the base model's layers
 
 
 def tiny_speculator(base_model, family, seed=0, n_predict=4):
-    """Untrained heads, none of whose logits are zero; what they copy and what they know are about equally likely."""
+    """Untrained heads, none of whose logits are zero; what they copy and what they know are about equally likely.
+
+    From then on the base model gives the states that they read.
+    """
     torch.manual_seed(seed)
     d, v, pointer_width = base_model.width, base_model.vocab_size, 16 if family.endswith("_pointer") else 0
     if family.startswith("mlp"):
         tied = family.startswith("mlp_tied")
         speculator = MLPSpeculator(d, v, n_predict, inner_dim=12, tie_weights=tied, pointer_width=pointer_width)
     else:
-        draft_ids, scale = torch.randperm(v)[: max(6, v // 2)].sort().values, torch.rand(d) + 0.5
-        speculator = HiddenStateSpeculator(d, v, draft_ids, scale, n_predict, 12, 20, pointer_width)
+        layers = (0, base_model.layers) if family == INNER else ()
+        draft_ids, scale = torch.randperm(v)[: max(6, v // 2)].sort().values, torch.rand(d * (1 + len(layers))) + 0.5
+        speculator = HiddenStateSpeculator(d, v, draft_ids, scale, n_predict, 12, 20, pointer_width, layers)
         for trunk in speculator.trunks:
             torch.nn.init.normal_(trunk.out.weight, std=0.5)
             torch.nn.init.normal_(trunk.out.bias)
@@ -198,6 +204,7 @@ def tiny_speculator(base_model, family, seed=0, n_predict=4):
             torch.nn.init.normal_(weight, std=0.3)
         torch.nn.init.constant_(speculator.pointer.gate.bias, -6.0)
     speculator.attach(base_model)
+    base_model.give_layers(speculator.base_layers)
     return speculator
 
 

@@ -36,6 +36,19 @@ def greedy(model, prompt, count):
     return text
 
 
+def check_inner_layers(model, theirs, tokens, label):
+    """What enters each layer is what `transformers` says enters it; or it is four states a token, and refused."""
+    model.give_layers(range(model.layers))
+    if label == "Gemma 3n (text)":
+        with pytest.raises(UserError, match="its layers hand on .* leave speculator.base_layers out"):
+            model.hidden_states(tokens, torch.zeros_like(tokens))
+        model.give_layers([])
+    else:
+        inner = torch.cat(theirs.get_decoder()(tokens, output_hidden_states=True).hidden_states[:-1], dim=-1)
+        given = model.hidden_states(tokens, torch.zeros_like(tokens))[..., model.width :]
+        assert ((given - inner).norm(dim=-1) / inner.norm(dim=-1)).max() < 1e-4
+
+
 @pytest.mark.parametrize("label", MODELS)
 @torch.no_grad()
 def test_an_architecture_is_as_transformers_has_it_or_refused_as_the_table_says(tmp_path, label):
@@ -56,6 +69,7 @@ def test_an_architecture_is_as_transformers_has_it_or_refused_as_the_table_says(
     logits = torch.cat([theirs(piece).logits for piece in pieces], dim=1)
     for ours, right in ((states, expected), (model.logits(states), logits)):
         assert ((ours - right).norm(dim=-1) / right.norm(dim=-1)).max() < 1e-4
+    check_inner_layers(model, theirs, tokens, label)
     prompt = tokens[0, :30]
     text = greedy(theirs, prompt, NEW_TOKENS + 4)
     for proposer in (None, Planted([text], 96, 3, lambda _, step: step % 4, branches=2)):

@@ -122,19 +122,23 @@ def test_a_row_of_other_tokens_under_the_same_number_is_computed_again(counted, 
     assert counted.rows == 4
 
 
-def test_a_cache_of_another_base_model_dtype_or_backend_is_not_believed(counted, opened, model_dir, other_model_dir, capsys):
+def test_a_cache_of_another_base_model_dtype_backend_or_other_layers_is_not_believed(counted, opened, model_dir, other_model_dir, capsys):
     batch = batch_of([0, 1], counted)
     check(opened(), batch)
     others = [
         BaseModel(str(other_model_dir), dtype="float32", device="cpu"),
         BaseModel(str(model_dir), dtype="bfloat16", device="cpu"),
         BaseModel(str(model_dir), dtype="float32", backend="transformers", device="cpu"),
+        *(BaseModel(str(model_dir), dtype="float32", device="cpu") for _ in range(2)),
     ]
+    others[-2].give_layers([0])
+    others[-1].give_layers([1])
     for other in others:
         other = Counted(other)
         opened(other)(batch)
         assert other.rows == 2
-    assert capsys.readouterr().err.count("another base model, dtype or backend") == 3
+    check(opened(other), batch)
+    assert other.rows == 2 and capsys.readouterr().err.count("another base model, dtype or backend") == 5
 
 
 def test_what_was_kept_without_checksums_is_not_believed(counted, opened, tmp_path, base_model):

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 # One step: four micro-batches of one row in phase 1, of two continuations in phase 2; shards of five prompts, which nothing divides.
 STEP = {
-    "speculator.pointer.width": 16, "phase1.batch_size": 1, "phase2.batch_size": 2, "generation.batch_size": 5, "schedule.steps": 9,
-    "log_every": 1,
+    "speculator.pointer.width": 16, "speculator.base_layers": "[1]", "phase1.batch_size": 1, "phase2.batch_size": 2,
+    "generation.batch_size": 5, "schedule.steps": 9, "log_every": 1,
 }  # fmt: skip
 WAYS = {
     2: {"replicate": {}, "shard": {"parallel.base_model": "shard", "parallel.speculator": "shard"}},

@@ -165,7 +165,13 @@ def large(tmp_path_factory):
     [
         ("hidden_state", 1, {"schedule.pattern": "[[phase1, 1]]"}),
         ("mlp", 1, {"schedule.pattern": "[[phase1, 1]]", "speculator.inner_dim": 384, "phase1.batch_size": 4}),
-        ("hidden_state", 1, {"schedule.pattern": "[[phase2, 1]]", "generation.batch_size": 64, "generation.max_new_tokens": 32}),
+        (
+            "hidden_state", 1,
+            {
+                "schedule.pattern": "[[phase2, 1]]", "generation.batch_size": 64, "generation.max_new_tokens": 32,
+                "speculator.base_layers": "[0, 3, 6]",
+            },
+        ),
         (
             "mlp", 2,
             {

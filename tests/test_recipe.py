@@ -19,7 +19,7 @@ TWO = """
   why: what the others are compared with
 - name: phase 1 alone
   why: text of the base model's own may not be needed
-  set: ["schedule.pattern=[[phase1, 1]]", "phase1.loss.only_accepted=true"]
+  set: ["schedule.pattern=[[phase1, 1]]", "phase1.loss.only_accepted=true", "speculator.base_layers=[1]"]
 """
 
 

@@ -17,11 +17,11 @@ def mlp(base_model, **changes):
     return MLPSpeculator(base_model.width, base_model.vocab_size, **dict(n_predict=3, inner_dim=16) | changes)
 
 
-def hidden_state(base_model, n_predict=3):
+def hidden_state(base_model, n_predict=3, base_layers=()):
     torch.manual_seed(2)
-    draft_ids = torch.arange(0, base_model.vocab_size, 2)
+    draft_ids, state_scale = torch.arange(0, base_model.vocab_size, 2), torch.rand(base_model.width * (1 + len(base_layers))) + 0.5
     speculator = HiddenStateSpeculator(
-        base_model.width, base_model.vocab_size, draft_ids, torch.rand(base_model.width) + 0.5, n_predict, width=12, inner_dim=20
+        base_model.width, base_model.vocab_size, draft_ids, state_scale, n_predict, width=12, inner_dim=20, base_layers=base_layers
     )
     for trunk in speculator.trunks:
         torch.nn.init.normal_(trunk.out.weight)
@@ -54,19 +54,23 @@ def propose(speculator, hidden, tokens):
     return DraftShape().proposer(speculator).propose(Step(hidden, tokens, [])).tokens
 
 
-def test_hidden_state_heads_predict_the_states_of_the_formulas(base_model):
-    speculator = hidden_state(base_model)
-    hidden, tokens = torch.randn(4, base_model.width), torch.tensor([[5, 9, 2], [1, 1, 1], [90, 3, 4], [7, 8, 95]])
+@pytest.mark.parametrize("layers", [(), (1, 2)])
+def test_hidden_state_heads_predict_the_states_of_the_formulas(base_model, layers):
+    speculator, d = hidden_state(base_model, base_layers=layers), base_model.width
+    hidden, tokens = torch.randn(4, d * (1 + len(layers))), torch.tensor([[5, 9, 2], [1, 1, 1], [90, 3, 4], [7, 8, 95]])
     weights = {name: value.double() for name, value in speculator.state_dict().items()}
-    sigma, embedding = weights["state_scale"], base_model.embedding_weight.double()
+    sigma, *sigmas = weights["state_scale"].split(d)
+    embedding = base_model.embedding_weight.double()
     embedding = embedding / embedding.square().mean().sqrt()
     norm = lambda x: x / torch.sqrt((x * x).mean() + 1e-6)  # noqa: E731
     for row, (h, line) in enumerate(zip(hidden.double(), tokens)):
         z = y = torch.zeros(0, dtype=torch.float64)
+        h, *inner = h.split(d)
+        read = torch.cat([norm(part) / own for part, own in zip(inner, sigmas)]) if layers else h / sigma
         for i, token in enumerate(line):
             own = {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"trunks.{min(i, 1)}.")}
             before = [z / sigma, y] if i else []
-            x = own["mix.weight"] @ torch.cat([h / sigma, *before, embedding[token]])
+            x = own["mix.weight"] @ torch.cat([read, *before, embedding[token]])
             gate = own["gate.weight"] @ norm(x)
             y = norm(x + own["down.weight"] @ (gate * gate.sigmoid() * (own["up.weight"] @ norm(x))))
             z = sigma * (own["out.weight"] @ y + own["out.bias"])
@@ -85,12 +89,15 @@ def test_a_proposed_chain_is_what_the_trained_heads_find_likeliest(base_model, f
         assert torch.equal(chain[:, i], best if speculator.draft_ids is None else speculator.draft_ids[best])
 
 
-@pytest.mark.parametrize("n_predict", [1, 3])
-def test_a_hidden_state_speculator_survives_saving_and_drafts_the_same(tmp_path, base_model, n_predict):
-    speculator = hidden_state(base_model, n_predict)
+@pytest.mark.parametrize("n_predict, layers", [(1, ()), (3, ()), (3, (0, 2))])
+def test_a_hidden_state_speculator_survives_saving_and_drafts_the_same(tmp_path, base_model, n_predict, layers):
+    speculator = hidden_state(base_model, n_predict, layers)
     save_speculator(tmp_path, speculator, describe(speculator, base_model))
     loaded = load_speculator(tmp_path, base_model)
-    hidden, tokens = torch.randn(5, base_model.width), torch.arange(5)
+    assert base_model.inner_layers == loaded.base_layers == layers
+    assert ("base_layers" in json.loads((tmp_path / "config.json").read_text())) == bool(layers)
+    hidden, tokens = torch.randn(5, base_model.state_width), torch.arange(5)
+    base_model.give_layers(())
     assert torch.equal(propose(loaded, hidden, tokens), propose(speculator, hidden, tokens))
     assert torch.equal(loaded.draft_ids, speculator.draft_ids)
 
@@ -195,6 +202,7 @@ def test_weights_that_the_config_does_not_name_are_not_read(tmp_path, base_model
 WRONG_VALUES = [
     ("width", "16"), ("width", 10**12), ("width", 0), ("width", 12.5), ("width", True), ("inner_dim", -1), ("draft_vocab_size", 10**12),
     ("n_predict", 10**9), ("n_predict", 0), ("emb_dim", None), ("model_type", ["x"]), ("base_model_fingerprint", 3),
+    ("base_layers", [2, 1]), ("base_layers", [-1, 2]), ("base_layers", "2"),
 ]  # fmt: skip
 
 
@@ -204,6 +212,15 @@ def test_a_value_of_a_config_that_can_not_be_is_refused_by_its_key(tmp_path, bas
     save_speculator(tmp_path, speculator, describe(speculator, base_model))
     edit_config(tmp_path, **{key: value})
     refused(tmp_path, base_model, f"config.json: .*{key}")
+
+
+def test_a_speculator_that_reads_layers_of_a_deeper_base_model_is_refused_before_it_is_loaded(tmp_path, base_model):
+    speculator = hidden_state(base_model)
+    save_speculator(tmp_path, speculator, describe(speculator, base_model))
+    edit_config(tmp_path, base_layers=[0, 5])
+    refused(tmp_path, base_model, "reads a base model of 5 layers, .*base has 2")
+    with pytest.raises(UserError, match="reads a base model of 5 layers"):
+        check_speculator(tmp_path, base_model.name)
 
 
 def test_sizes_larger_than_the_files_are_refused_before_memory_is_asked_for(tmp_path, base_model):

@@ -25,6 +25,7 @@ from openai import APIConnectionError, OpenAI
 from test_house import ROOT
 from transformers import AutoTokenizer
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import interfaces
 from vllm_helpers import SIZES, write_published
 
 from fms_spec.base_model import BaseModel
@@ -39,11 +40,23 @@ def configure(place, speculator, **settings):
     return EngineArgs(str(place / "base_model"), dtype="float32", speculative_config=speculative).create_engine_config()
 
 
-def test_a_speculator_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, served):
+def test_a_speculator_that_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, served, monkeypatch):
     for settings in ({}, {"method": "mlp_speculator"}):
         assert configure(served, served / "mlp_tied", **settings).speculative_config.method == "eagle"
     with pytest.raises(ValueError, match=r"num_speculative_tokens 6: speculator .*hidden_state has 3 heads; ask for at most as many"):
         configure(served, served / "hidden_state", num_speculative_tokens=6)
+    assert configure(served, served / "layers").speculative_config.method == "eagle3"
+    with monkeypatch.context() as patch:
+        patch.setattr(interfaces, "supports_eagle3", lambda target: False)
+        with pytest.raises(
+            ValueError, match=r"speculator .*layers reads inner layers \(speculator.base_layers\), and vLLM's LlamaForCausalLM"
+        ):
+            configure(served, served / "layers")
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        with pytest.raises(
+            ValueError, match="pointer copies from the text, which vLLM's V2 runner can't do; unset VLLM_USE_V2_MODEL_RUNNER"
+        ):
+            configure(served, served / "pointer")
     write_model(tmp_path / "base_model", seed=1, **SIZES)
     with pytest.raises(ValueError, match="hidden_state was trained for .*base_model .fingerprint"):
         configure(tmp_path, served / "hidden_state")

@@ -93,7 +93,7 @@ def save_speculator(directory: Path | str, speculator: Speculator, config: dict[
 
 
 def load_speculator(directory: Path | str, base_model: FrozenModel) -> Speculator:
-    """A speculator ready to propose: attached, in the base model's dtype and on its device.
+    """A speculator ready to propose: attached, in the base model's dtype and on its device; the base model gives it what it reads.
 
     Raises:
         UserError: not a speculator directory, damaged weights, or one that was trained for another base model.
@@ -101,8 +101,10 @@ def load_speculator(directory: Path | str, base_model: FrozenModel) -> Speculato
     directory = local_directory("speculator", directory)
     config = read_speculator_config(directory)
     check_base_model(directory, config, base_model.name, base_model.fingerprint, (base_model.width, base_model.vocab_size))
+    check_layers(directory, config, base_model.name, base_model.layers)
     speculator = read_speculator(directory, config).to(device=base_model.device, dtype=base_model.dtype)
     speculator.attach(base_model)
+    base_model.give_layers(speculator.base_layers)
     return speculator
 
 
@@ -167,13 +169,14 @@ def check_speculator(directory: Path | str, base_model: Path | str) -> dict[str,
         base_model: its directory or hub name.
 
     Raises:
-        UserError: as `resolve_base_model`, `read_config`, `check_base_model` and `check_weights`.
+        UserError: as `resolve_base_model`, `read_config`, `check_base_model`, `check_layers` and `check_weights`.
     """
     directory = local_directory("speculator", directory)
     config = read_speculator_config(directory)
     path = resolve_base_model(base_model)
     base_config = read_config(path)
     check_base_model(directory, config, base_model, fingerprint(path), (base_config.hidden_size, base_config.vocab_size))
+    check_layers(directory, config, base_model, base_config.num_hidden_layers)
     check_weights(directory, config)
     return config
 
@@ -199,3 +202,11 @@ def check_base_model(
             f"speculator {directory} (for {trained_for}) fits a base model of width {expected[0]} and vocabulary {expected[1]}, "
             f"{name} has {sizes[0]} and {sizes[1]}"
         )
+
+
+def check_layers(directory: Path | str, config: dict[str, Any], name: Path | str, layers: int) -> None:
+    """Refuse a speculator that reads inner layers of a base model with more or fewer of them than `name` has."""
+    read = config.get("base_layers")
+    if read and read[-1] != layers:
+        asked = f"speculator {directory} reads a base model of {read[-1]} layers"
+        raise UserError(f"{asked}, {name} has {layers}; use the base model it was trained for")

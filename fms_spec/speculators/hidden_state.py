@@ -1,6 +1,6 @@
 """Attached heads that stay in the base model's own hidden space, without attention and without a cache.
 
-Shapes: m positions, d base width, w trunk width, f inner width, r draft vocabulary.
+Shapes: m positions, d base width, w trunk width, f inner width, r draft vocabulary, l inner layers that are read.
 
 Head i predicts the state from which the base model itself would predict the head's token, and reads it out with the base model's frozen
 lm_head on a pruned draft vocabulary. Only what leads to that state is trained:
@@ -11,12 +11,18 @@ lm_head on a pruned draft vocabulary. Only what leads to that state is trained:
 
 n: RMS norm without parameters; sigma: standard deviation of each coordinate of the base model's states; e: frozen embedding, scaled to
 unit RMS. O and o start at zero, so an untrained head holds all tokens equally likely.
+
+With `base_layers` the residual stream that enters these layers, and what leaves the last one, takes the place of h_t: each is normed by n
+and divided by a sigma of its own. What leaves the last layer is h_t before the final norm, whose weights A_0 and A_1 take in: an engine
+that serves such heads need hand over residual streams alone. The states that are predicted are those after the final norm as ever.
 """
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 from torch import nn
 from torch.nn import functional as F
 
@@ -58,12 +64,27 @@ class Trunk(nn.Module):
         return self.out(y), y
 
 
+def ascending(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids, if each is larger than the one before; raises pydantic's error otherwise."""
+    if list(ids) != sorted(set(ids)):
+        raise PydanticCustomError("ascending", "Input should be layers in ascending order, none of them twice")
+    return ids
+
+
+Layers = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=2**16)], ...],
+    BeforeValidator(lambda ids: tuple(ids) if isinstance(ids, list) else ids),  # YAML has lists only, and strict pydantic wants tuples
+    AfterValidator(ascending),
+]
+
+
 class HiddenStateSettings(Settings):
     family: Literal["hidden_state"]
     width: Side = 768  # of the trunk
     inner_dim: Side = 4096
     draft_vocab_size: int | None = Field(None, ge=2)  # the most frequent tokens of the corpus; None keeps all
     pointer: PointerSettings | None = None  # onto the text; None: nothing is copied
+    base_layers: Layers = Field((), exclude_if=lambda ids: not ids)  # whose input is read; none: a run is recorded as before there were any
 
 
 class HiddenStateSizes(Sizes):
@@ -71,13 +92,15 @@ class HiddenStateSizes(Sizes):
     width: Size
     inner_dim: Size
     pointer_width: int = Field(0, ge=0, le=2**24)  # 0: no pointer
+    base_layers: Layers = ()  # the last is how many the base model has
 
 
 class HiddenStateSpeculator(Speculator):
     """See the module's formulas.
 
     Args:
-        emb_dim: d. vocab_size: of the base model. draft_ids: int64 [r], ascending. state_scale: sigma, [d]. width: w. inner_dim: f.
+        emb_dim: d. vocab_size: of the base model. draft_ids: int64 [r], ascending. state_scale: sigma, [(1 + l) d], of the final states,
+        then of what each of `base_layers` is when it has been normed. width: w. inner_dim: f. base_layers: l ids, see `inner_states`.
     """
 
     name, model_type, architecture = "hidden_state", "hidden_state_speculator", "HiddenStateSpeculator"
@@ -97,33 +120,46 @@ class HiddenStateSpeculator(Speculator):
         width: int = 768,
         inner_dim: int = 1536,
         pointer_width: int = 0,
+        base_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.emb_dim, self.vocab_size, self.n_predict, self.width, self.inner_dim = emb_dim, vocab_size, n_predict, width, inner_dim
         self.register_buffer("draft_ids", draft_ids)
         self.register_buffer("state_scale", state_scale)
-        self.distinct_heads = min(2, n_predict)
-        inputs = (2 * emb_dim, 3 * emb_dim + width)[: self.distinct_heads]
+        self.distinct_heads, self.base_layers = min(2, n_predict), tuple(base_layers)
+        read = emb_dim * max(1, len(self.base_layers))
+        inputs = (read + emb_dim, read + 2 * emb_dim + width)[: self.distinct_heads]
         self.trunks = nn.ModuleList(Trunk(size, width, inner_dim, emb_dim) for size in inputs)
         self.context_width = pointer_width
         if pointer_width:
             self.pointer = Pointer(emb_dim, width, pointer_width)
 
     @classmethod
+    def base_layers_of(cls, settings: Any, base_model: Any) -> tuple[int, ...]:
+        """Those of the settings, and the last layer's output."""
+        if not settings.base_layers:
+            return ()
+        deepest, count = settings.base_layers[-1], base_model.layers
+        if deepest >= count:
+            raise UserError(f"speculator.base_layers {deepest}: the base model has {count} layers; give some of 0 to {count - 1}")
+        return *settings.base_layers, count
+
+    @classmethod
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
         """The draft vocabulary is the corpus' most frequent tokens, and sigma the spread of its states."""
         d, v = base_model.width, base_model.vocab_size
-        size = settings.draft_vocab_size or v
+        size, layers = settings.draft_vocab_size or v, cls.base_layers_of(settings, base_model)
         if size > v:
             raise UserError(f"speculator.draft_vocab_size {size} is over the base model's vocabulary, {v}")
         if corpus is None:
-            draft_ids, state_scale = torch.zeros(size, dtype=torch.int64), torch.ones(d)
+            draft_ids, state_scale = torch.zeros(size, dtype=torch.int64), torch.ones(d * (1 + len(layers)))
         else:
             draft_ids = most_frequent(corpus.token_counts, size, base_model)
             assert corpus.states is not None
-            state_scale = corpus.states.std(0) + STATE_SCALE_FLOOR
+            final, *inner = corpus.states.split(d, dim=-1)
+            state_scale = torch.cat([final.std(0), *(rms(part).std(0) for part in inner)]) + STATE_SCALE_FLOOR
         pointer_width = settings.pointer.width if settings.pointer else 0
-        return cls(d, v, draft_ids, state_scale, settings.n_predict, settings.width, settings.inner_dim, pointer_width)
+        return cls(d, v, draft_ids, state_scale, settings.n_predict, settings.width, settings.inner_dim, pointer_width, layers)
 
     def attach(self, base_model: BaseWeights) -> None:
         device = self.draft_ids.device
@@ -143,7 +179,11 @@ class HiddenStateSpeculator(Speculator):
         return self.draft_index[tokens]
 
     def start(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> State:
-        return (hidden / self.state_scale).to(hidden.dtype), None, None, before, None
+        scale = self.state_scale
+        if self.base_layers:
+            read = len(self.base_layers) * self.emb_dim
+            hidden, scale = rms(hidden[:, -read:].unflatten(-1, (-1, self.emb_dim))).flatten(-2), scale[-read:]
+        return (hidden / scale).to(hidden.dtype), None, None, before, None
 
     def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
         hidden, *drafted, newest, _ = state
@@ -153,7 +193,7 @@ class HiddenStateSpeculator(Speculator):
         return hidden, predicted, inner, tokens, newest
 
     def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return read_out(state[1] * self.state_scale, self.frozen[1]), self.frozen[1]
+        return read_out(state[1] * self.final(self.state_scale), self.frozen[1]), self.frozen[1]
 
     def keep(self, states: torch.Tensor, recent: Recent) -> torch.Tensor:
         return self.pointer.keys(recent, states.dtype)
@@ -175,20 +215,24 @@ class HiddenStateSpeculator(Speculator):
 
     def state_distance(self, features: torch.Tensor, target_states: torch.Tensor) -> torch.Tensor:
         """Smooth L1 between predicted and true states, in units of sigma (a few coordinates are fifty times the others): fp32 [m]."""
-        scale = self.state_scale.float()
+        scale = self.final(self.state_scale).float()
         return F.smooth_l1_loss(features[:, : self.emb_dim].float() / scale, target_states.float() / scale, reduction="none").mean(-1)
 
     def saved_config(self) -> dict[str, Any]:
+        more: dict[str, Any] = {"pointer_width": self.context_width} if self.context_width else {}
+        if self.base_layers:
+            more["base_layers"] = list(self.base_layers)
         return {
             "model_type": self.model_type, "architectures": [self.architecture], "emb_dim": self.emb_dim, "vocab_size": self.vocab_size,
             "draft_vocab_size": len(self.draft_ids), "n_predict": self.n_predict, "width": self.width, "inner_dim": self.inner_dim,
-        } | ({"pointer_width": self.context_width} if self.context_width else {})  # fmt: skip
+        } | more  # fmt: skip
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         sizes = cls.sizes.model_validate(config).model_dump()
         draft_ids = torch.zeros(sizes.pop("draft_vocab_size"), dtype=torch.int64)
-        return cls(draft_ids=draft_ids, state_scale=torch.ones(sizes["emb_dim"]), **sizes)
+        state_scale = torch.ones(sizes["emb_dim"] * (1 + len(sizes["base_layers"])))
+        return cls(draft_ids=draft_ids, state_scale=state_scale, **sizes)
 
     def load_published_state(self, tensors: dict[str, torch.Tensor]) -> None:
         super().load_published_state(tensors)

@@ -1,6 +1,7 @@
 """The small interface behind which every family of attached heads stands.
 
-Shapes: m positions (of a row in training, of a batch in decoding), d base width, k feature width, r draft vocabulary.
+Shapes: m positions (of a row in training, of a batch in decoding), d base width, s width of the states that the base model gives, which is
+d, or (1 + layers) d of heads with `base_layers`; k feature width, r draft vocabulary.
 
 Alignment, the same in training and decoding: h_t is the base model's state after its final norm at position t. Head i (from 0) has
 seen h_t and the tokens x_{t+1} ... x_{t+1+i}, and predicts x_{t+2+i}.
@@ -61,7 +62,7 @@ class Settings(Section):
 class Corpus:
     """What untrained heads are given of the text they will be trained on.
 
-    token_counts: int64 [tokenizer vocabulary], how often each token stands in it. states: fp32 [m, d] on the CPU, the base model's over a
+    token_counts: int64 [tokenizer vocabulary], how often each token stands in it. states: fp32 [m, s] on the CPU, the base model's over a
     family's `sample_rows`; None where it wants none.
     """
 
@@ -85,6 +86,7 @@ class Speculator(nn.Module):
     sample_rows = 0  # corpus rows whose states `build` is to be given
     needs_embedding = False  # whether `attach` takes the base model's token embedding; the lm_head is there in any case
     predicts_states = False  # whether there is a `state_distance`
+    base_layers: tuple[int, ...] = ()  # what `BaseModel.give_layers` is to be told, and `start` is given behind the final states
     context_width = 0  # w of what `keep` keeps of each slot of a text, see `context`; 0: nothing is kept
     emb_dim: int  # d
     vocab_size: int
@@ -93,12 +95,21 @@ class Speculator(nn.Module):
     draft_ids: Any  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
 
     @classmethod
+    def base_layers_of(cls, settings: Any, base_model: Any) -> tuple[int, ...]:
+        """The `base_layers` that heads of these settings will have, for the states that `build` is to be given; arguments as there.
+
+        Raises:
+            UserError: a layer that the base model hasn't.
+        """
+        return ()
+
+    @classmethod
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
         """Untrained heads, not attached yet, drawn from torch's global generator.
 
         Args:
-            settings: of the class's `settings`. base_model: a `BaseModel`, or whatever has its width and vocab_size. corpus: None where
-            only sizes count, as in a plan.
+            settings: of the class's `settings`. base_model: a `BaseModel`, or whatever has its width, vocab_size and layers. corpus: None
+            where only sizes count, as in a plan.
 
         Raises:
             UserError: settings that don't fit the base model.
@@ -114,18 +125,22 @@ class Speculator(nn.Module):
     def attach(self, base_model: BaseWeights) -> None:
         """Take what is frozen and shared (embedding, lm_head) from the base model. Nothing of it is trained or saved."""
 
+    def final(self, states: torch.Tensor) -> torch.Tensor:
+        """Those after the base model's final norm, of states [..., s]: [..., d]."""
+        return states[..., : states.shape[-1] // (1 + len(self.base_layers))]
+
     def teacher_weight(self, base_model: BaseWeights) -> torch.Tensor:
         """The base model's lm_head on the draft vocabulary: [r, d], or [r, d + 1]; see `read_out.with_bias`."""
         return base_model.output_weight if self.draft_ids is None else base_model.output_weight[self.draft_ids]
 
     @torch.no_grad()
     def best_base_tokens(self, base_model: BaseWeights, states: torch.Tensor) -> torch.Tensor:
-        """The base model's own best next token within the draft vocabulary: states [..., d] -> int64 [...].
+        """The base model's own best next token within the draft vocabulary: states [..., s] -> int64 [...].
 
         Like the losses' logits, these are there for `losses.CHUNK` positions at a time: of a micro-batch of 8 x 4,096 with 128k tokens all
         would be 8.4 GB in bf16.
         """
-        weight = self.teacher_weight(base_model)
+        weight, states = self.teacher_weight(base_model), self.final(states)
         best = torch.cat([F.linear(read_out(rows, weight), weight).argmax(-1) for rows in states.flatten(0, -2).split(CHUNK)])
         best = best.view(states.shape[:-1])
         return best if self.draft_ids is None else self.draft_ids[best]
@@ -135,11 +150,11 @@ class Speculator(nn.Module):
         return tokens
 
     def keep(self, states: torch.Tensor, recent: Recent) -> torch.Tensor:
-        """Of families with a `context_width`: what is kept of slots, [..., w]: states [..., d], recent of as many."""
+        """Of families with a `context_width`: what is kept of slots, [..., w]: states [..., s], recent of as many."""
         raise NotImplementedError
 
     def start(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> State:
-        """Running state before any token is seen: hidden [m, d]; before int64 [m], the token it is the state of, -1 for none.
+        """Running state before any token is seen: hidden [m, s]; before int64 [m], the token it is the state of, -1 for none.
 
         Families that keep a context are given `before`, others aren't.
         """
@@ -206,7 +221,7 @@ class Speculator(nn.Module):
         """Training forward: yield each head's (features, weight, what `point` says or None).
 
         Args:
-            hidden: [m, d] states h_t. tokens: int64 [m, >= n_predict], x_{t+1} onwards. counts: head i goes on with the first
+            hidden: [m, s] states at t. tokens: int64 [m, >= n_predict], x_{t+1} onwards. counts: head i goes on with the first
             counts[i] positions only. before: as for `start`.
         """
         state = self.start(hidden) if before is None else self.start(hidden, before)

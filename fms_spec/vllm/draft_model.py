@@ -1,9 +1,10 @@
-"""The draft model that vLLM runs: attached heads behind its method `eagle`, which hands over the states after the final norm.
+"""The draft model that vLLM runs: attached heads behind its method `eagle`, which hands over the states after the final norm, or `eagle3`,
+which hands over the residual stream that enters chosen layers.
 
 vLLM runs a draft first on all tokens of a step, token x_{t+1} beside state h_t, takes each request's last row of what comes out, and goes
 on from there with a token a request: exactly head 0, then the later ones.
 
-Shapes: n tokens of a pass, b requests, d base width, r draft vocabulary, v vocabulary.
+Shapes: n tokens of a pass, b requests, d width of what is handed over, r draft vocabulary, v vocabulary.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.platforms import current_platform
 
 from fms_spec.read_out import with_bias
@@ -30,7 +32,7 @@ class AttachedHeads(nn.Module):
     has_own_embed_tokens = has_own_lm_head = False  # so vLLM puts the base model's in their places
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if current_platform.is_cpu():
             mend_sampling()
         settings = vllm_config.speculative_config
@@ -120,6 +122,14 @@ class AttachedHeads(nn.Module):
         for head in range(1, self.speculator.distinct_heads):
             found = chosen(heads >= head, of_head(head), found)
         return found
+
+
+class AttachedHeadsOnLayers(AttachedHeads, Eagle3LlamaForCausalLM):
+    """The same behind vLLM's method `eagle3`, of whose models it must be one, for heads that read inner layers."""
+
+    def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[n, layers d], as vLLM hands them over and `Speculator.start` takes them."""
+        return hidden_states
 
 
 def known_head(batch: Pass | None) -> int | None:

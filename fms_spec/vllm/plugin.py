@@ -10,7 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,20 @@ from transformers import PretrainedConfig
 from fms_spec.vllm.versions import installed_vllm
 
 METHOD = "eagle"  # hands a draft the states after the final norm, and asks nothing of the base model's class
-UNDERSTOOD = (None, METHOD, "mlp_speculator")  # what a speculative_config may say; the last is what IBM's cards say
+INNER = "eagle3"  # hands it the residual stream that enters chosen layers, where the base model's class can
+UNDERSTOOD = (None, METHOD, INNER, "mlp_speculator")  # what a speculative_config may say; the last is what IBM's cards say
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's own variable
 
 
 class AttachedHeadsConfig(PretrainedConfig):
     """What vLLM reads a speculator's config.json into."""
 
-    def __init__(self, emb_dim: int = 1, n_predict: int = 1, **values: Any) -> None:
+    def __init__(self, emb_dim: int = 1, n_predict: int = 1, base_layers: Sequence[int] = (), **values: Any) -> None:
         super().__init__(**values)
-        self.hidden_size, self.n_predict = emb_dim, n_predict
+        self.hidden_size, self.n_predict = emb_dim * max(1, len(base_layers)), n_predict
+        self.eagle_aux_hidden_state_layer_ids = list(base_layers)
         self.num_hidden_layers, self.num_attention_heads, self.head_dim = 1, 5040, 1  # of none, but split evenly over any ranks
-        self.architectures = ["EagleAttachedHeads"]
+        self.architectures = ["Eagle3AttachedHeads" if base_layers else "EagleAttachedHeads"]
 
 
 def register() -> None:
@@ -45,9 +47,10 @@ def register() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from fms_spec.speculators.registry import FAMILIES
-    from fms_spec.vllm.draft_model import AttachedHeads
+    from fms_spec.vllm.draft_model import AttachedHeads, AttachedHeadsOnLayers
 
     ModelRegistry.register_model("EagleAttachedHeads", AttachedHeads)
+    ModelRegistry.register_model("Eagle3AttachedHeads", AttachedHeadsOnLayers)
     for family in FAMILIES.values():
         _CONFIG_REGISTRY[family.model_type] = AttachedHeadsConfig
     if not hasattr(SpeculativeConfig.__init__, "fms_spec"):
@@ -62,7 +65,7 @@ def checked(original: Callable[..., None]) -> Callable[..., None]:
         config = config_of_ours(**settings)
         if config:
             check_wish(settings, config)
-            settings["method"] = METHOD
+            settings["method"] = INNER if config.get("base_layers") else METHOD
         original(self, *arguments, **settings)
         if config:
             check(self)
@@ -110,12 +113,15 @@ def check(settings: Any) -> None:
         settings: `SpeculativeConfig`. Its draft model becomes a local directory, downloaded where it was a hub name.
 
     Raises:
-        UserError: another base model, other sizes, altered weights, or a split that leaves the heads without what they share with the
-        base model.
+        UserError: another base model, other sizes, altered weights, inner layers of a model that doesn't give them, or a split that
+        leaves the heads without what they share with the base model.
     """
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
     from fms_spec.errors import UserError
     from fms_spec.hub import local_directory
-    from fms_spec.speculators.directory import check_base_model, check_weights, read_speculator_config
+    from fms_spec.speculators.directory import check_base_model, check_layers, check_weights, read_speculator_config
     from fms_spec.speculators.registry import family_of
 
     draft, target = settings.draft_model_config, settings.target_model_config
@@ -123,7 +129,11 @@ def check(settings: Any) -> None:
     config = read_speculator_config(draft.model)
     sizes = (target.get_hidden_size(), target.get_vocab_size())
     check_base_model(draft.model, config, target.model, fingerprint_of(target), sizes)
+    check_layers(draft.model, config, target.model, target.get_total_num_hidden_layers())
     check_weights(draft.model, config)
+    if settings.method == INNER and not supports_eagle3(target_class := ModelRegistry.resolve_model_cls(target.architectures, target)[0]):
+        what = f"vLLM's {target_class.__name__} doesn't give its inner layers"
+        raise UserError(f"speculator {draft.model} reads inner layers (speculator.base_layers), and {what}; train it without")
     stages = settings.target_parallel_config.pipeline_parallel_size
     if stages > 1 and (family_of(config["model_type"]).needs_embedding or config.get("pointer_width")):
         mend = "split by tensor_parallel_size instead"

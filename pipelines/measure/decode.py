@@ -138,7 +138,7 @@ def contexts(base_model, speculator):
             kept = ContextCache(speculator, 1, held, base_model.dtype, device)
             kept.tokens.random_(base_model.vocab_size)
             context = kept.seen(torch.tensor([held], device=device), held)
-        hidden = torch.randn(1, base_model.width, dtype=base_model.dtype, device=device)
+        hidden = torch.randn(1, base_model.state_width, dtype=base_model.dtype, device=device)
         step = Step(hidden, torch.zeros(1, dtype=torch.int64, device=device), [[]], context=context)
         forward = partial(forward_at(base_model, held, chain.nodes + 1), chain.nodes + 1)
         seconds = median_seconds({"drafting": partial(chain.propose, step), "verifying": forward}, device, REPEATS, left_out=1)

@@ -11,6 +11,7 @@ from data.reader import RowReader, read_manifest, read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError, first_difference
 from fms_spec.files import OWNER, owned, read_json, write_json, write_whole
+from fms_spec.speculators.registry import FAMILIES
 from pipelines.config import FILL_ROWS, load_config
 from pipelines.machine.environment import environment
 from pipelines.measure.recipe import SharedStates, averaged, digest, judge, read_results, read_variants, shared_values
@@ -46,11 +47,15 @@ def run_missing(variants, base, out_dir, overrides):
         base_model = BaseModel(base.base_model.name, dtype=base.base_model.dtype, backend=base.base_model.backend)
         claim(out_dir, base)
         lookahead = max(config.speculator.n_predict for _, config in variants.values())
-        validation = Validation(base_model, prompts, base.validation.max_new_tokens, lookahead)
+        validations = {}  # by the inner layers whose states they hold
     for name, (variant, config) in missing.items():
+        layers = FAMILIES[config.speculator.family].base_layers_of(config.speculator, base_model)
+        if layers not in validations:
+            base_model.give_layers(layers)
+            validations[layers] = Validation(base_model, prompts, base.validation.max_new_tokens, lookahead)
         print(f"== {name}: {variant.why}", flush=True)
         line = {"variant": name, "why": variant.why, "overrides": [*overrides, *variant.set]}
-        line |= run_variant(config, base_model, validation, out_dir)
+        line |= run_variant(config, base_model, validations[layers], out_dir)
         lines[name] = {"benchmark": "recipe"} | line | {"environment": measured_on}
         before = results.read_bytes() if results.is_file() else b""
         write_whole(results, before + json.dumps(lines[name]).encode() + b"\n")
@@ -98,6 +103,8 @@ def run_variant(config, base_model, validation, out_dir):
 def share_states(trainer, config, directory, name):
     """Have the trainer read its hidden states from the variants' cache, and fill that with what the run will read.
 
+    Variants with the same inner layers share one.
+
     Returns:
         {what: tokens that pass through the base model}, whether this variant or one before it paid for them: rows; generation, prompts and
         what is written after them; continuations, the same texts once more for their states.
@@ -113,7 +120,8 @@ def share_states(trainer, config, directory, name):
     for phase, steps in trainer.phase_steps.items():
         reader, available, folder = readers[phase]
         settings = getattr(config, phase)
-        cache = HiddenStates(trainer.base_model, None, directory / folder, *sizes[phase], available)
+        kept = directory / "-".join([folder, *map(str, trainer.base_model.inner_layers)])
+        cache = HiddenStates(trainer.base_model, None, kept, *sizes[phase], available)
         count = -(-min(available, steps * settings.accumulate * settings.batch_size) // FILL_ROWS)
         if phase == "phase2":
             for index, begun in reader.needed(count):

@@ -23,11 +23,12 @@ def check_sizes(config, sizes, processes=1, memory=None):
         machine by default.
 
     Raises:
-        UserError: a step over the whole data, heads that no row is long enough for, a draft vocabulary over the base model's, validation
-        over its context, or heads and hidden states over the memory; and as `read_config`.
+        UserError: a step over the whole data, heads that no row is long enough for, a draft vocabulary or layers over the base model's,
+        validation over its context, or heads and hidden states over the memory; and as `read_config`.
     """
     memory = device_memory() if memory is None else memory
     base = read_config(resolve_base_model(config.base_model.name))
+    width = base.hidden_size * (1 + len(FAMILIES[config.speculator.family].base_layers_of(config.speculator, model_sizes(base))))
     heads, written = config.speculator.n_predict, config.generation.max_new_tokens
     tables = {
         "phase1": ("rows", sizes.rows, sizes.seq_length, sizes.seq_length - 1, "data prepared with a longer --seq_length"),
@@ -43,7 +44,7 @@ def check_sizes(config, sizes, processes=1, memory=None):
             )
         if new - heads < 1:
             raise UserError(f"speculator.n_predict {heads}: the last head finds no token in {phase}'s texts; take fewer, or {longer}")
-        states = read * length * base.hidden_size * DTYPES[config.base_model.dtype].itemsize
+        states = read * length * width * DTYPES[config.base_model.dtype].itemsize
         check_memory(states, memory, f"holding the hidden states of a step's {read:,} {what}", f"lower {phase}.batch_size or accumulate")
     needed = sizes.prompt_length + config.validation.max_new_tokens + heads
     if config.validation.prompts and needed > context_length(base):
@@ -58,9 +59,13 @@ def check_sizes(config, sizes, processes=1, memory=None):
 
 def count_weights(settings, base):
     """Trained weights of a family's settings on a base model's config; the heads are made without data."""
-    sizes = SimpleNamespace(width=base.hidden_size, vocab_size=base.vocab_size)
     with torch.device("meta"):
-        return sum(weight.numel() for weight in FAMILIES[settings.family].build(settings, sizes).parameters())
+        return sum(weight.numel() for weight in FAMILIES[settings.family].build(settings, model_sizes(base)).parameters())
+
+
+def model_sizes(base):
+    """What of a base model decides its heads' sizes, from its config."""
+    return SimpleNamespace(width=base.hidden_size, vocab_size=base.vocab_size, layers=base.num_hidden_layers)
 
 
 def check_memory(need, memory, what, mend):

@@ -60,7 +60,7 @@ class Plan:
             raise UserError(f"texts of {self.lengths['phase2']} tokens are over the context of {base.name}, {base.context_length}")
         self.masters = nbytes(self.run.speculator.parameters())
         tokens = {"phase1": (sizes.rows or 0) * sizes.seq_length, "phase2": (sizes.prompts or 0) * self.lengths["phase2"]}
-        kept = sum(tokens[phase] for phase in self.phases) * (base.width * itemsize + 1)  # one byte says whether it is the best token
+        kept = sum(tokens[phase] for phase in self.phases) * (base.state_width * itemsize + 1)  # one byte says whether it is the best token
         self.disk = kept if config.hidden_state_cache else 0
         self.moments = self.list_moments()
         self.worst = max(self.moments, key=lambda name: sum(self.moments[name].values()))
@@ -110,7 +110,7 @@ class Plan:
         if not rows:
             return attaching
         n = self.sizes.seq_length
-        kept = 2 * rows * n * self.run.base_model.width * 4 if self.device.heap > 1 else 0
+        kept = 2 * rows * n * self.run.base_model.state_width * 4 if self.device.heap > 1 else 0
         return max(self.run.forward(1, n).peak + kept, attaching)
 
     def states(self, phase):
@@ -119,7 +119,7 @@ class Plan:
 
     def micro_states(self, phase):
         base = self.run.base_model
-        return getattr(self.config, phase).batch_size * self.lengths[phase] * base.width * base.dtype.itemsize
+        return getattr(self.config, phase).batch_size * self.lengths[phase] * base.state_width * base.dtype.itemsize
 
     def of_phase(self, phase):
         """Moments of one phase's step."""
@@ -182,7 +182,8 @@ class Plan:
         away, times = 1 - 1 / self.base_shards, settings.accumulate
         fsdp = self.config.parallel.base_model in ("shard", "hybrid")
         split = 1 if fsdp else self.base_shards  # tensor parallel: each process does its part of every row of its group
-        states = 2 * 2 * self.micro_states(phase) * base.layers * self.base_shards  # a sum over the group after attention and after the MLP
+        states = self.micro_states(phase) * base.width // base.state_width
+        states = 2 * 2 * states * base.layers * self.base_shards  # a sum over the group after attention and after the MLP
         moved = away * (base.layer_bytes if fsdp else states)
         shared = 2 * self.masters * (1 - 1 / self.ranks.count)  # reduce-scatter and gather, or an all-reduce, in fp32
         parts = {

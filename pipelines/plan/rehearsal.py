@@ -3,7 +3,7 @@
 It is the run's own code that runs, so a plan can't drift from it. torch's fake tensors know shapes, dtypes and lifetimes and hold no
 bytes; of the base model's equal layers two are enough, and its config.json is all that is read.
 
-Shapes: b rows, n tokens, d base width.
+Shapes: b rows, n tokens, d width of the base model's states.
 """
 
 import weakref
@@ -151,7 +151,7 @@ class Rehearsal:
         base model's weights that the heads keep a copy of. building: `Cost` of attaching the heads.
 
     Raises:
-        UserError: no usable config.json, or a draft vocabulary over the base model's.
+        UserError: no usable config.json, or a draft vocabulary or layers over the base model's.
     """
 
     def __init__(self, base_section, speculator_section):
@@ -163,7 +163,9 @@ class Rehearsal:
                 with self.meter.measure() as cost:
                     self.base_model._settle()
                 self.tables = cost.kept
-                self.speculator = FAMILIES[speculator_section.family].build(speculator_section, self.base_model)
+                family = FAMILIES[speculator_section.family]
+                self.base_model.give_layers(family.base_layers_of(speculator_section, self.base_model))
+                self.speculator = family.build(speculator_section, self.base_model)
                 with self.meter.measure() as self.building:
                     self.speculator.attach(self.base_model)
         self.frozen = self.building.kept
@@ -243,7 +245,7 @@ class Rehearsal:
             seen, more = (torch.zeros(n, dtype=torch.int64), self.text(1, n, count)), [*self.speculator.point(state, 0), keys]
         weight_of_teacher = self.speculator.teacher_weight(self.base_model).to(dtype)
         given = (lambda _: teacher, weight_of_teacher, self.base_model.output_cap) if weights.teacher else (None, None, None)
-        teacher = read_out(self.states(1, count)[0], weight_of_teacher)
+        teacher = read_out(self.speculator.final(self.states(1, count)[0]), weight_of_teacher)
         self.meter.start, self.meter.cost.peak = self.meter.live, 0  # only the loss itself counts
         targets = [torch.zeros(count, dtype=torch.int64)]
         inputs = [value.detach() for value in (features, weight, *more)]
@@ -272,4 +274,4 @@ class Rehearsal:
         return Cost(cost.peak, cost.kept, int(cost.flops * times), int(cost.traffic * times))
 
     def states(self, b, n):
-        return torch.empty(b, n, self.base_model.width, dtype=self.base_model.dtype)
+        return torch.empty(b, n, self.base_model.state_width, dtype=self.base_model.dtype)

@@ -13,10 +13,13 @@ from pipelines.train.compiled import compile_base_model, compile_heads
 def build_speculator(config, base_model, processes):
     """An attached speculator with fp32 weights drawn from the config's seed, shared and compiled as the config says.
 
+    From here on the base model gives the states that it reads.
+
     Raises:
         UserError: settings that don't fit the base model.
     """
     family = FAMILIES[config.speculator.family]
+    base_model.give_layers(family.base_layers_of(config.speculator, base_model))
     corpus = Corpus(read_token_counts(config.data.dir), sample_states(config, base_model, family.sample_rows))
     torch.manual_seed(config.seed)
     speculator = family.build(config.speculator, base_model, corpus)
@@ -31,7 +34,7 @@ def build_speculator(config, base_model, processes):
 
 
 def sample_states(config, base_model, rows):
-    """The base model's states over so many rows of the corpus, padding left out: fp32 [m, d] on the CPU, or None for no rows."""
+    """The base model's states over so many rows of the corpus, padding left out: fp32 [m, s] on the CPU, or None for no rows."""
     if not rows:
         return None
     sample = next(RowReader(config.data.dir, batch_size=rows, seed=config.seed))

@@ -110,7 +110,7 @@ def claim(out_dir, config, processes, inputs, base_model, speculator, sizes):
     """Make `out_dir` this run's, now that all it needs is there, the disk's room included."""
     if processes.main:
         texts = sizes.prompts * (sizes.prompt_length + config.generation.max_new_tokens)
-        state = base_model.width * base_model.dtype.itemsize
+        state = base_model.state_width * base_model.dtype.itemsize
         kept = state * (sizes.rows * sizes.seq_length + texts) if config.hidden_state_cache else 0
         check_space(out_dir, speculator, config.checkpoint.keep, kept, texts * TOKEN_BYTES)
         claim_out_dir(out_dir, config, processes.count, inputs, environment())

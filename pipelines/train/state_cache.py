@@ -1,6 +1,6 @@
 """Hidden states for training: from the base model, or read again from files where the run keeps them.
 
-Shapes: b rows, n tokens, d base width.
+Shapes: b rows, n tokens, d width of the base model's states.
 """
 
 import json
@@ -38,12 +38,12 @@ class HiddenStates:
 
     def __init__(self, base_model, best_tokens, directory=None, rows=0, length=0, used=0):
         self.base_model, self.best_tokens, self.directory = base_model, best_tokens, directory and Path(directory)
-        self.nbytes = used * length * base_model.width * base_model.dtype.itemsize if directory else 0
+        self.nbytes = used * length * base_model.state_width * base_model.dtype.itemsize if directory else 0
         if directory:
             self.files, self.told, self.compared = {}, False, torch.zeros(rows, dtype=torch.bool)
             try:
-                self._settle_identity([rows, length, base_model.width])
-                self.states = self._map("states", (rows, length, base_model.width), base_model.dtype)
+                self._settle_identity([rows, length, base_model.state_width])
+                self.states = self._map("states", (rows, length, base_model.state_width), base_model.dtype)
                 self.greedy = self._map("greedy", (rows, length), torch.bool)
                 self.written = self._map("written", (rows,), torch.int64)  # checksums, 0 where there is no row
             except OSError as error:
@@ -51,9 +51,10 @@ class HiddenStates:
             self._allocate("written", 0, self.written.nbytes)
 
     def _settle_identity(self, shape):
-        """Forget what was kept of another base model, or in another layout; raises OSError."""
+        """Forget what was kept of another base model or other layers, or in another layout; raises OSError."""
         model = self.base_model
         identity = {"base_model": model.fingerprint, "backend": model.backend, "dtype": str(model.dtype), "states": shape}
+        identity |= {"layers": model.inner_layers} if model.inner_layers else {}
         wanted = json.dumps(identity | {"greedy": self.best_tokens is not None}).encode()
         self.directory.mkdir(parents=True, exist_ok=True)
         written, record, lock_path = (self.directory / name for name in ("written.bin", "identity.json", ".identity.lock"))

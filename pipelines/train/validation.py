@@ -1,6 +1,6 @@
 """Acceptance on held-out prompts while training: what greedy decoding would accept, without decoding each time.
 
-Shapes: p prompts, s tokens of a text, d base width.
+Shapes: p prompts, s tokens of a text.
 """
 
 import torch
