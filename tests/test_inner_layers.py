@@ -1,7 +1,6 @@
 """The residual stream inside the base model: that it is what `transformers` has there, and heads that read it."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape
-from fms_spec.vllm.plugin import check
 from pipelines.cli import main
 from pipelines.plan.plan import Plan, Ranks, Sizes
 from pipelines.train.run import train
@@ -171,14 +169,6 @@ def test_an_exported_speculator_says_exactly_the_base_models_text_in_chains_and_
     fast, _ = decode(loaded, prompts, options, proposer)
     assert loaded.inner_layers == (0, 1, 2) and [result.tokens for result in fast] == [result.tokens for result in plain]
     assert sum(count for result in fast for count in result.accepted) > 0
-
-
-def test_vllm_is_not_given_heads_that_read_inner_layers(trained, model_dir):
-    draft = SimpleNamespace(model=str(trained / "speculator_whole"), revision=None)
-    sizes = {"get_hidden_size": lambda: 32, "get_vocab_size": lambda: 96}
-    target = SimpleNamespace(model=str(model_dir), revision=None, quantization=None, **sizes)
-    with pytest.raises(UserError, match="speculator_whole reads inner layers .speculator.base_layers., which isn't served in vLLM yet"):
-        check(SimpleNamespace(draft_model_config=draft, target_model_config=target, num_speculative_tokens=3))
 
 
 def test_speculators_that_read_different_layers_decode_in_turn_on_one_base_model(tiny_models):
