@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.context import Recent
+from fms_spec.packed_linear import pack_linears
 from fms_spec.settings import Section, Side
 
 SHARPNESS = 8.0  # score of a match of one token at the start; the noise of the others is about 8 / sqrt(w)
@@ -56,6 +57,7 @@ class Pointer(nn.Module):
     def pack(self) -> None:
         """Work the keys' parts out for every token, two tables [v, w]: from there on a key is two rows of them."""
         self.table = self.projected(torch.arange(len(self.frozen[0]), device=self.frozen[0].device), self.key_tokens.weight.dtype)
+        pack_linears(self)
 
     def keys(self, recent: Recent, dtype: torch.dtype) -> torch.Tensor:
         """[..., w] of slots. Each token is projected once: a step of 32 rows of 512 has some 3,000 of them."""
@@ -74,8 +76,9 @@ class Pointer(nn.Module):
     def look(self, inner: torch.Tensor, newest: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(query [m, w], scaled so that a score is its product with a key; gate [m], its G y + a): inner [m, y], tokens int64 [m]."""
         pair = self.embedded(torch.stack([newest, before], dim=-1), inner.dtype).flatten(-2)
-        query = self.query_tokens(pair) + self.query_state(rms(inner))
-        return query * (self.sharpness * (SHARPNESS / self.width)), self.gate(rms(inner)).squeeze(-1)
+        state = rms(inner)
+        query = self.query_tokens(pair) + self.query_state(state)
+        return query * (self.sharpness * (SHARPNESS / self.width)), self.gate(state).squeeze(-1)
 
     def embedded(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """int64 [...] -> [..., d]; a token of -1 gives zeros."""
