@@ -11,7 +11,7 @@ from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, PromptLookup
 from pipelines.measure.samples import decode_in_turn
-from pipelines.measure.suggestion import chain_acceptance, greedy_texts
+from pipelines.measure.suggestion import chain_acceptance, greedy_texts, suggest
 from pipelines.train.validation import Validation
 
 SHAPES = [DraftShape(), DraftShape(lookahead=1), DraftShape(top_k_per_head=(3, 2)), DraftShape(nodes=7), DraftShape(lookahead=2, nodes=4)]
@@ -70,6 +70,15 @@ def test_candidates_past_the_end_of_a_known_text_count_as_wrong(small_model):
     text = torch.tensor([3, 4, *result.tokens])
     states = small_model.hidden_states(text[None], torch.zeros(1, 4, dtype=torch.int64))[0]
     assert accepted_in_text(proposer, states, text, 2, 2) == [1]  # all 12 words are candidates, and one token more is known
+
+
+@pytest.mark.parametrize("n_predict", [1, 5])
+def test_a_tree_is_suggested_for_any_number_of_heads(small_model, n_predict):
+    speculator = tiny_speculator(small_model, "hidden_state", n_predict=n_predict)
+    (result,), _ = decode(small_model, [torch.tensor([3, 4])], DecodingOptions(max_new_tokens=12, ignore_eos=True))
+    text = torch.tensor([3, 4, *result.tokens])
+    states = small_model.hidden_states(text[None], torch.zeros(1, len(text), dtype=torch.int64))[0]
+    assert suggest(small_model, speculator, [(states, text, 2, 8)])[0]["lookahead"] <= n_predict
 
 
 def test_what_a_chain_would_have_earned_on_evaluated_texts_is_what_decoding_with_it_earns(small_model):

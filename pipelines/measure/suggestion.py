@@ -16,14 +16,14 @@ from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, Step
 from pipelines.timer import median_seconds
 
-FORWARDS = (1, 2, 3, 4, 5, 7, 9, 13, 17)  # tokens of the measured forwards: the root and up to 16 candidates
+NODES = (1, 2, 3, 4, 6, 8, 12, 16)  # candidates of the trees that are compared
 REPEATS = 9
 SHOWN = 8
 TEXTS = 64  # that trees are tried on: their states are kept in memory
 CONTEXT = 256  # cached tokens of the measured forwards
 
 
-def forward_seconds(base_model, sizes=FORWARDS):
+def forward_seconds(base_model, sizes):
     """{tokens: seconds} of a forward with logits, batch 1, over a chain of so many tokens on a cache of `CONTEXT`."""
     forward = forward_at(base_model, min(CONTEXT, base_model.context_length - max(sizes)), max(sizes))
     return median_seconds({size: partial(forward, size) for size in sizes}, base_model.device, REPEATS, left_out=1)
@@ -45,7 +45,7 @@ def forward_at(base_model, held, most):
 def shapes(n_predict):
     """The `DraftShape`s that are compared: every chain, and the best 2 to 16 nodes at every depth."""
     depths = range(1, n_predict + 1)
-    trees = [DraftShape(lookahead=depth, nodes=size - 1) for depth in depths for size in FORWARDS if size - 1 > depth]
+    trees = [DraftShape(lookahead=depth, nodes=nodes) for depth in depths for nodes in NODES if nodes > depth]
     return [DraftShape(lookahead=depth) for depth in depths] + trees
 
 
@@ -66,7 +66,7 @@ def suggest(base_model, speculator, texts):
     context = of_text(speculator, states, tokens, torch.tensor([len(tokens) - 1], device=tokens.device))
     step = Step(states[-1:], tokens[-1:], [tokens.tolist()], context=context)
     proposers = {shape: shape.proposer(speculator) for shape in shapes(speculator.n_predict)}
-    costs = forward_seconds(base_model)
+    costs = forward_seconds(base_model, sorted({1, *(1 + proposer.nodes for proposer in proposers.values())}))
     drafts = {shape: partial(proposer.propose, step) for shape, proposer in proposers.items()}
     drafting = median_seconds(drafts, base_model.device, REPEATS, left_out=1)
     rows = []
