@@ -126,7 +126,7 @@ class HiddenStateSpeculator(Speculator):
         self.emb_dim, self.vocab_size, self.n_predict, self.width, self.inner_dim = emb_dim, vocab_size, n_predict, width, inner_dim
         self.register_buffer("draft_ids", draft_ids)
         self.register_buffer("state_scale", state_scale)
-        self.distinct_heads, self.base_layers = min(2, n_predict), tuple(base_layers)
+        self.base_layers = tuple(base_layers)
         read = emb_dim * max(1, len(self.base_layers))
         inputs = (read + emb_dim, read + 2 * emb_dim + width)[: self.distinct_heads]
         self.trunks = nn.ModuleList(Trunk(size, width, inner_dim, emb_dim) for size in inputs)
@@ -160,6 +160,10 @@ class HiddenStateSpeculator(Speculator):
             state_scale = torch.cat([final.std(0), *(rms(part).std(0) for part in inner)]) + STATE_SCALE_FLOOR
         pointer_width = settings.pointer.width if settings.pointer else 0
         return cls(d, v, draft_ids, state_scale, settings.n_predict, settings.width, settings.inner_dim, pointer_width, layers)
+
+    @property
+    def distinct_heads(self) -> int:
+        return min(2, self.n_predict)
 
     def attach(self, base_model: BaseWeights) -> None:
         device = self.draft_ids.device

@@ -91,7 +91,6 @@ class Speculator(nn.Module):
     emb_dim: int  # d
     vocab_size: int
     n_predict: int
-    distinct_heads: int  # how many compute differently: those behind them compute as the last of them
     draft_ids: Any  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
 
     @classmethod
@@ -115,6 +114,11 @@ class Speculator(nn.Module):
             UserError: settings that don't fit the base model.
         """
         raise NotImplementedError
+
+    @property
+    def distinct_heads(self) -> int:
+        """How many compute differently: those behind them compute as the last of them."""
+        return self.n_predict
 
     def losses(
         self, windows: Windows, base_model: BaseModel, weights: LossWeights, counts: torch.Tensor

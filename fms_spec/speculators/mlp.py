@@ -60,7 +60,7 @@ class MLPSpeculator(Speculator):
         self.emb_dim, self.vocab_size, self.n_predict = emb_dim, vocab_size, n_predict
         self.inner_dim, self.tie_weights, self.scale_input = inner_dim, tie_weights, scale_input
         copies = 1 if tie_weights else n_predict
-        self.distinct_heads = projections = min(2, n_predict) if tie_weights else n_predict
+        projections = min(2, n_predict) if tie_weights else n_predict
         self.emb = nn.ModuleList(nn.Embedding(vocab_size, inner_dim) for _ in range(copies))
         self.proj = nn.ModuleList(nn.Linear(emb_dim if i == 0 else inner_dim, inner_dim, bias=False) for i in range(projections))
         self.head = nn.ModuleList(nn.Linear(inner_dim, vocab_size, bias=False) for _ in range(copies))
@@ -78,6 +78,10 @@ class MLPSpeculator(Speculator):
         sizes = settings.model_dump(exclude={"family", "pointer"})
         pointer_width = settings.pointer.width if settings.pointer else 0
         return cls(base_model.width, base_model.vocab_size, pointer_width=pointer_width, **sizes)
+
+    @property
+    def distinct_heads(self) -> int:
+        return len(self.proj)
 
     def attach(self, base_model: BaseWeights) -> None:
         if self.context_width:
