@@ -38,8 +38,10 @@ def pooled_acceptance(accepted: Iterable[int], drafts: int) -> Acceptance:
 
 
 @torch.inference_mode()
-def accepted_in_text(proposer: Proposer, states: torch.Tensor, tokens: torch.Tensor, prompt_length: int, new_tokens: int) -> list[int]:
-    """What greedy decoding of this text would have accepted at each of its steps, from the text alone.
+def steps_in_text(
+    proposer: Proposer, states: torch.Tensor, tokens: torch.Tensor, prompt_length: int, new_tokens: int
+) -> list[tuple[int, int]]:
+    """What greedy decoding of this text would have accepted at each of its steps, of how many candidates, from the text alone.
 
     Every position of the text is given to the proposer, as if a step began there; the steps that decoding would have taken are then read
     off, each beginning where the one before ended. Equal to `Continuation.accepted` up to rounding of the states.
@@ -50,7 +52,7 @@ def accepted_in_text(proposer: Proposer, states: torch.Tensor, tokens: torch.Ten
         Where those are missing, candidates past the end of the text count as wrong.
 
     Returns:
-        list of ints, one for each step that had candidates.
+        list of (accepted, candidates), one for each step that had candidates.
     """
     count = new_tokens - 1  # the first new token comes from reading the prompt
     if count < 1:
@@ -68,10 +70,15 @@ def accepted_in_text(proposer: Proposer, states: torch.Tensor, tokens: torch.Ten
         positions = some[:, None] + 1 + candidates.tree.depths
         chosen = tokens[positions.clamp(max=len(tokens) - 1)].masked_fill(positions >= len(tokens), -2)
         accepted += (match(candidates, chosen).accepted.sum(-1) - 1).tolist()
-        drafted += (candidates.tokens >= 0).any(-1).tolist()
+        drafted += (candidates.tokens >= 0).sum(-1).tolist()
     steps, index = [], 0
     while index < count:
         if drafted[index]:
-            steps.append(accepted[index])
+            steps.append((accepted[index], drafted[index]))
         index += 1 + accepted[index]
     return steps
+
+
+def accepted_in_text(proposer: Proposer, states: torch.Tensor, tokens: torch.Tensor, prompt_length: int, new_tokens: int) -> list[int]:
+    """The accepted alone, see `steps_in_text`."""
+    return [accepted for accepted, _ in steps_in_text(proposer, states, tokens, prompt_length, new_tokens)]

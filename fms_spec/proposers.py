@@ -59,20 +59,26 @@ class TopKProposer:
     Greedy decoding gets each head's best tokens. Under sampling the children are drawn from the head's own distribution, changed by
     temperature, top-k and top-p as the base model's is, without replacement.
 
+    With `min_probability` a sequence's chain ends after the first candidate that the heads believe to be reached and right with less. It
+    hangs on what was drafted before alone, so that rejection stays exact, and on the sequence's own candidates, whatever the batch.
+
     Args:
-        speculator: attached. top_k_per_head: ints; `DraftShape` makes one that has been checked.
+        speculator: attached. top_k_per_head: ints; `DraftShape` makes one that has been checked. min_probability: above 0 for chains only.
     """
 
-    def __init__(self, speculator: Speculator, top_k_per_head: Sequence[int]):
-        self.widths = list(top_k_per_head)
+    def __init__(self, speculator: Speculator, top_k_per_head: Sequence[int], min_probability: float = 0.0):
+        self.widths, self.min_probability = list(top_k_per_head), min_probability
         self.speculator, self.lookahead = speculator, len(self.widths)
-        self.tree = Tree.full(self.widths, next(speculator.buffers(), next(speculator.parameters())).device)
-        self.nodes = self.tree.nodes - 1
+        device = next(speculator.buffers(), next(speculator.parameters())).device
+        depths = range(1, self.lookahead + 1) if min_probability else [self.lookahead]
+        self.trees = {depth: Tree.full(self.widths[:depth], device) for depth in depths}
+        self.nodes = self.trees[self.lookahead].nodes - 1
 
     def propose(self, step: Step) -> Candidates:
         speculator, batch = self.speculator, len(step.tokens)
         state, tokens, levels, drafts = started(speculator, step), step.tokens, [], []
         numbers = None if step.chance is None else step.chance.split(level_sizes(self.widths), dim=1)
+        joint = torch.ones(batch, 1, device=tokens.device)
         for head, width in enumerate(self.widths):
             state = speculator.advance(state, tokens, head)
             logits = speculator.logits(state, head, step.context)
@@ -83,6 +89,11 @@ class TopKProposer:
                 picked = draw_children(drafts[-1], numbers[head].reshape(-1, width))
             children = speculator.to_tokens(picked)
             levels.append(children.reshape(batch, -1))
+            if self.min_probability:
+                levels[-1] = levels[-1].where(joint >= self.min_probability, -1)
+                joint *= drafts[-1].gather(1, picked) if drafts else speculator.probability(logits, picked, step.context)
+                if not (joint >= self.min_probability).any():
+                    break
             if head + 1 < len(self.widths):
                 tokens = children.flatten().clamp(min=0)
                 if width > 1:
@@ -90,7 +101,7 @@ class TopKProposer:
         draft_probs = None
         if drafts:
             draft_probs = speculator.over_vocabulary(torch.cat([level.view(batch, -1, level.shape[-1]) for level in drafts], dim=1))
-        return Candidates(torch.cat(levels, dim=1), self.tree, draft_probs)
+        return Candidates(torch.cat(levels, dim=1), self.trees[len(levels)], draft_probs)
 
 
 class BestNodesProposer:
@@ -198,7 +209,7 @@ class LookupFirst:
         copied = self.lookup.propose(step)
         drafted = self.heads.propose(replace(step, sampling=Sampling(), chance=None)).tokens
         if copied is None:
-            return Candidates(drafted, self.heads.tree)
+            return Candidates(drafted, self.heads.trees[self.heads.lookahead])
         width = max(drafted.shape[1], copied.tokens.shape[1])
         copies, drafted = (F.pad(tokens, (0, width - tokens.shape[1]), value=-1) for tokens in (copied.tokens, drafted))
         return Candidates(copies.where(copies[:, :1] >= 0, drafted), Tree.full([1] * width, copies.device))
@@ -208,12 +219,13 @@ class LookupFirst:
 class DraftShape:
     """Which tree a speculator drafts: a chain of `lookahead`, the tree of `top_k_per_head`, or the best `nodes` up to `lookahead` deep.
 
-    Everything left out is as deep as the speculator was trained for.
+    Everything left out is as deep as the speculator was trained for. min_probability: of a chain, see `TopKProposer`.
     """
 
     lookahead: int | None = None
     top_k_per_head: tuple[int, ...] | None = None
     nodes: int | None = None
+    min_probability: float = 0.0
 
     def check(self, n_predict: int) -> tuple[tuple[int, ...] | None, int | None, int]:
         """(children of each level or None, nodes, lookahead) for a speculator of `n_predict` heads.
@@ -231,6 +243,10 @@ class DraftShape:
             raise UserError(f"top_k_per_head {','.join(map(str, widths))}: every level needs at least 1")
         if self.nodes is not None and self.nodes < lookahead:
             raise UserError(f"nodes {self.nodes}: must be at least the lookahead, {lookahead}")
+        if not 0 <= self.min_probability < 1:
+            raise UserError(f"min_probability {self.min_probability}: must be at least 0 (off) and under 1")
+        if self.min_probability and (widths or self.nodes):
+            raise UserError(f"min_probability {self.min_probability} ends chains: give it without top_k_per_head and nodes")
         nodes = self.nodes or sum(level_sizes(widths or ()))
         if nodes > MOST_NODES:
             raise UserError(f"a tree of {nodes:,} candidates: at most {MOST_NODES:,}; lower nodes or top_k_per_head")
@@ -243,7 +259,7 @@ class DraftShape:
         if widths and max(widths) > size:
             raise UserError(f"top_k_per_head {','.join(map(str, widths))}: this speculator's heads know {size} tokens")
         if widths:
-            return TopKProposer(speculator, widths)
+            return TopKProposer(speculator, widths, self.min_probability)
         assert nodes is not None
         return BestNodesProposer(speculator, nodes, lookahead)
 

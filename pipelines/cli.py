@@ -112,11 +112,11 @@ def keep_freed_memory():
 
 
 def draft_shape(parsed):
-    """`DraftShape` of the flags lookahead, top_k_per_head and nodes."""
+    """`DraftShape` of the flags lookahead, top_k_per_head, nodes and min_probability."""
     from fms_spec.proposers import DraftShape  # with it come transformers and more, which scripts.doctor must start without
 
     widths = parsed.top_k_per_head
-    return DraftShape(parsed.lookahead, (widths,) if isinstance(widths, int) else widths, parsed.nodes)
+    return DraftShape(parsed.lookahead, (widths,) if isinstance(widths, int) else widths, parsed.nodes, parsed.min_probability)
 
 
 def read_words(argument_class, words, overrides):

@@ -25,6 +25,7 @@ class Decode:
         lookahead: depth of the candidates; what the speculator was trained for by default.
         top_k_per_head: children of each candidate, level by level, as in 3,2,1; a chain by default.
         nodes: draft the so many likeliest candidates instead, as a tree.
+        min_probability: end a chain after a candidate that the heads hold less likely than this to be accepted; 0 never.
         out: also append the lines to this file.
     """
 
@@ -38,6 +39,7 @@ class Decode:
     lookahead: int | None = None
     top_k_per_head: tuple[int, ...] | int | None = None
     nodes: int | None = None
+    min_probability: float | int = 0.0
     out: str | None = None
 
 

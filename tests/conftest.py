@@ -208,12 +208,12 @@ def tiny_speculator(base_model, family, seed=0, n_predict=4):
     return speculator
 
 
-KINDS = ("chain", "tree", "best", "lookup", "first")
+KINDS = ("chain", "tree", "best", "lookup", "first", "ending")
 
 
 def tiny_proposer(base_model, kind, family="mlp_tied", seed=0, widths=(2, 2), extra=4):
-    """Candidates as deep as `widths` is long: a chain, a tree with those children, the best `extra` more nodes than levels, or lookup,
-    with the heads where it finds nothing for "first"."""
+    """Candidates as deep as `widths` is long: a chain, one that ends early, a tree with those children, the best `extra` more nodes than
+    levels, or lookup, with the heads where it finds nothing for "first"."""
     if kind == "lookup":
         return PromptLookup(len(widths))
     speculator = tiny_speculator(base_model, family, seed)
@@ -221,7 +221,7 @@ def tiny_proposer(base_model, kind, family="mlp_tied", seed=0, widths=(2, 2), ex
         return LookupFirst(speculator, len(widths))
     if kind == "best":
         return BestNodesProposer(speculator, len(widths) + extra, len(widths))
-    return TopKProposer(speculator, [1] * len(widths) if kind == "chain" else widths)
+    return TopKProposer(speculator, widths if kind == "tree" else [1] * len(widths), 0.3 if kind == "ending" else 0.0)
 
 
 def prompts_of(*lengths, words=WORDS, seed=0):

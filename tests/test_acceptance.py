@@ -15,6 +15,7 @@ from pipelines.measure.suggestion import chain_acceptance, greedy_texts, suggest
 from pipelines.train.validation import Validation
 
 SHAPES = [DraftShape(), DraftShape(lookahead=1), DraftShape(top_k_per_head=(3, 2)), DraftShape(nodes=7), DraftShape(lookahead=2, nodes=4)]
+SHAPES.append(DraftShape(min_probability=0.05))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Candidate trees, the proposers that make them, and exactly how far known candidates are accepted."""
 
+import math
 import random
 from itertools import product
 
@@ -120,6 +121,28 @@ def test_top_k_proposals_are_the_best_children_of_each_node_and_fill_the_tree(ti
                     assert paths_of(candidates, row) == expected[1:]
 
 
+@settings(max_examples=40, **EXAMPLES)
+@given(seed=st.integers(0, 100_000), family=st.sampled_from(FAMILIES), least=st.sampled_from([0.01, 0.1, 0.3, 0.99]))
+def test_a_chain_ends_after_its_first_candidate_with_less_than_the_least_probability_each_sequence_by_itself(
+    tiny_models, seed, family, least
+):
+    model, levels = tiny_models.get(0, seed=seed), 3
+    speculator = tiny_speculator(model, family, seed, n_predict=levels)
+    with torch.inference_mode():
+        hidden, tokens = 3 * torch.randn(4, model.width), torch.arange(4)
+        whole, ending = (
+            DraftShape(min_probability=p).proposer(speculator).propose(Step(hidden, tokens, None)).tokens.tolist() for p in (0.0, least)
+        )
+        depths = []
+        for row, (line, found) in enumerate(zip(whole, ending)):
+            scores = every_node(speculator, hidden[row : row + 1], int(tokens[row]), levels)
+            joint = [math.exp(scores[tuple(line[:depth])]) for depth in range(1, levels + 1)]
+            assume(all(abs(value / least - 1) > 1e-3 for value in joint))
+            depths.append(next((depth for depth, value in enumerate(joint, start=1) if value < least), levels))
+            assert found == [*line[: depths[-1]], *[-1] * (len(found) - depths[-1])]
+    assert len(ending[0]) == max(depths)
+
+
 def test_drawn_children_differ_come_from_the_heads_distribution_and_are_missing_where_it_holds_no_more(tiny_models):
     model = tiny_models.get(0, seed=1)
     speculator, sampling = tiny_speculator(model, "hidden_state", 1), Sampling(temperature=1.0, top_k=2)
@@ -164,6 +187,10 @@ def test_impossible_shapes_of_trees_are_refused(tiny_models):
         (DraftShape(nodes=0), "nodes 0: .*lookahead, 2"),
         (DraftShape(nodes=5, top_k_per_head=(2,)), "without lookahead and nodes"),
         (DraftShape(lookahead=1, top_k_per_head=(2,)), "without lookahead and nodes"),
+        (DraftShape(min_probability=1.0), "min_probability 1.0: .*under 1"),
+        (DraftShape(min_probability=-0.1), "min_probability -0.1: .*at least 0"),
+        (DraftShape(min_probability=0.1, nodes=3), "min_probability 0.1 .*without top_k_per_head and nodes"),
+        (DraftShape(min_probability=0.1, top_k_per_head=(2,)), "min_probability 0.1 .*without top_k_per_head and nodes"),
     ]
     for shape, message in refused:
         with pytest.raises(UserError, match=message):

@@ -150,7 +150,7 @@ def test_a_prompt_samples_in_a_batch_what_it_samples_alone_with_its_seed_and_som
     assert sample([prompts[0]] * 2, None) == sample([prompts[0]] * 2, (0, 1))
 
 
-TREES = {"chain": [1, 1, 1], "tree 2,2": [2, 2], "tree 3,1": [3, 1], "best": [1, 1]}
+TREES = {"chain": [1, 1, 1], "ending": [1, 1, 1], "tree 2,2": [2, 2], "tree 3,1": [3, 1], "best": [1, 1]}
 
 
 def exact(model, prompt, sampling):

@@ -181,6 +181,11 @@ class Speculator(nn.Module):
         logits = self.read_out_logits(state, head)
         return logits if context is None else mixed(self.over_all(logits.float().softmax(-1)), *self.point(state, head), context)
 
+    def probability(self, logits: torch.Tensor, picked: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        """What `logits` hold likely of picked int64 [m, k]: fp32 [m, k]. With a context they are logarithms of a whole distribution."""
+        chosen = logits.gather(1, picked).float()
+        return chosen.exp() if context is not None else (chosen - logits.float().logsumexp(-1, keepdim=True)).exp()
+
     def read_out_logits(self, state: Any, head: int) -> torch.Tensor:
         """`output`'s product: [m, r]."""
         return F.linear(*self.output(state, head))

@@ -87,7 +87,8 @@ def trees(base_model, speculator, prompts, shapes, new_tokens):
         texts = {"equal": partings.count(None), "parted": len(partings) - partings.count(None)}
         yield {
             "name": "tree" if shape else kind, "lookahead": proposer.lookahead, "nodes": proposer.nodes,
-            "chain": isinstance(proposer, TopKProposer) and proposer.nodes == proposer.lookahead, "texts": texts,
+            "min_probability": shape.min_probability if shape else 0.0,
+            "chain": isinstance(proposer, TopKProposer) and max(proposer.widths) == 1, "texts": texts,
             **figures(samples, kind, proposer.lookahead),
         }  # fmt: skip
 

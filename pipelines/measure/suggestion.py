@@ -8,7 +8,7 @@ from itertools import islice
 
 import torch
 
-from fms_spec.acceptance import accepted_in_text, pooled_acceptance
+from fms_spec.acceptance import accepted_in_text, pooled_acceptance, steps_in_text
 from fms_spec.candidates import Tree
 from fms_spec.context import of_text
 from fms_spec.decoding import decode
@@ -17,6 +17,7 @@ from fms_spec.proposers import DraftShape, Step
 from pipelines.timer import median_seconds
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16)  # candidates of the trees that are compared
+PROBABILITIES = (0.05, 0.1, 0.2, 0.3)  # that end chains which are compared
 REPEATS = 9
 SHOWN = 8
 TEXTS = 64  # that trees are tried on: their states are kept in memory
@@ -43,20 +44,22 @@ def forward_at(base_model, held, most):
 
 
 def shapes(n_predict):
-    """The `DraftShape`s that are compared: every chain, and the best 2 to 16 nodes at every depth."""
+    """The `DraftShape`s that are compared: every chain, chains that end early, and the best 2 to 16 nodes at every depth."""
     depths = range(1, n_predict + 1)
     trees = [DraftShape(lookahead=depth, nodes=nodes) for depth in depths for nodes in NODES if nodes > depth]
-    return [DraftShape(lookahead=depth) for depth in depths] + trees
+    ending = [DraftShape(min_probability=probability) for probability in PROBABILITIES if n_predict > 1]
+    return [DraftShape(lookahead=depth) for depth in depths] + ending + trees
 
 
 @torch.inference_mode()
 def suggest(base_model, speculator, texts):
     """Expected speed-up of every shape over plain decoding: the `SHOWN` best first, as dicts.
 
-    speedup = acceptance length x plain step / (drafting + forward over the tree), batch 1.
+    speedup = tokens x plain step / (drafting + forwards over the trees), batch 1. A chain that ends early is drafted at the price of one
+    that is as long.
 
     Args:
-        texts: iterable of (states [s, d], tokens int64 [s], prompt length, new tokens), greedy texts as for `accepted_in_text`, of which
+        texts: iterable of (states [s, d], tokens int64 [s], prompt length, new tokens), greedy texts as for `steps_in_text`, of which
         the first `TEXTS` count; without any, nothing is suggested.
     """
     texts = list(islice(texts, TEXTS))
@@ -66,18 +69,21 @@ def suggest(base_model, speculator, texts):
     context = of_text(speculator, states, tokens, torch.tensor([len(tokens) - 1], device=tokens.device))
     step = Step(states[-1:], tokens[-1:], [tokens.tolist()], context=context)
     proposers = {shape: shape.proposer(speculator) for shape in shapes(speculator.n_predict)}
-    costs = forward_seconds(base_model, sorted({1, *(1 + proposer.nodes for proposer in proposers.values())}))
-    drafts = {shape: partial(proposer.propose, step) for shape, proposer in proposers.items()}
+    costs = forward_seconds(base_model, range(1, 2 + max(proposer.nodes for proposer in proposers.values())))
+    drafts = {shape: partial(proposer.propose, step) for shape, proposer in proposers.items() if not shape.min_probability}
     drafting = median_seconds(drafts, base_model.device, REPEATS, left_out=1)
     rows = []
     for shape, proposer in proposers.items():
-        accepted = [count for text in texts for count in accepted_in_text(proposer, *text)]
-        acceptance = pooled_acceptance(accepted, proposer.lookahead)
-        verifying = costs[1 + proposer.nodes]
+        steps = [taken for text in texts for taken in steps_in_text(proposer, *text)]
+        acceptance = pooled_acceptance([accepted for accepted, _ in steps], proposer.lookahead)
+        drafted = [candidates for _, candidates in steps]
+        priced = [drafting[DraftShape(lookahead=count) if shape.min_probability else shape] for count in drafted]
+        ways = {"drafting_ms": sum(priced), "verifying_ms": sum(costs[1 + count] for count in drafted)}
         rows.append({
-            "lookahead": proposer.lookahead, "nodes": shape.nodes, "candidates": proposer.nodes, "acceptance_length": acceptance.length,
-            "drafting_ms": 1000 * drafting[shape], "verifying_ms": 1000 * verifying, "plain_ms": 1000 * costs[1],
-            "speedup": acceptance.length * costs[1] / (drafting[shape] + verifying),
+            "lookahead": proposer.lookahead, "nodes": shape.nodes, "min_probability": shape.min_probability,
+            "candidates": sum(drafted) / len(steps), "acceptance_length": acceptance.length,
+            **{way: 1000 * seconds / len(steps) for way, seconds in ways.items()}, "plain_ms": 1000 * costs[1],
+            "speedup": acceptance.length * len(steps) * costs[1] / sum(ways.values()),
         })  # fmt: skip
     return sorted(rows, key=lambda row: -row["speedup"])[:SHOWN]
 

@@ -28,11 +28,12 @@ def print_evaluation(values, title):
         table.add_row(name, *figures, span(group["speedup_interval"]), f"{group['prompt_lookup_speedup']:.2f}")
     show(table)
     table = Table(
-        "lookahead", "nodes", "acceptance length", "drafting ms", "verifying ms", "speed-up expected", title="trees on this machine"
-    )
+        "lookahead", "nodes", "min probability", "candidates", "acceptance length", "drafting ms", "verifying ms", "speed-up expected",
+        title="trees on this machine",
+    )  # fmt: skip
     for row in values["suggestion"]:
-        figures = [f"{row[name]:.2f}" for name in ("acceptance_length", "drafting_ms", "verifying_ms", "speedup")]
-        table.add_row(str(row["lookahead"]), str(row["nodes"] or "chain"), *figures)
+        figures = [f"{row[name]:.2f}" for name in ("candidates", "acceptance_length", "drafting_ms", "verifying_ms", "speedup")]
+        table.add_row(str(row["lookahead"]), str(row["nodes"] or "chain"), str(row["min_probability"] or ""), *figures)
     show(table)
 
 
