@@ -164,7 +164,7 @@ def best_nodes(scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
 class PromptLookup:
     """What followed the latest earlier place where the text had the same last tokens: a chain of `lookahead`, no model at all.
 
-    The longest of `LONGEST` to `shortest` equal tokens decides, as in the public prompt-lookup decoding, where it is 1.
+    The longest of `LONGEST` to `shortest` equal tokens decides, as in the public prompt-lookup decoding, where that is 1.
     """
 
     LONGEST, speculator = 3, None
@@ -177,13 +177,12 @@ class PromptLookup:
         self.shortest = shortest
 
     def propose(self, step: Step) -> Candidates | None:
-        drafts = [self.look_up(numpy.array(text)) for text in step.texts]
-        longest = max(len(line) for line in drafts)
-        if not longest:
-            return None
-        device = step.tokens.device
-        padded = torch.tensor([[*line, *[-1] * (longest - len(line))] for line in drafts], device=device)
-        return Candidates(padded, Tree.full([1] * longest, device))
+        lines = self.lines(step)
+        return chains(lines, step.tokens.device) if any(lines) else None
+
+    def lines(self, step: Step) -> list[list[int]]:
+        """What is proposed for each sequence."""
+        return [self.look_up(numpy.array(text)) for text in step.texts]
 
     def look_up(self, text: numpy.ndarray) -> list[int]:
         """Up to `lookahead` tokens that followed, as a list."""
@@ -197,35 +196,51 @@ class PromptLookup:
 
 
 class LookupFirst:
-    """What followed the last two or more tokens where they stood before, otherwise a speculator's chain: what heads that copy must beat."""
+    """What followed the last `MATCH` tokens where they stood before, else a chain of heads: those aren't run where all texts go on so.
 
-    def __init__(self, speculator: Speculator, lookahead: int):
-        """lookahead: of the lookup; the chain is as long as the speculator was trained for, at most so long."""
-        self.lookup = PromptLookup(lookahead, shortest=2)
-        self.heads = TopKProposer(speculator, [1] * min(lookahead, speculator.n_predict))
-        self.speculator, self.lookahead, self.nodes = speculator, lookahead, lookahead
+    The candidates are picked, not drawn, also under sampling. Heads that copy know better what to copy, but not for nothing.
+    """
+
+    MATCH = 3
+
+    def __init__(self, heads: TopKProposer, lookup: int):
+        """lookup: candidates at most that are looked up."""
+        self.lookup, self.heads = PromptLookup(lookup, shortest=self.MATCH), heads
+        self.speculator, self.lookahead = heads.speculator, max(lookup, heads.lookahead)
+        self.nodes = self.lookahead
 
     def propose(self, step: Step) -> Candidates:
-        copied = self.lookup.propose(step)
+        lines, device = self.lookup.lines(step), step.tokens.device
+        copied = chains(lines, device)
+        if all(lines):
+            return copied
         drafted = self.heads.propose(replace(step, sampling=Sampling(), chance=None)).tokens
-        if copied is None:
-            return Candidates(drafted, self.heads.trees[self.heads.lookahead])
         width = max(drafted.shape[1], copied.tokens.shape[1])
         copies, drafted = (F.pad(tokens, (0, width - tokens.shape[1]), value=-1) for tokens in (copied.tokens, drafted))
-        return Candidates(copies.where(copies[:, :1] >= 0, drafted), Tree.full([1] * width, copies.device))
+        found = torch.tensor([[bool(line)] for line in lines], device=device)
+        return Candidates(copies.where(found, drafted), Tree.full([1] * width, device))
+
+
+def chains(lines: Sequence[Sequence[int]], device: torch.device) -> Candidates:
+    """A chain of tokens for each sequence, some of which may be empty."""
+    longest = max(map(len, lines))
+    padded = torch.tensor([[*line, *[-1] * (longest - len(line))] for line in lines], dtype=torch.int64, device=device)
+    return Candidates(padded, Tree.full([1] * longest, device))
 
 
 @dataclass(frozen=True)
 class DraftShape:
     """Which tree a speculator drafts: a chain of `lookahead`, the tree of `top_k_per_head`, or the best `nodes` up to `lookahead` deep.
 
-    Everything left out is as deep as the speculator was trained for. min_probability: of a chain, see `TopKProposer`.
+    Everything left out is as deep as the speculator was trained for. Of a chain: min_probability, see `TopKProposer`; lookup, so many
+    tokens are copied instead where there are any, see `LookupFirst`.
     """
 
     lookahead: int | None = None
     top_k_per_head: tuple[int, ...] | None = None
     nodes: int | None = None
     min_probability: float = 0.0
+    lookup: int = 0
 
     def check(self, n_predict: int) -> tuple[tuple[int, ...] | None, int | None, int]:
         """(children of each level or None, nodes, lookahead) for a speculator of `n_predict` heads.
@@ -245,8 +260,11 @@ class DraftShape:
             raise UserError(f"nodes {self.nodes}: must be at least the lookahead, {lookahead}")
         if not 0 <= self.min_probability < 1:
             raise UserError(f"min_probability {self.min_probability}: must be at least 0 (off) and under 1")
-        if self.min_probability and (widths or self.nodes):
-            raise UserError(f"min_probability {self.min_probability} ends chains: give it without top_k_per_head and nodes")
+        for name in ("min_probability", "lookup"):
+            if (value := getattr(self, name)) and (widths or self.nodes):
+                raise UserError(f"{name} {value} is for chains: give it without top_k_per_head and nodes")
+        if not 0 <= self.lookup <= MOST_NODES:
+            raise UserError(f"lookup {self.lookup}: must be from 0 (off) to {MOST_NODES:,}")
         nodes = self.nodes or sum(level_sizes(widths or ()))
         if nodes > MOST_NODES:
             raise UserError(f"a tree of {nodes:,} candidates: at most {MOST_NODES:,}; lower nodes or top_k_per_head")
@@ -259,7 +277,8 @@ class DraftShape:
         if widths and max(widths) > size:
             raise UserError(f"top_k_per_head {','.join(map(str, widths))}: this speculator's heads know {size} tokens")
         if widths:
-            return TopKProposer(speculator, widths, self.min_probability)
+            heads = TopKProposer(speculator, widths, self.min_probability)
+            return LookupFirst(heads, self.lookup) if self.lookup else heads
         assert nodes is not None
         return BestNodesProposer(speculator, nodes, lookahead)
 

@@ -112,11 +112,12 @@ def keep_freed_memory():
 
 
 def draft_shape(parsed):
-    """`DraftShape` of the flags lookahead, top_k_per_head, nodes and min_probability."""
+    """`DraftShape` of the flags lookahead, top_k_per_head, nodes, min_probability and lookup."""
     from fms_spec.proposers import DraftShape  # with it come transformers and more, which scripts.doctor must start without
 
     widths = parsed.top_k_per_head
-    return DraftShape(parsed.lookahead, (widths,) if isinstance(widths, int) else widths, parsed.nodes, parsed.min_probability)
+    widths = (widths,) if isinstance(widths, int) else widths
+    return DraftShape(parsed.lookahead, widths, parsed.nodes, parsed.min_probability, parsed.lookup)
 
 
 def read_words(argument_class, words, overrides):

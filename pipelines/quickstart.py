@@ -27,7 +27,7 @@ from pipelines.train.run import train
 CONFIG = Path(__file__).parent / "configs/quickstart.yaml"
 ROW_TOKENS = 512  # rows of one document each, mostly: short enough that attention costs little, longer than any evaluated context
 HELD_OUT = 40  # documents that no training step sees
-SHAPE = DraftShape(min_probability=0.1)  # chosen on prompts that are in no split
+SHAPE = DraftShape(min_probability=0.1, lookup=10)  # chosen on prompts that are in no split
 PROMPTS, NEW_TOKENS = 24, 64  # evaluated: one prompt a held-out document
 
 

@@ -27,6 +27,7 @@ class Arguments:
         top_k_per_head: children of each candidate, level by level, as in 3,2,1; a chain by default.
         nodes: draft the so many likeliest candidates instead, as a tree.
         min_probability: end a chain after a candidate that the heads hold less likely than this to be accepted; 0 never.
+        lookup: where the last three tokens stood in the text before, try the so many that followed there, without the heads; 0 for none.
         mark: show the tokens that were accepted candidates in green.
         compare: decode plainly as well and report the speed-up.
         dtype: bfloat16, float16 or float32.
@@ -48,6 +49,7 @@ class Arguments:
     top_k_per_head: tuple[int, ...] | int | None = None
     nodes: int | None = None
     min_probability: float | int = 0.0
+    lookup: int = 0
     mark: bool = False
     compare: bool = False
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -213,12 +213,12 @@ KINDS = ("chain", "tree", "best", "lookup", "first", "ending")
 
 def tiny_proposer(base_model, kind, family="mlp_tied", seed=0, widths=(2, 2), extra=4):
     """Candidates as deep as `widths` is long: a chain, one that ends early, a tree with those children, the best `extra` more nodes than
-    levels, or lookup, with the heads where it finds nothing for "first"."""
+    levels, or lookup, `extra` + 2 deep and with the heads where it finds nothing for "first"."""
     if kind == "lookup":
         return PromptLookup(len(widths))
     speculator = tiny_speculator(base_model, family, seed)
     if kind == "first":
-        return LookupFirst(speculator, len(widths))
+        return LookupFirst(TopKProposer(speculator, [1] * len(widths)), 2 + extra)
     if kind == "best":
         return BestNodesProposer(speculator, len(widths) + extra, len(widths))
     return TopKProposer(speculator, widths if kind == "tree" else [1] * len(widths), 0.3 if kind == "ending" else 0.0)

@@ -11,11 +11,11 @@ from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import DraftShape, PromptLookup
 from pipelines.measure.samples import decode_in_turn
-from pipelines.measure.suggestion import chain_acceptance, greedy_texts, suggest
+from pipelines.measure.suggestion import chain_acceptance, greedy_texts, looked_up, suggest
 from pipelines.train.validation import Validation
 
 SHAPES = [DraftShape(), DraftShape(lookahead=1), DraftShape(top_k_per_head=(3, 2)), DraftShape(nodes=7), DraftShape(lookahead=2, nodes=4)]
-SHAPES.append(DraftShape(min_probability=0.05))
+SHAPES += [DraftShape(min_probability=0.05), DraftShape(lookup=5)]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,17 @@ def test_a_tree_is_suggested_for_any_number_of_heads(small_model, n_predict):
     text = torch.tensor([3, 4, *result.tokens])
     states = small_model.hidden_states(text[None], torch.zeros(1, len(text), dtype=torch.int64))[0]
     assert suggest(small_model, speculator, [(states, text, 2, 8)])[0]["lookahead"] <= n_predict
+
+
+def test_heads_count_as_run_in_the_suggestion_where_decoding_runs_them(small_model, monkeypatch):
+    proposer, runs, found = DraftShape(lookup=5).proposer(heads(small_model, 3, POINTERS[0])), [], []
+    propose = proposer.heads.propose
+    monkeypatch.setattr(proposer.heads, "propose", lambda step: runs.append(1) or propose(step))
+    for prompt in torch.randint(1, 12, (8, 20), generator=torch.Generator().manual_seed(1)):
+        (result,), _ = decode(small_model, [prompt], DecodingOptions(max_new_tokens=20, ignore_eos=True), proposer)
+        text = torch.cat([prompt, torch.tensor(result.tokens)])
+        found += looked_up(proposer, [(accepted, 5) for accepted in result.accepted], None, text, len(prompt), 20)
+    assert found.count(False) == len(runs) and found.count(True) > 5
 
 
 def test_what_a_chain_would_have_earned_on_evaluated_texts_is_what_decoding_with_it_earns(small_model):

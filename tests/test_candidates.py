@@ -190,7 +190,8 @@ def test_impossible_shapes_of_trees_are_refused(tiny_models):
         (DraftShape(min_probability=1.0), "min_probability 1.0: .*under 1"),
         (DraftShape(min_probability=-0.1), "min_probability -0.1: .*at least 0"),
         (DraftShape(min_probability=0.1, nodes=3), "min_probability 0.1 .*without top_k_per_head and nodes"),
-        (DraftShape(min_probability=0.1, top_k_per_head=(2,)), "min_probability 0.1 .*without top_k_per_head and nodes"),
+        (DraftShape(lookup=4, top_k_per_head=(2,)), "lookup 4 .*without top_k_per_head and nodes"),
+        (DraftShape(lookup=-1), "lookup -1: .*0 .off. to 1,024"),
     ]
     for shape, message in refused:
         with pytest.raises(UserError, match=message):

@@ -9,7 +9,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.context import ContextCache
 from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import DraftShape, LookupFirst, PromptLookup, Step, TopKProposer
+from fms_spec.proposers import DraftShape, PromptLookup, Step
 from pipelines.measure.figures import figures
 from pipelines.measure.samples import decode_in_turn, logit_gap, side_by_side
 from pipelines.measure.suggestion import REPEATS, forward_at, forward_seconds
@@ -77,18 +77,17 @@ def plain(base_model, generate, prompts, new_tokens):
 
 
 def trees(base_model, speculator, prompts, shapes, new_tokens):
-    """Speed-up, acceptance and shares of a step for each shape of tree and for prompt lookup,
-    alone and with the heads where it finds nothing, all against plain decoding in turn."""
+    """Speed-up, acceptance and shares of a step for each shape of tree and for prompt lookup, all against plain decoding in turn."""
     proposers = {f"tree {index}": shape.proposer(speculator) for index, shape in enumerate(shapes)}
-    proposers |= {"our_prompt_lookup": PromptLookup(4), "lookup_first": LookupFirst(speculator, 5)}
+    proposers["our_prompt_lookup"] = PromptLookup(4)
     samples = decode_in_turn(base_model, prompts, {"plain": None} | proposers, new_tokens)
-    for (kind, proposer), shape in zip(proposers.items(), [*shapes, None, None]):
+    for (kind, proposer), shape in zip(proposers.items(), [*shapes, None]):
         partings = [sample.parted_at for sample in samples if sample.kind == kind]
         texts = {"equal": partings.count(None), "parted": len(partings) - partings.count(None)}
         yield {
             "name": "tree" if shape else kind, "lookahead": proposer.lookahead, "nodes": proposer.nodes,
-            "min_probability": shape.min_probability if shape else 0.0,
-            "chain": isinstance(proposer, TopKProposer) and max(proposer.widths) == 1, "texts": texts,
+            "min_probability": shape.min_probability if shape else 0.0, "lookup": shape.lookup if shape else 0,
+            "chain": shape is not None and not (shape.nodes or shape.top_k_per_head), "texts": texts,
             **figures(samples, kind, proposer.lookahead),
         }  # fmt: skip
 
@@ -162,7 +161,8 @@ def benchmark_decode(base_model, speculator, prompts, spec_bench, new_tokens, sh
     generate = Generate(base_model)
     yield plain(base_model, generate, tokens, new_tokens)
     whole_depth = speculator.n_predict
-    compared = [shape, DraftShape(), DraftShape(nodes=whole_depth + 1), DraftShape(nodes=max(8, whole_depth))]
+    ending = DraftShape(min_probability=0.1), DraftShape(min_probability=0.1, lookup=LOOKUP_TOKENS)
+    compared = [shape, DraftShape(), *ending, DraftShape(nodes=whole_depth + 1), DraftShape(nodes=max(8, whole_depth))]
     yield from trees(base_model, speculator, prompts, list(dict.fromkeys(compared)), new_tokens)
     yield from against_prompt_lookup(base_model, speculator, generate, prompts, shape, new_tokens)
     yield from against_prompt_lookup(base_model, speculator, generate, spec_bench, shape, new_tokens)

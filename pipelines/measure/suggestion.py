@@ -17,7 +17,8 @@ from fms_spec.proposers import DraftShape, Step
 from pipelines.timer import median_seconds
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16)  # candidates of the trees that are compared
-PROBABILITIES = (0.05, 0.1, 0.2, 0.3)  # that end chains which are compared
+PROBABILITIES = (0.0, 0.05, 0.1, 0.2, 0.3)  # that end chains which are compared
+LOOKUPS = (0, 10)  # tokens that are looked up instead
 REPEATS = 9
 SHOWN = 8
 TEXTS = 64  # that trees are tried on: their states are kept in memory
@@ -44,11 +45,11 @@ def forward_at(base_model, held, most):
 
 
 def shapes(n_predict):
-    """The `DraftShape`s that are compared: every chain, chains that end early, and the best 2 to 16 nodes at every depth."""
+    """The `DraftShape`s that are compared: every chain; whole ones that end early or look up; and the best 2 to 16 nodes at every depth."""
     depths = range(1, n_predict + 1)
     trees = [DraftShape(lookahead=depth, nodes=nodes) for depth in depths for nodes in NODES if nodes > depth]
-    ending = [DraftShape(min_probability=probability) for probability in PROBABILITIES if n_predict > 1]
-    return [DraftShape(lookahead=depth) for depth in depths] + ending + trees
+    more = [DraftShape(min_probability=probability, lookup=lookup) for lookup in LOOKUPS for probability in PROBABILITIES]
+    return [DraftShape(lookahead=depth) for depth in depths] + more[1:] + trees
 
 
 @torch.inference_mode()
@@ -70,22 +71,46 @@ def suggest(base_model, speculator, texts):
     step = Step(states[-1:], tokens[-1:], [tokens.tolist()], context=context)
     proposers = {shape: shape.proposer(speculator) for shape in shapes(speculator.n_predict)}
     costs = forward_seconds(base_model, range(1, 2 + max(proposer.nodes for proposer in proposers.values())))
-    drafts = {shape: partial(proposer.propose, step) for shape, proposer in proposers.items() if not shape.min_probability}
+    drafts = {shape: partial(proposer.propose, step) for shape, proposer in proposers.items() if not uneven(shape)}
     drafting = median_seconds(drafts, base_model.device, REPEATS, left_out=1)
-    rows = []
-    for shape, proposer in proposers.items():
-        steps = [taken for text in texts for taken in steps_in_text(proposer, *text)]
-        acceptance = pooled_acceptance([accepted for accepted, _ in steps], proposer.lookahead)
-        drafted = [candidates for _, candidates in steps]
-        priced = [drafting[DraftShape(lookahead=count) if shape.min_probability else shape] for count in drafted]
-        ways = {"drafting_ms": sum(priced), "verifying_ms": sum(costs[1 + count] for count in drafted)}
-        rows.append({
-            "lookahead": proposer.lookahead, "nodes": shape.nodes, "min_probability": shape.min_probability,
-            "candidates": sum(drafted) / len(steps), "acceptance_length": acceptance.length,
-            **{way: 1000 * seconds / len(steps) for way, seconds in ways.items()}, "plain_ms": 1000 * costs[1],
-            "speedup": acceptance.length * len(steps) * costs[1] / sum(ways.values()),
-        })  # fmt: skip
+    rows = [expected(shape, proposer, texts, costs, drafting) for shape, proposer in proposers.items()]
     return sorted(rows, key=lambda row: -row["speedup"])[:SHOWN]
+
+
+def uneven(shape):
+    """Whether a shape's chains differ in length."""
+    return shape.min_probability or shape.lookup
+
+
+def expected(shape, proposer, texts, costs, drafting):
+    """A row of `suggest`: costs {tokens: seconds of a forward}, drafting {shape: seconds} of those that aren't `uneven`."""
+    drafted, copied, counts = [], [], []
+    for text in texts:
+        steps = steps_in_text(proposer, *text)
+        drafted += [candidates for _, candidates in steps]
+        counts += [accepted for accepted, _ in steps]
+        copied += looked_up(proposer, steps, *text) if shape.lookup else [False] * len(steps)
+    acceptance = pooled_acceptance(counts, proposer.lookahead)
+    chains = [DraftShape(lookahead=count) if uneven(shape) else shape for count in drafted]
+    seconds = {
+        "drafting_ms": sum(drafting[chain] for chain, found in zip(chains, copied) if not found),
+        "verifying_ms": sum(costs[1 + count] for count in drafted),
+    }
+    heads = proposer.heads if shape.lookup else proposer
+    return {
+        "lookahead": heads.lookahead, "nodes": shape.nodes, "min_probability": shape.min_probability, "lookup": shape.lookup,
+        "candidates": sum(drafted) / len(counts), "acceptance_length": acceptance.length,
+        **{part: 1000 * spent / len(counts) for part, spent in seconds.items()}, "plain_ms": 1000 * costs[1],
+        "speedup": acceptance.length * len(counts) * costs[1] / sum(seconds.values()),
+    }  # fmt: skip
+
+
+def looked_up(proposer, steps, states, tokens, prompt_length, new_tokens):
+    """Of each of a text's steps by a `LookupFirst`, whether its candidates were looked up: the heads weren't run then."""
+    line, end = tokens.numpy(force=True), prompt_length + 1
+    for accepted, _ in steps:
+        yield bool(proposer.lookup.look_up(line[:end]))
+        end += accepted + 1
 
 
 def chain_acceptance(speculator, texts, lookahead=None):

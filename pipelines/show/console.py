@@ -27,13 +27,11 @@ def print_evaluation(values, title):
         figures = [f"{group[column]:.2f}" for column in columns]
         table.add_row(name, *figures, span(group["speedup_interval"]), f"{group['prompt_lookup_speedup']:.2f}")
     show(table)
-    table = Table(
-        "lookahead", "nodes", "min probability", "candidates", "acceptance length", "drafting ms", "verifying ms", "speed-up expected",
-        title="trees on this machine",
-    )  # fmt: skip
+    shape = ("lookahead", "nodes", "min_probability", "lookup")
+    figures = ("candidates", "acceptance_length", "drafting_ms", "verifying_ms", "speedup")
+    table = Table(*[name.replace("_", " ") for name in (*shape, *figures)], title="trees on this machine, and the speed-up expected")
     for row in values["suggestion"]:
-        figures = [f"{row[name]:.2f}" for name in ("candidates", "acceptance_length", "drafting_ms", "verifying_ms", "speedup")]
-        table.add_row(str(row["lookahead"]), str(row["nodes"] or "chain"), str(row["min_probability"] or ""), *figures)
+        table.add_row(*[str(row[name] or "-") for name in shape], *[f"{row[name]:.2f}" for name in figures])
     show(table)
 
 
