@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from fms_spec.base_model import BaseModel
-from fms_spec.proposers import DraftShape, Proposer
+from fms_spec.draft_shape import DraftShape
+from fms_spec.proposers import Proposer
 from fms_spec.speculators.directory import check_speculator, load_speculator
 from fms_spec.speculators.interface import Speculator
 

@@ -1,24 +1,19 @@
-"""Who proposes candidates: a speculator's heads in three shapes of tree, or the text itself.
+"""Who proposes candidates: a speculator's heads, in chains and trees; see `lookup` for what the text itself proposes.
 
 Shapes: b sequences, n candidates, w nodes of a tree's level, d base width, r draft vocabulary, v vocabulary.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy
 import torch
-from torch.nn import functional as F
 
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.context import Context
-from fms_spec.errors import UserError
 from fms_spec.sampling import Sampling, best_token, draw
 from fms_spec.speculators.interface import Speculator, select
-
-MOST_NODES = 1024  # of a tree: who sees whom is a matrix of their square, worked out anew for each step
 
 
 @dataclass(frozen=True)
@@ -159,128 +154,6 @@ def best_nodes(scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
     new_ids.scatter_(1, order + 1, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order))
     root = torch.zeros_like(order[:, :1])
     return Candidates(tokens.gather(1, order), Tree(torch.cat([root, new_ids.gather(1, parents.gather(1, order))], dim=1)))
-
-
-class PromptLookup:
-    """What followed the latest earlier place where the text had the same last tokens: a chain of `lookahead`, no model at all.
-
-    The longest of `LONGEST` to `shortest` equal tokens decides, as in the public prompt-lookup decoding, where that is 1.
-    """
-
-    LONGEST, speculator = 3, None
-
-    def __init__(self, lookahead: int, shortest: int = 1):
-        """Raises UserError for a lookahead under 1."""
-        if lookahead < 1:
-            raise UserError(f"lookahead {lookahead}: must be at least 1")
-        self.lookahead = self.nodes = lookahead
-        self.shortest = shortest
-
-    def propose(self, step: Step) -> Candidates | None:
-        lines = self.lines(step)
-        return chains(lines, step.tokens.device) if any(lines) else None
-
-    def lines(self, step: Step) -> list[list[int]]:
-        """What is proposed for each sequence."""
-        return [self.look_up(numpy.array(text)) for text in step.texts]
-
-    def look_up(self, text: numpy.ndarray) -> list[int]:
-        """Up to `lookahead` tokens that followed, as a list."""
-        for size in range(min(self.LONGEST, len(text) - 1), self.shortest - 1, -1):
-            # A match must end before the text does, so that something follows it.
-            same = (numpy.lib.stride_tricks.sliding_window_view(text[:-1], size) == text[-size:]).all(-1)
-            if same.any():
-                start = int(same.nonzero()[0][-1]) + size
-                return text[start : start + self.lookahead].tolist()
-        return []
-
-
-class LookupFirst:
-    """What followed the last `MATCH` tokens where they stood before, else a chain of heads: those aren't run where all texts go on so.
-
-    The candidates are picked, not drawn, also under sampling. Heads that copy know better what to copy, but not for nothing.
-    """
-
-    MATCH = 3
-
-    def __init__(self, heads: TopKProposer, lookup: int):
-        """lookup: candidates at most that are looked up."""
-        self.lookup, self.heads = PromptLookup(lookup, shortest=self.MATCH), heads
-        self.speculator, self.lookahead = heads.speculator, max(lookup, heads.lookahead)
-        self.nodes = self.lookahead
-
-    def propose(self, step: Step) -> Candidates:
-        lines, device = self.lookup.lines(step), step.tokens.device
-        copied = chains(lines, device)
-        if all(lines):
-            return copied
-        drafted = self.heads.propose(replace(step, sampling=Sampling(), chance=None)).tokens
-        width = max(drafted.shape[1], copied.tokens.shape[1])
-        copies, drafted = (F.pad(tokens, (0, width - tokens.shape[1]), value=-1) for tokens in (copied.tokens, drafted))
-        found = torch.tensor([[bool(line)] for line in lines], device=device)
-        return Candidates(copies.where(found, drafted), Tree.full([1] * width, device))
-
-
-def chains(lines: Sequence[Sequence[int]], device: torch.device) -> Candidates:
-    """A chain of tokens for each sequence, some of which may be empty."""
-    longest = max(map(len, lines))
-    padded = torch.tensor([[*line, *[-1] * (longest - len(line))] for line in lines], dtype=torch.int64, device=device)
-    return Candidates(padded, Tree.full([1] * longest, device))
-
-
-@dataclass(frozen=True)
-class DraftShape:
-    """Which tree a speculator drafts: a chain of `lookahead`, the tree of `top_k_per_head`, or the best `nodes` up to `lookahead` deep.
-
-    Everything left out is as deep as the speculator was trained for. Of a chain: min_probability, see `TopKProposer`; lookup, so many
-    tokens are copied instead where there are any, see `LookupFirst`.
-    """
-
-    lookahead: int | None = None
-    top_k_per_head: tuple[int, ...] | None = None
-    nodes: int | None = None
-    min_probability: float = 0.0
-    lookup: int = 0
-
-    def check(self, n_predict: int) -> tuple[tuple[int, ...] | None, int | None, int]:
-        """(children of each level or None, nodes, lookahead) for a speculator of `n_predict` heads.
-
-        Raises:
-            UserError: deeper than the heads, a level without candidates, over MOST_NODES, or shapes that exclude each other.
-        """
-        widths = self.top_k_per_head
-        if widths is not None and (self.nodes is not None or self.lookahead is not None):
-            raise UserError("top_k_per_head says how deep and wide the tree is: give it without lookahead and nodes")
-        lookahead = len(widths) if widths is not None else n_predict if self.lookahead is None else self.lookahead
-        if not 1 <= lookahead <= n_predict:
-            raise UserError(f"lookahead {lookahead}: this speculator was trained for 1 to {n_predict}")
-        if widths is not None and min(widths) < 1:
-            raise UserError(f"top_k_per_head {','.join(map(str, widths))}: every level needs at least 1")
-        if self.nodes is not None and self.nodes < lookahead:
-            raise UserError(f"nodes {self.nodes}: must be at least the lookahead, {lookahead}")
-        if not 0 <= self.min_probability < 1:
-            raise UserError(f"min_probability {self.min_probability}: must be at least 0 (off) and under 1")
-        for name in ("min_probability", "lookup"):
-            if (value := getattr(self, name)) and (widths or self.nodes):
-                raise UserError(f"{name} {value} is for chains: give it without top_k_per_head and nodes")
-        if not 0 <= self.lookup <= MOST_NODES:
-            raise UserError(f"lookup {self.lookup}: must be from 0 (off) to {MOST_NODES:,}")
-        nodes = self.nodes or sum(level_sizes(widths or ()))
-        if nodes > MOST_NODES:
-            raise UserError(f"a tree of {nodes:,} candidates: at most {MOST_NODES:,}; lower nodes or top_k_per_head")
-        return widths or (None if self.nodes else (1,) * lookahead), self.nodes, lookahead
-
-    def proposer(self, speculator: Speculator) -> Proposer:
-        """The proposer of this shape; raises UserError as `check`, and for a level wider than the draft vocabulary."""
-        widths, nodes, lookahead = self.check(speculator.n_predict)
-        size = speculator.vocab_size if speculator.draft_ids is None else len(speculator.draft_ids)
-        if widths and max(widths) > size:
-            raise UserError(f"top_k_per_head {','.join(map(str, widths))}: this speculator's heads know {size} tokens")
-        if widths:
-            heads = TopKProposer(speculator, widths, self.min_probability)
-            return LookupFirst(heads, self.lookup) if self.lookup else heads
-        assert nodes is not None
-        return BestNodesProposer(speculator, nodes, lookahead)
 
 
 def level_sizes(widths: Sequence[int]) -> list[int]:

@@ -113,7 +113,7 @@ def keep_freed_memory():
 
 def draft_shape(parsed):
     """`DraftShape` of the flags lookahead, top_k_per_head, nodes, min_probability and lookup."""
-    from fms_spec.proposers import DraftShape  # with it come transformers and more, which scripts.doctor must start without
+    from fms_spec.draft_shape import DraftShape  # with it come transformers and more, which scripts.doctor must start without
 
     widths = parsed.top_k_per_head
     widths = (widths,) if isinstance(widths, int) else widths

@@ -7,10 +7,10 @@ from pathlib import Path
 from data.prepare.python_sources import copy_python_sources
 from data.prepare.run import prepare
 from data.prompts import load_prompts
+from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
 from fms_spec.files import OWNER, owned, read_json, write_json
 from fms_spec.loading import load_for_decoding
-from fms_spec.proposers import DraftShape
 from fms_spec.timing import timed
 from pipelines.config import load_config
 from pipelines.export import export

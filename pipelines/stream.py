@@ -10,9 +10,9 @@ from fms_spec.base_model import BaseModel
 from fms_spec.decoding import Decoding
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
+from fms_spec.lookup import PromptLookup
 from fms_spec.model_config import resolve_base_model
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import PromptLookup
 from fms_spec.sampling import Sampling
 from fms_spec.transformers_backend import first_line
 from pipelines.cli import draft_shape

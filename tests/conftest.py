@@ -16,7 +16,8 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 from data.prepare.run import prepare
 from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
-from fms_spec.proposers import BestNodesProposer, LookupFirst, PromptLookup, TopKProposer
+from fms_spec.lookup import LookupFirst, PromptLookup
+from fms_spec.proposers import BestNodesProposer, TopKProposer
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
 from fms_spec.speculators.mlp import MLPSpeculator
 from pipelines.config import load_config

@@ -8,8 +8,9 @@ from data.prompts import Prompt
 from fms_spec.acceptance import accepted_in_text, pooled_acceptance
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
+from fms_spec.draft_shape import DraftShape
+from fms_spec.lookup import PromptLookup
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import DraftShape, PromptLookup
 from pipelines.measure.samples import decode_in_turn
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts, looked_up, suggest
 from pipelines.train.validation import Validation

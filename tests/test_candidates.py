@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.decoding import decode
+from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
+from fms_spec.lookup import PromptLookup
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import BestNodesProposer, DraftShape, PromptLookup, Step, TopKProposer
+from fms_spec.proposers import BestNodesProposer, Step, TopKProposer
 from fms_spec.sampling import Sampling
 
 EXAMPLES = {"deadline": None, "derandomize": True, "database": None}

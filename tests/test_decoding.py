@@ -14,8 +14,9 @@ import fms_spec.decoding
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode, stream
 from fms_spec.errors import UserError
+from fms_spec.lookup import PromptLookup
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import PromptLookup, TopKProposer
+from fms_spec.proposers import TopKProposer
 from fms_spec.sampling import Sampling
 
 SEEDS = st.integers(0, 1_000_000)

@@ -13,10 +13,10 @@ import scripts.train
 from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Tree
 from fms_spec.decoding import decode
+from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import DraftShape
 from pipelines.cli import main
 from pipelines.plan.plan import Plan, Ranks, Sizes
 from pipelines.train.run import train

@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM
 from fms_spec.base_model import BaseModel
 from fms_spec.context import ContextCache
 from fms_spec.decoding import decode
+from fms_spec.draft_shape import DraftShape
+from fms_spec.lookup import PromptLookup
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import DraftShape, PromptLookup, Step
+from fms_spec.proposers import Step
 from pipelines.measure.figures import figures
 from pipelines.measure.samples import decode_in_turn, logit_gap, side_by_side
 from pipelines.measure.suggestion import REPEATS, forward_at, forward_seconds

@@ -11,8 +11,8 @@ from pydantic import ConfigDict, Field, ValidationError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fms_spec.acceptance import pooled_acceptance
+from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError, first_difference
-from fms_spec.proposers import DraftShape
 from pipelines.config import Section, load_config
 from pipelines.measure.figures import interval, resampled
 from pipelines.yaml_files import read_yaml

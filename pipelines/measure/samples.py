@@ -9,8 +9,8 @@ import torch
 from data.progress import progress
 from fms_spec.decoding import Timing, decode
 from fms_spec.errors import UserError
+from fms_spec.lookup import PromptLookup
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import PromptLookup
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from fms_spec.acceptance import accepted_in_text, pooled_acceptance, steps_in_te
 from fms_spec.candidates import Tree
 from fms_spec.context import of_text
 from fms_spec.decoding import decode
+from fms_spec.draft_shape import DraftShape
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import DraftShape, Step
+from fms_spec.proposers import Step
 from pipelines.timer import median_seconds
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16)  # candidates of the trees that are compared

@@ -12,8 +12,8 @@ from data.progress import progress
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.batch import upload
+from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
-from fms_spec.proposers import DraftShape
 from fms_spec.seeds import mixed
 from fms_spec.speculators.directory import describe
 from fms_spec.timing import Stopwatch
