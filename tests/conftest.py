@@ -182,7 +182,8 @@ def tiny_models(tmp_path_factory):
 FAMILIES = ("mlp_tied", "mlp_untied", "hidden_state")
 POINTERS = ("mlp_tied_pointer", "hidden_state_pointer")  # the same, copying from the text
 INNER = "hidden_state_inner"  # the same, reading what enters and what leaves the base model's layers
-ATTENDING = "eagle3"
+ATTENDING = "eagle3"  # attends to the text
+EVERY = (*FAMILIES, *POINTERS, INNER, ATTENDING)
 
 
 def tiny_speculator(base_model, family, seed=0, n_predict=4):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import INNER, POINTERS, tiny_speculator, write_model
+from conftest import EVERY, tiny_speculator, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +37,7 @@ def test_acceptance_is_counted_as_vllm_counts_it():
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10_000), shape=st.sampled_from(SHAPES), length=st.integers(1, 12), new_tokens=st.integers(2, 24),
-    family=st.sampled_from(["mlp_untied", *POINTERS, INNER]),
+    family=st.sampled_from(EVERY),
 )  # fmt: skip
 def test_the_evaluator_without_decoding_gives_what_decoding_accepts(small_model, seed, shape, length, new_tokens, family):
     proposer = shape.proposer(heads(small_model, seed, family))

@@ -33,6 +33,7 @@ from fms_spec.weights import read_entries, read_tensors
 
 LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "num_hidden_layers": 1}
 ROPES = ("default", "linear", "llama3", "yarn")  # kinds of rotary positions that don't hang on a text's length
+IDS = "eagle_aux_hidden_state_layer_ids"
 SMALL = 0.002  # of weights beside copied ones: they only have to be told apart
 
 
@@ -61,7 +62,7 @@ class Eagle3Sizes(Sizes):
     inner_dim: Size = Field(validation_alias="intermediate_size")
     draft_vocab_size: Size | None = None
     target_hidden_size: int | None = None
-    base_layers: Layers = Field(validation_alias=AliasPath("eagle_config", "eagle_aux_hidden_state_layer_ids"))
+    base_layers: Layers = Field((), validation_alias=AliasPath("eagle_config", IDS))
     aux: Literal[True] = Field(True, validation_alias=AliasPath("eagle_config", "use_aux_hidden_state"))
     num_hidden_layers: Literal[1] = 1
     fc_norm: bool = False
@@ -74,6 +75,9 @@ class Eagle3Sizes(Sizes):
     quantization_config: None = None
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None  # its name in older ones
+
+    def misfit(self, layers: int) -> str | None:
+        return f"a base model of {self.base_layers[-1]} layers or more" if self.base_layers and self.base_layers[-1] > layers else None
 
     @field_validator("kv_heads", "draft_vocab_size", "target_hidden_size")
     @classmethod
@@ -107,8 +111,7 @@ class Eagle3Speculator(Speculator):
 
     name, model_type, architecture = "eagle3", "llama", "LlamaForCausalLMEagle3"
     settings, sizes = Eagle3Settings, Eagle3Sizes
-    needs_embedding, native = True, True
-    distinct_heads = 1
+    needs_embedding, distinct_heads, vllm_method = True, 1, "eagle3"
     draft_ids: torch.Tensor
 
     def __init__(
@@ -256,7 +259,7 @@ class Eagle3Speculator(Speculator):
             "head_dim": config.head_dim, "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.rms_norm_eps,
             "rope_theta": theta, "rope_scaling": None if rope["rope_type"] == "default" else rope, "n_predict": self.n_predict,
             "fc_norm": self.fc_norm is not None, "norm_output": self.norm_output, "norm_before_residual": self.norm_before_residual,
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.base_layers), "use_aux_hidden_state": True},
+            "eagle_config": {IDS: list(self.base_layers), "use_aux_hidden_state": True},
         }  # fmt: skip
 
     @classmethod
@@ -267,6 +270,14 @@ class Eagle3Speculator(Speculator):
         draft_ids = torch.zeros(sizes.draft_vocab_size or sizes.vocab_size, dtype=torch.int64)
         variant = sizes.model_dump(include={"n_predict", "base_layers", "fc_norm", "norm_output", "norm_before_residual"})
         return cls(layer, draft_ids, **variant)
+
+    @classmethod
+    def complete(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """Without ids of layers they are the published ones."""
+        told = config.get("eagle_config") or {}
+        if told.get(IDS):
+            return config
+        return config | {"eagle_config": told | {IDS: [2, layers // 2, layers - 3]}}
 
     def published_state(self) -> dict[str, torch.Tensor]:
         """With the draft vocabulary as published: d2t int64 [r], how far each token's id is from its entry; t2d bool [v], which are in."""

@@ -80,6 +80,9 @@ class HiddenStateSizes(Sizes):
     pointer_width: int = Field(0, ge=0, le=2**24)  # 0: no pointer
     base_layers: Layers = ()  # the last is how many the base model has
 
+    def misfit(self, layers: int) -> str | None:
+        return f"a base model of {self.base_layers[-1]} layers" if self.base_layers and self.base_layers[-1] != layers else None
+
 
 class HiddenStateSpeculator(Speculator):
     """See the module's formulas.

@@ -37,6 +37,10 @@ class Sizes(Checked):
     vocab_size: Size
     n_predict: int = Field(ge=1, le=64)
 
+    def misfit(self, layers: int) -> str | None:
+        """Which base models they read, in words, where that is none of so many layers."""
+        return None
+
 
 State = torch.Tensor | tuple[torch.Tensor | None, ...]  # running, of m positions
 
@@ -85,7 +89,7 @@ class Speculator(nn.Module):
     sizes: type[Sizes]
     sample_rows = 0  # corpus rows whose states `build` is to be given
     needs_embedding = False  # whether `attach` takes the base model's token embedding; the lm_head is there in any case
-    native = False  # whether vLLM serves what is exported without us
+    vllm_method: str | None = None  # vLLM's own, by which it serves what is exported without us; None: our plugin serves it
     predicts_states = False  # whether there is a `state_distance`
     base_layers: tuple[int, ...] = ()  # what `BaseModel.give_layers` is to be told, and `start` is given behind the final states
     context_width = 0  # w of what `keep` keeps of each slot of a text, see `context`; 0: nothing is kept
@@ -208,6 +212,11 @@ class Speculator(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build an untrained one from a config.json's values; raises pydantic's ValidationError for wrong ones."""
         raise NotImplementedError
+
+    @classmethod
+    def complete(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """A config.json's values with what a published one leaves to be known, for a base model of so many layers."""
+        return config
 
     def published_state(self) -> dict[str, torch.Tensor]:
         """{key: tensor} as written to model.safetensors."""
