@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fms_spec.batch import upload
 
-ATTENDED = 256  # positions of a training step that attend together: bounds their mask, and what each has drafted is a key beside all of them
+ATTENDED = 256  # positions of a training step that attend together: bounds their mask, to which each one's own drafts add a column
 
 
 @dataclass(frozen=True)

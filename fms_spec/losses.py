@@ -213,8 +213,7 @@ def head_losses(
     run = max(last + 1, speculator.distinct_heads)
     scales = (upload(torch.tensor(weights.heads), device) / counts.clamp(min=1))[:run]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        text = windows.text
-        if text:
+        if text := windows.text:
             text = replace(text, kept=speculator.keep(windows.states.to(dtype), text.recent, text.slots))
         features, readouts, pointers = zip(*speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts[:run], text))
         targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(features))]
@@ -224,7 +223,7 @@ def head_losses(
             weight = speculator.teacher_weight(base_model).to(dtype)
             teacher = (lambda head: read_out(final.target_states(head), weight), weight, base_model.output_cap)
         seen, inputs = None, [*features, *readouts]
-        if speculator.copies:
+        if text and speculator.copies:
             follows = text.recent.tokens(0)
             seen = speculator.draft_targets(follows.clamp(min=0)).where(follows >= 0, -1), text
             queries, gates = zip(*pointers)

@@ -223,7 +223,7 @@ def tiny_eagle3(base_model, n_predict=4, **variant):
     )  # fmt: skip
     draft_ids = torch.randperm(v)[: max(6, v // 2)].sort().values
     speculator = Eagle3Speculator(config, draft_ids, n_predict, (0, base_model.layers), **variant)
-    for name, weight in speculator.named_parameters():
+    for weight in speculator.parameters():
         torch.nn.init.normal_(weight, std=0.3) if weight.dim() > 1 else torch.nn.init.uniform_(weight, 0.5, 1.5)
     return speculator
 

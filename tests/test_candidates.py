@@ -98,8 +98,9 @@ def paths_of(candidates, row):
 
 @settings(max_examples=60, **EXAMPLES)
 @given(
-    seed=st.integers(0, 100_000), family=st.sampled_from([*FAMILIES, ATTENDING]), levels=st.integers(1, 3), extra=st.integers(0, 20), sharp=st.booleans()
-)
+    seed=st.integers(0, 100_000), family=st.sampled_from([*FAMILIES, ATTENDING]), levels=st.integers(1, 3), extra=st.integers(0, 20),
+    sharp=st.booleans(),
+)  # fmt: skip
 def test_the_best_nodes_are_the_likeliest_of_all_and_make_a_tree(tiny_models, seed, family, levels, extra, sharp):
     model = tiny_models.get(0, seed=seed)
     speculator = tiny_speculator(model, family, seed)

@@ -85,13 +85,11 @@ class Reference:
     def drafts(self, states, tokens, drafted):
         """Logits of each step after a text's states [n, 2 d] and the n tokens that follow each, then after each of `drafted`."""
         g, seen = self.first(states), tokens
-        for token in [None, *drafted]:
-            if token is not None:
-                g, seen = torch.cat([g, handed[None]]), torch.cat([seen, token[None]])
+        for token in [*drafted, tokens[0]]:  # whatever comes after the last step
             x = self.last(g, seen)
             normed = self.norm(x, "norm")
-            handed = normed if self.normed_output else x
             yield normed @ self.own["lm_head.weight"].T
+            g, seen = torch.cat([g, (normed if self.normed_output else x)[None]]), torch.cat([seen, token[None]])
 
 
 def windows_of(rows):

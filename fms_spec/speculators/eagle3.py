@@ -15,8 +15,7 @@ test"), so that it learns from the states it will see. All of it is trained, W a
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import AliasPath, Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
@@ -28,12 +27,11 @@ from fms_spec.packed_linear import pack_linears
 from fms_spec.settings import Layers, Side
 from fms_spec.speculators import draft_vocabulary
 from fms_spec.speculators.draft_layer import DraftLayer, Norm, Rotary
-from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Size, Sizes, Speculator, State
+from fms_spec.speculators.eagle3_layout import IDS, Eagle3Sizes
+from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Speculator, State
 from fms_spec.weights import read_entries, read_tensors
 
 LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "num_hidden_layers": 1}
-ROPES = ("default", "linear", "llama3", "yarn")  # kinds of rotary positions that don't hang on a text's length
-IDS = "eagle_aux_hidden_state_layer_ids"
 SMALL = 0.002  # of weights beside copied ones: they only have to be told apart
 
 
@@ -48,57 +46,6 @@ class Eagle3Settings(Settings):
     fc_norm: bool = False  # a norm of each before they are mixed, as in 3.1
     norm_output: bool = False  # hand on the step's normed state, as in 3.1
     init: Literal["random", "last_layer"] = "random"  # last_layer: of the base model, where that is Llama's
-
-
-class Eagle3Sizes(Sizes):
-    """The published config.json; what it may say and is not computed here is refused by its key."""
-
-    architectures: list[Literal["LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM"]]
-    emb_dim: Size = Field(validation_alias="hidden_size")
-    n_predict: int = Field(7, ge=1, le=64)  # our own key; 7 is what the published ones are trained for
-    attention_heads: Size = Field(validation_alias="num_attention_heads")
-    kv_heads: Size | None = Field(None, validation_alias="num_key_value_heads")
-    head_dim: Size | None = None
-    inner_dim: Size = Field(validation_alias="intermediate_size")
-    draft_vocab_size: Size | None = None
-    target_hidden_size: int | None = None
-    base_layers: Layers = Field((), validation_alias=AliasPath("eagle_config", IDS))
-    aux: Literal[True] = Field(True, validation_alias=AliasPath("eagle_config", "use_aux_hidden_state"))
-    num_hidden_layers: Literal[1] = 1
-    fc_norm: bool = False
-    norm_output: bool = False
-    norm_before_residual: bool = False
-    norm_before_fc: Literal[False] = False
-    hidden_act: Literal["silu"] = "silu"
-    attention_bias: Literal[False] = False
-    mlp_bias: Literal[False] = False
-    quantization_config: None = None
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None  # its name in older ones
-
-    def misfit(self, layers: int) -> str | None:
-        return f"a base model of {self.base_layers[-1]} layers or more" if self.base_layers and self.base_layers[-1] > layers else None
-
-    @field_validator("kv_heads", "draft_vocab_size", "target_hidden_size")
-    @classmethod
-    def agrees(cls, value: int | None, info: Any) -> int | None:
-        heads, width, most = (info.data.get(name, value) for name in ("attention_heads", "emb_dim", "vocab_size"))
-        wrong = {
-            "kv_heads": heads and value and heads % value and f"no divisor of num_attention_heads, {heads}",
-            "draft_vocab_size": value and value > most and f"over vocab_size, {most}",
-            "target_hidden_size": value and value != width and f"another width than hidden_size, {width}, which is not computed here",
-        }[info.field_name]
-        if wrong:
-            raise PydanticCustomError("agrees", "Input is {wrong}", {"wrong": wrong})
-        return value
-
-    @field_validator("rope_parameters", "rope_scaling")
-    @classmethod
-    def computed(cls, values: dict[str, Any] | None) -> dict[str, Any] | None:
-        kind = (values or {}).get("rope_type", (values or {}).get("type", "default"))
-        if kind not in ROPES or (values or {}).get("partial_rotary_factor", 1) != 1:
-            raise PydanticCustomError("computed", "Input should be of a whole head, and one of {ropes}", {"ropes": ", ".join(ROPES)})
-        return values
 
 
 class Eagle3Speculator(Speculator):
@@ -130,6 +77,12 @@ class Eagle3Speculator(Speculator):
         self.norm = Norm(d, eps)
         self.lm_head = nn.Linear(d, len(draft_ids), bias=False)
         self.own_embedding: torch.Tensor | None = None  # of published directories that repeat the base model's
+
+    @property
+    def layer(self) -> DraftLayer:
+        layer = self.layers[0]
+        assert isinstance(layer, DraftLayer)
+        return layer
 
     @classmethod
     def base_layers_of(cls, settings: Any, base_model: Any) -> tuple[int, ...]:
@@ -176,15 +129,15 @@ class Eagle3Speculator(Speculator):
             UserError: a base model whose last layer has not these parts and shapes.
         """
         prefix, entries, d = f"model.layers.{base_model.layers - 1}.", read_entries(base_model.path), self.emb_dim
-        names = {"input_layernorm.weight": "hidden_norm.weight"}
-        own = {prefix + names.get(name, name): weight for name, weight in self.layers[0].named_parameters()}
-        own["model.norm.weight"] = self.norm.weight
-        own = {name.replace("hidden_norm", "input_layernorm"): weight for name, weight in own.items()}
+        layer = dict(self.layer.named_parameters())
+        layer["input_layernorm.weight"] = layer.pop("hidden_norm.weight")  # the embedding's own norm starts as every other
+        own = {prefix + name: weight for name, weight in layer.items()} | {"model.norm.weight": self.norm.weight}
         for name, weight in own.items():
             wide = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
             place = weight[:, d:] if wide else weight
             if name not in entries or entries[name].shape != tuple(place.shape):
-                raise UserError(f"speculator.init last_layer: base model {base_model.name} has no {name} of {list(place.shape)}; take random")
+                problem = f"base model {base_model.name} has no {name} of {list(place.shape)}"
+                raise UserError(f"speculator.init last_layer: {problem}; take random, or heads and widths of its own")
             if wide:
                 weight.normal_(std=SMALL)
             place.copy_(read_tensors(entries, [name])[name])
@@ -219,14 +172,14 @@ class Eagle3Speculator(Speculator):
 
     def read(self, hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`DraftLayer.read` of states [..., d] and tokens int64 [...]."""
-        return self.layers[0].read(F.embedding(tokens, self.frozen[0]).to(hidden.dtype), hidden)
+        return self.layer.read(F.embedding(tokens, self.frozen[0]).to(hidden.dtype), hidden)
 
     def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor) -> torch.Tensor:
         x, _ = self.read(self.mixed(states), recent.tokens(0).clamp(min=0))
-        return self.layers[0].self_attn.keys_values(x, slots, self.rotary)
+        return self.layer.self_attn.keys_values(x, slots, self.rotary)
 
     def advance(self, state: Any, tokens: torch.Tensor, head: int, seen: Seen | None = None) -> State:
-        (hidden, drafted), layer = state, self.layers[0]
+        (hidden, drafted), layer = state, self.layer
         assert seen is not None
         places = seen.places(len(tokens)) + head
         x, residual = self.read(hidden, tokens)

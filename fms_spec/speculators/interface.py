@@ -191,7 +191,9 @@ class Speculator(nn.Module):
     def logits(self, state: Any, head: int, context: Context | None = None) -> torch.Tensor:
         """The head's logits over the draft vocabulary, [m, r]; over the whole one, [m, v], where it copies. For proposing only."""
         logits = self.read_out_logits(state, head)
-        return logits if context is None or not self.copies else mixed(self.over_all(logits.float().softmax(-1)), *self.point(state, head), context)
+        if context is None or not self.copies:
+            return logits
+        return mixed(self.over_all(logits.float().softmax(-1)), *self.point(state, head), context)
 
     def read_out_logits(self, state: Any, head: int) -> torch.Tensor:
         """`output`'s product: [m, r]."""
