@@ -104,10 +104,12 @@ class Eagle3Speculator(Speculator):
         heads, groups = settings.attention_heads or heads, settings.kv_heads or groups
         if heads % groups:
             raise UserError(f"speculator.attention_heads {heads} are no multiple of its kv_heads, {groups}; give others")
+        if (head_dim := settings.head_dim or head_width(base)) % 2:
+            raise UserError(f"speculator.head_dim {head_dim}: rotary positions turn pairs; give an even one")
         theta = (getattr(base, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
         config = LlamaConfig(
             hidden_size=base_model.width, vocab_size=base_model.vocab_size, intermediate_size=inner_dim, num_attention_heads=heads,
-            num_key_value_heads=groups, head_dim=settings.head_dim or head_width(base), rms_norm_eps=getattr(base, "rms_norm_eps", 1e-5),
+            num_key_value_heads=groups, head_dim=head_dim, rms_norm_eps=getattr(base, "rms_norm_eps", 1e-5),
             max_position_embeddings=base.max_position_embeddings, rope_parameters={"rope_type": "default", "rope_theta": theta}, **LLAMA,
         )  # fmt: skip
         draft_ids = torch.zeros(size, dtype=torch.int64)

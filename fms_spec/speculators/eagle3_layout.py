@@ -20,7 +20,7 @@ class Eagle3Sizes(Sizes):
     n_predict: int = Field(7, ge=1, le=64)  # our own key; 7 is what the published ones are trained for
     attention_heads: Size = Field(validation_alias="num_attention_heads")
     kv_heads: Size | None = Field(None, validation_alias="num_key_value_heads")
-    head_dim: Size | None = None
+    head_dim: int | None = Field(None, ge=2, le=2**16, multiple_of=2)
     inner_dim: Size = Field(validation_alias="intermediate_size")
     draft_vocab_size: Size | None = None
     target_hidden_size: int | None = None
