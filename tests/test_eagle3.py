@@ -1,6 +1,7 @@
 """EAGLE-3: the published computation in the losses over packed rows and in what is proposed, and its published layout."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,13 @@ def test_losses_and_gradients_are_those_of_the_published_formulas_in_double(mode
     for name, value in speculator.named_parameters():
         difference = (value.grad - reference.own[name].grad).norm()
         assert difference <= 1e-4 * reference.own[name].grad.norm() and value.grad.any(), name
+
+
+def test_a_later_step_without_positions_trains_nothing_and_costs_nothing(model, rows):
+    speculator, windows = heads_of(model, "published"), windows_of(rows)
+    windows = replace(windows, counts=[*windows.counts[:2], 0])
+    found = head_losses(speculator, windows, model, WEIGHTS, torch.tensor(windows.counts, dtype=torch.float32))[1]
+    assert found[2] == 0 and found[:2].all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -61,10 +61,11 @@ class Attention(nn.Module):
         keys = rotary.turned(self.k_proj(x).unflatten(-1, (self.groups, -1)), places).flatten(-2)
         return torch.cat([keys, self.v_proj(x)], dim=-1)
 
+    @torch.compiler.disable  # its blocks are laid out on the host; the rest of the layer compiles around it
     def forward(self, x: torch.Tensor, places: torch.Tensor, rotary: Rotary, drafted: torch.Tensor | None, seen: Seen) -> torch.Tensor:
         """x [m, inputs] at places int64 [m], drafted [m, i, w] of each one's own tokens, itself the last: [m, d]."""
         query = rotary.turned(self.q_proj(x).unflatten(-1, (self.heads, -1)), places)
-        parts = []
+        parts = [query[:0].flatten(1)]  # a later head may have no position
         for rows, laid in seen.laid(len(query)):
             own = None if drafted is None else drafted[rows]
             if torch.is_grad_enabled():  # the masks, and each block's copy of what is kept, are made again rather than held
