@@ -21,8 +21,9 @@ def ascending(ids: tuple[int, ...]) -> tuple[int, ...]:
     return ids
 
 
+as_tuple = BeforeValidator(lambda ids: tuple(ids) if isinstance(ids, list) else ids)  # YAML has lists only, strict pydantic wants tuples
 Layers = Annotated[
     tuple[Annotated[int, Field(ge=0, le=2**16)], ...],
-    BeforeValidator(lambda ids: tuple(ids) if isinstance(ids, list) else ids),  # YAML has lists only, and strict pydantic wants tuples
+    as_tuple,
     AfterValidator(ascending),
 ]

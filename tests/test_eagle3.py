@@ -18,6 +18,7 @@ from fms_spec.losses import LossWeights, head_losses
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.speculators.directory import describe, load_speculator, save_speculator
 from fms_spec.speculators.eagle3 import Eagle3Speculator
+from fms_spec.speculators.eagle3_layout import IDS
 from fms_spec.speculators.interface import Corpus
 from fms_spec.speculators.registry import settings_of
 
@@ -188,7 +189,7 @@ def test_an_exported_directory_is_the_published_layout_and_is_read_back_under_ei
     assert tensors["t2d"].dtype == torch.bool and torch.equal(tensors["t2d"].nonzero()[:, 0], draft_ids)
     assert {"fc.weight", "layers.0.hidden_norm.weight", "layers.0.self_attn.q_proj.weight", "norm.weight", "lm_head.weight"} <= set(tensors)
     assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["model_type"] == "llama"
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2]
+    assert config[IDS] == [0, 2] and config["eagle_config"][IDS] == [-1, 1]  # as vLLM and as SGLang count them
     embedding = {"embed_tokens.weight": model.embedding_weight.clone()}  # as many published ones have it
     rewrite(tmp_path, lambda tensors: {key.replace("layers.0.", "midlayer."): value for key, value in tensors.items()} | embedding)
     loaded = load_speculator(tmp_path, model)
@@ -201,19 +202,20 @@ def test_a_directory_without_a_draft_vocabulary_has_the_base_models_and_without_
     config = tiny_eagle3(model).config
     speculator = Eagle3Speculator(config, torch.arange(WORDS), STEPS, (2, 4, 5))
     save_speculator(tmp_path / "heads", speculator, describe(speculator, model))
-    rewrite(tmp_path / "heads", draft_vocab_size=None, eagle_config=None, n_predict=None)
+    rewrite(tmp_path / "heads", draft_vocab_size=None, eagle_config=None, n_predict=None, **{IDS: None})
     assert not {"d2t", "t2d"} & set(load_file(tmp_path / "heads/model.safetensors"))
     loaded = load_speculator(tmp_path / "heads", model)
     assert loaded.base_layers == (2, 4, 5) and torch.equal(loaded.draft_ids, torch.arange(WORDS))
+    rewrite(tmp_path / "heads", eagle_config={IDS: [0, 1, 7]})
+    assert load_speculator(tmp_path / "heads", model).base_layers == (1, 2, 8)
 
 
 WRONG = {
     "another width": ({"hidden_size": 64}, None, "fits a base model of width 64 and vocabulary 24, .* has 32 and 24"),
     "another fingerprint": ({"base_model_fingerprint": "0" * 32}, None, "was trained for .*fingerprint 000"),
-    "layers that don't exist": (
-        {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 3]}}, None, "reads a base model of 3 layers or more, .* has 2; use",
-    ),
-    "layers out of order": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 0]}}, None, "layer_ids is .*ascending order"),
+    "layers that don't exist": ({IDS: [0, 3]}, None, "reads a base model of 3 layers or more, .* has 2; use"),
+    "layers that don't exist, as SGLang counts": ({IDS: None, "eagle_config": {IDS: [0, 2]}}, None, "reads a base model of 3 layers"),
+    "layers out of order": ({IDS: [2, 0]}, None, "layer_ids is .*ascending order"),
     "the states alone": ({"eagle_config": {"use_aux_hidden_state": False}}, None, "eagle_config.use_aux_hidden_state is False"),
     "a draft vocabulary over the base's": ({"draft_vocab_size": 25}, None, "draft_vocab_size is 25: Input is over vocab_size, 24"),
     "two layers": ({"num_hidden_layers": 2}, None, "num_hidden_layers is 2"),
@@ -277,7 +279,7 @@ def test_heads_start_from_the_base_models_lm_head_and_if_asked_from_its_last_lay
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"init": "last_layer", "inner_dim": 48}, r"init last_layer: base model .* has no model.layers.1.mlp.gate_proj.weight of \[48, 32\]"),
+        ({"init": "last_layer", "inner_dim": 48}, r"last_layer: base model .* has no model.layers.1.mlp.gate_proj.weight of \[48, 32\]"),
         ({"base_layers": []}, "the published ones are none of a base model of 2 layers; give them"),
         ({"base_layers": [0, 3]}, "base_layers 3: the base model has 2 layers; give some of 0 to 2"),
         ({"draft_vocab_size": 25}, "draft_vocab_size 25 is over the base model's vocabulary, 24"),

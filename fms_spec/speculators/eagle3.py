@@ -214,7 +214,8 @@ class Eagle3Speculator(Speculator):
             "head_dim": config.head_dim, "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.rms_norm_eps,
             "rope_theta": theta, "rope_scaling": None if rope["rope_type"] == "default" else rope, "n_predict": self.n_predict,
             "fc_norm": self.fc_norm is not None, "norm_output": self.norm_output, "norm_before_residual": self.norm_before_residual,
-            "eagle_config": {IDS: list(self.base_layers), "use_aux_hidden_state": True},
+            IDS: list(self.base_layers),
+            "eagle_config": {IDS: [index - 1 for index in self.base_layers], "use_aux_hidden_state": True},
         }  # fmt: skip
 
     @classmethod
@@ -228,11 +229,9 @@ class Eagle3Speculator(Speculator):
 
     @classmethod
     def complete(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
-        """Without ids of layers they are the published ones."""
-        told = config.get("eagle_config") or {}
-        if told.get(IDS):
-            return config
-        return config | {"eagle_config": told | {IDS: [2, layers // 2, layers - 3]}}
+        """With the layers as vLLM counts them."""
+        sizes = cls.sizes.model_validate(config)
+        return config | {IDS: sizes.base_layers or [index + 1 for index in sizes.leaving] or [2, layers // 2, layers - 3]}
 
     def published_state(self) -> dict[str, torch.Tensor]:
         """With the draft vocabulary as published: d2t int64 [r], how far each token's id is from its entry; t2d bool [v], which are in."""

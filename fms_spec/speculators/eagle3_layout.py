@@ -1,15 +1,21 @@
-"""What EAGLE-3's published config.json may say, as vLLM and SGLang read it."""
+"""What EAGLE-3's published config.json may say, as vLLM and SGLang read it.
 
-from typing import Any, Literal
+The layers whose states are read stand in it twice, as the two count differently. At the top level, which vLLM takes first (its V2 runner
+takes no other), id i is what enters layer i. Within eagle_config, which SGLang takes, and by which those are trained that have no other,
+id i is what leaves layer i: one lower. Where neither stands, both take the published ones.
+"""
 
-from pydantic import AliasPath, Field, field_validator
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AliasPath, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from fms_spec.settings import Layers
+from fms_spec.settings import Layers, as_tuple, ascending
 from fms_spec.speculators.interface import Size, Sizes
 
 ROPES = ("default", "linear", "llama3", "yarn")  # kinds of rotary positions that don't hang on a text's length
 IDS = "eagle_aux_hidden_state_layer_ids"
+LayersLeft = Annotated[tuple[Annotated[int, Field(ge=-1, le=2**16)], ...], as_tuple, AfterValidator(ascending)]
 
 
 class Eagle3Sizes(Sizes):
@@ -24,7 +30,8 @@ class Eagle3Sizes(Sizes):
     inner_dim: Size = Field(validation_alias="intermediate_size")
     draft_vocab_size: Size | None = None
     target_hidden_size: int | None = None
-    base_layers: Layers = Field((), validation_alias=AliasPath("eagle_config", IDS))
+    base_layers: Layers = Field((), validation_alias=IDS)
+    leaving: LayersLeft = Field((), validation_alias=AliasPath("eagle_config", IDS))
     aux: Literal[True] = Field(True, validation_alias=AliasPath("eagle_config", "use_aux_hidden_state"))
     num_hidden_layers: Literal[1] = 1
     fc_norm: bool = False
