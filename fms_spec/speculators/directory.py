@@ -18,7 +18,7 @@ from fms_spec.files import cannot_write, read_json, sha256_of, write_json
 from fms_spec.hub import local_directory
 from fms_spec.model_config import DTYPES, read_config, resolve_base_model
 from fms_spec.speculators.interface import Sizes, Speculator
-from fms_spec.speculators.registry import ModelType, family_of
+from fms_spec.speculators.registry import FAMILIES, ModelType, family_of
 from fms_spec.weights import SINGLE, fingerprint
 
 
@@ -174,7 +174,10 @@ def read_speculator_config(directory: Path | str) -> dict[str, Any]:
     file = Path(directory) / "config.json"
     if not file.exists():
         raise UserError(f"speculator {directory}: no config.json; give a directory written by scripts.export")
-    return check_config(read_json(file, "copy or export the speculator again"), file)
+    config = read_json(file, "copy or export the speculator again")
+    for family in FAMILIES.values():
+        config = family.translated(config)
+    return check_config(config, file)
 
 
 def check_speculator(directory: Path | str, base_model: Path | str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fms_spec.errors import UserError
 from fms_spec.model_config import attention_heads, head_width
 from fms_spec.packed_linear import pack_linears
 from fms_spec.settings import Layers, Side
-from fms_spec.speculators import draft_vocabulary
+from fms_spec.speculators import draft_vocabulary, eagle3_layout
 from fms_spec.speculators.draft_layer import DraftLayer, Norm, Rotary
 from fms_spec.speculators.eagle3_layout import IDS, Eagle3Sizes
 from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Speculator, State
@@ -56,7 +56,7 @@ class Eagle3Speculator(Speculator):
         `inner_states`. norm_before_residual: the layer's states are added to their norm, as in `speculators`' own heads.
     """
 
-    name, model_type, architecture = "eagle3", "llama", "LlamaForCausalLMEagle3"
+    name, model_type, architecture = "eagle3", "llama", eagle3_layout.ARCHITECTURE
     settings, sizes = Eagle3Settings, Eagle3Sizes
     needs_embedding, distinct_heads, vllm_method = True, 1, "eagle3"
     draft_ids: torch.Tensor
@@ -226,6 +226,10 @@ class Eagle3Speculator(Speculator):
         draft_ids = torch.zeros(sizes.draft_vocab_size or sizes.vocab_size, dtype=torch.int64)
         variant = sizes.model_dump(include={"n_predict", "base_layers", "fc_norm", "norm_output", "norm_before_residual"})
         return cls(layer, draft_ids, **variant)
+
+    @classmethod
+    def translated(cls, config: Any) -> Any:
+        return eagle3_layout.translated(config)
 
     @classmethod
     def complete(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ id i is what leaves layer i: one lower. Where neither stands, both take the publ
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasPath, Field, field_validator
+from pydantic import AfterValidator, AliasPath, BaseModel, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from fms_spec.settings import Layers, as_tuple, ascending
@@ -15,6 +15,8 @@ from fms_spec.speculators.interface import Size, Sizes
 
 ROPES = ("default", "linear", "llama3", "yarn")  # kinds of rotary positions that don't hang on a text's length
 IDS = "eagle_aux_hidden_state_layer_ids"
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+TOLD = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", IDS)
 LayersLeft = Annotated[tuple[Annotated[int, Field(ge=-1, le=2**16)], ...], as_tuple, AfterValidator(ascending)]
 
 
@@ -68,3 +70,36 @@ class Eagle3Sizes(Sizes):
         if kind not in ROPES or (values or {}).get("partial_rotary_factor", 1) != 1:
             raise PydanticCustomError("computed", "Input should be of a whole head, and one of {ropes}", {"ropes": ", ".join(ROPES)})
         return values
+
+
+class Method(BaseModel):
+    speculative_tokens: int
+
+
+class Verifier(BaseModel):
+    name_or_path: str | None = None
+
+
+class Proposals(BaseModel):
+    proposal_methods: list[Method] = Field(min_length=1)
+    verifier: Verifier
+
+
+class SpeculatorsLayout(BaseModel):
+    """config.json as the package `speculators` writes it: the same weights, the layer's config in a section of its own."""
+
+    speculators_model_type: Literal["eagle3"]
+    speculators_config: Proposals
+    transformer_layer_config: dict[str, Any]
+
+
+def translated(config: Any) -> Any:
+    """A config.json in `SpeculatorsLayout` as vLLM translates it; any other value as it is."""
+    try:
+        layout = SpeculatorsLayout.model_validate(config)
+    except ValidationError:
+        return config
+    own = {"norm_before_residual": True} | {key: config[key] for key in TOLD if config.get(key) is not None}
+    told = {"n_predict": layout.speculators_config.proposal_methods[0].speculative_tokens}
+    name = layout.speculators_config.verifier.name_or_path
+    return layout.transformer_layer_config | own | told | {"architectures": [ARCHITECTURE], "base_model_name_or_path": name}

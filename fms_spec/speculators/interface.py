@@ -216,6 +216,11 @@ class Speculator(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def translated(cls, config: Any) -> Any:
+        """What a config.json holds, in the family's own layout where it is another layout of it; anything else as it is."""
+        return config
+
+    @classmethod
     def complete(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
         """A config.json's values with what a published one leaves to be known, for a base model of so many layers."""
         return config
