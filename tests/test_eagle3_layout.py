@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from test_eagle3 import STEPS, VARIANTS, WORDS
 
 from fms_spec.base_model import BaseModel
+from fms_spec.context import of_text
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
+from fms_spec.proposers import Step, TopKProposer
 from fms_spec.speculators.directory import describe, load_speculator, save_speculator
 from fms_spec.speculators.eagle3 import Eagle3Speculator
 from fms_spec.speculators.eagle3_layout import IDS
@@ -139,7 +141,7 @@ def test_an_embedding_of_its_own_is_refused(model, tmp_path):
 
 def built(model, **settings):
     settings = settings_of({"family": "eagle3", "base_layers": [0, 2], "draft_vocab_size": 12} | settings)
-    return Eagle3Speculator.build(settings, model, Corpus(torch.arange(WORDS, 0, -1), None))
+    return Eagle3Speculator.build(settings, model, Corpus(torch.arange(WORDS, 0, -1), torch.randn(50, 3 * model.width)))
 
 
 def test_heads_start_from_the_base_models_lm_head_and_if_asked_from_its_last_layer(model):
@@ -154,14 +156,34 @@ def test_heads_start_from_the_base_models_lm_head_and_if_asked_from_its_last_lay
     assert not torch.equal(other["layers.0.mlp.down_proj.weight"], own["layers.0.mlp.down_proj.weight"])
 
 
+def test_heads_that_start_as_induction_heads_copy_before_they_are_trained(tmp_path):
+    sizes = dict(vocab_size=96, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    model = BaseModel(str(write_model(tmp_path / "base", **sizes)), dtype="float32", device="cpu")
+    model.give_layers((0, 2))
+    text = torch.randperm(96, generator=torch.Generator().manual_seed(5))[:40].repeat(2)
+    states = model.hidden_states(text[None], torch.zeros(1, 80, dtype=torch.int64))[0]
+    roots, found = torch.arange(42, 78), {}
+    for init in ("last_layer", "induction"):
+        torch.manual_seed(0)
+        settings = settings_of({"family": "eagle3", "base_layers": [0, 2], "init": init})
+        speculator = Eagle3Speculator.build(settings, model, Corpus(torch.ones(96), states))
+        speculator.attach(model)
+        context = of_text(speculator, states, text, roots)
+        drafted = TopKProposer(speculator, [1, 1]).propose(Step(states[roots - 1], text[roots], [], context=context)).tokens
+        found[init] = (drafted[:, 0] == text[roots + 1]).float().mean().item()
+    assert found["induction"] > 0.5 and found["last_layer"] < 0.1, found
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"init": "last_layer", "inner_dim": 48}, r"last_layer: base model .* has no model.layers.1.mlp.gate_proj.weight of \[48, 32\]"),
+        ({"init": "last_layer", "inner_dim": 48}, r"init: base model .* has no model.layers.1.mlp.gate_proj.weight of \[48, 32\]"),
         ({"base_layers": []}, "the published ones are none of a base model of 2 layers; give them"),
         ({"base_layers": [0, 3]}, "base_layers 3: the base model has 2 layers; give some of 0 to 2"),
         ({"draft_vocab_size": 25}, "draft_vocab_size 25 is over the base model's vocabulary, 24"),
         ({"kv_heads": 3}, "attention_heads 4 are no multiple of its kv_heads, 3"), ({"head_dim": 7}, "head_dim 7: .* even"),
+        ({"init": "induction"}, "init: induction heads take a base model with a tied embedding"),
+        ({"init": "induction", "base_layers": [0, 1]}, r"base_layers \[0, 1\]: init induction reads 0 and 2 too"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_the_base_model_are_refused_in_one_line(model, settings, message):

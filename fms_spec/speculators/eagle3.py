@@ -25,14 +25,12 @@ from fms_spec.errors import UserError
 from fms_spec.model_config import attention_heads, head_width
 from fms_spec.packed_linear import pack_linears
 from fms_spec.settings import Layers, Side
-from fms_spec.speculators import draft_vocabulary, eagle3_layout
+from fms_spec.speculators import draft_vocabulary, eagle3_layout, eagle3_start
 from fms_spec.speculators.draft_layer import DraftLayer, Norm, Rotary
 from fms_spec.speculators.eagle3_layout import IDS, Eagle3Sizes
 from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Speculator, State
-from fms_spec.weights import read_entries, read_tensors
 
 LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "num_hidden_layers": 1}
-SMALL = 0.002  # of weights beside copied ones: they only have to be told apart
 
 
 class Eagle3Settings(Settings):
@@ -45,7 +43,9 @@ class Eagle3Settings(Settings):
     base_layers: Layers = ()  # whose input is read; none given: 2, half of them, and 3 before the last, as published
     fc_norm: bool = False  # a norm of each before they are mixed, as in 3.1
     norm_output: bool = False  # hand on the step's normed state, as in 3.1
-    init: Literal["random", "last_layer"] = "random"  # last_layer: of the base model, where that is Llama's
+    # last_layer: the base model's, where that is Llama's; induction: that, and heads beside it that copy, see `eagle3_start`. They take
+    # fc_norm, and the states 0 and behind the last layer too.
+    init: Literal["random", "last_layer", "induction"] = "random"
 
 
 class Eagle3Speculator(Speculator):
@@ -58,6 +58,7 @@ class Eagle3Speculator(Speculator):
 
     name, model_type, architecture = "eagle3", "llama", eagle3_layout.ARCHITECTURE
     settings, sizes = Eagle3Settings, Eagle3Sizes
+    sample_rows = 8  # for the scale of the deepest state
     needs_embedding, distinct_heads, vllm_method = True, 1, "eagle3"
     draft_ids: torch.Tensor
 
@@ -86,64 +87,35 @@ class Eagle3Speculator(Speculator):
 
     @classmethod
     def base_layers_of(cls, settings: Any, base_model: Any) -> tuple[int, ...]:
-        layers, count = settings.base_layers, base_model.layers
+        layers, count, copying = settings.base_layers, base_model.layers, settings.init == "induction"
         if layers and layers[-1] > count:
             raise UserError(f"speculator.base_layers {layers[-1]}: the base model has {count} layers; give some of 0 to {count}")
         published = (2, count // 2, count - 3)
         if not layers and not published[0] < published[1] < published[2]:
             raise UserError(f"speculator.base_layers: the published ones are none of a base model of {count} layers; give them")
-        return layers or published
+        if layers and copying and (layers[0], layers[-1]) != (0, count):
+            raise UserError(f"speculator.base_layers {list(layers)}: init induction reads 0 and {count} too; give them or none")
+        return layers or ((0, *published, count) if copying else published)
 
     @classmethod
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
         """The draft vocabulary is the corpus' most frequent tokens, and W starts as the base model's lm_head of them."""
-        base, size = base_model.config, draft_vocabulary.size_of(settings, base_model)
-        inner_dim, (heads, groups) = settings.inner_dim or getattr(base, "intermediate_size", None), attention_heads(base)
-        if not isinstance(inner_dim, int):
-            raise UserError("speculator.inner_dim: the base model's config has no intermediate_size to take; give it")
-        heads, groups = settings.attention_heads or heads, settings.kv_heads or groups
-        if heads % groups:
-            raise UserError(f"speculator.attention_heads {heads} are no multiple of its kv_heads, {groups}; give others")
-        if (head_dim := settings.head_dim or head_width(base)) % 2:
-            raise UserError(f"speculator.head_dim {head_dim}: rotary positions turn pairs; give an even one")
-        theta = (getattr(base, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
-        config = LlamaConfig(
-            hidden_size=base_model.width, vocab_size=base_model.vocab_size, intermediate_size=inner_dim, num_attention_heads=heads,
-            num_key_value_heads=groups, head_dim=head_dim, rms_norm_eps=getattr(base, "rms_norm_eps", 1e-5),
-            max_position_embeddings=base.max_position_embeddings, rope_parameters={"rope_type": "default", "rope_theta": theta}, **LLAMA,
-        )  # fmt: skip
-        draft_ids = torch.zeros(size, dtype=torch.int64)
+        copying, size, d = settings.init == "induction", draft_vocabulary.size_of(settings, base_model), base_model.width
+        draft_ids, layers = torch.zeros(size, dtype=torch.int64), cls.base_layers_of(settings, base_model)
         if corpus is not None:
             draft_ids = draft_vocabulary.most_frequent(corpus.token_counts, size, base_model)
-        layers = cls.base_layers_of(settings, base_model)
-        speculator = cls(config, draft_ids, settings.n_predict, layers, settings.fc_norm, settings.norm_output)
-        if corpus is not None:
-            speculator.lm_head.weight.data = base_model.output_weight[draft_ids, : base_model.width].float().cpu()
-            if settings.init == "last_layer":
-                speculator.copy_last_layer(base_model)
+        config, fc_norm = layer_config(settings, base_model), settings.fc_norm or copying
+        speculator = cls(config, draft_ids, settings.n_predict, layers, fc_norm, settings.norm_output)
+        if corpus is None:
+            return speculator
+        speculator.lm_head.weight.data = base_model.output_weight[draft_ids, :d].float().cpu()
+        if settings.init != "random":
+            assert corpus.states is not None
+            scale = corpus.states[:, -d:].square().mean(-1).sqrt().median().item() if fc_norm else 1.0
+            eagle3_start.copy_last_layer(speculator, base_model, scale)
+            if copying:
+                eagle3_start.add_induction_heads(speculator, scale)
         return speculator
-
-    @torch.no_grad()
-    def copy_last_layer(self, base_model: Any) -> None:
-        """Start as the base model's last layer on the deepest of the states that are read.
-
-        Raises:
-            UserError: a base model whose last layer has not these parts and shapes.
-        """
-        prefix, entries, d = f"model.layers.{base_model.layers - 1}.", read_entries(base_model.path), self.emb_dim
-        layer = dict(self.layer.named_parameters())
-        layer["input_layernorm.weight"] = layer.pop("hidden_norm.weight")  # the embedding's own norm starts as every other
-        own = {prefix + name: weight for name, weight in layer.items()} | {"model.norm.weight": self.norm.weight}
-        for name, weight in own.items():
-            wide = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-            place = weight[:, d:] if wide else weight
-            if name not in entries or entries[name].shape != tuple(place.shape):
-                problem = f"base model {base_model.name} has no {name} of {list(place.shape)}"
-                raise UserError(f"speculator.init last_layer: {problem}; take random, or heads and widths of its own")
-            if wide:
-                weight.normal_(std=SMALL)
-            place.copy_(read_tensors(entries, [name])[name])
-        self.fc.weight.normal_(std=SMALL)[:, -d:] += torch.eye(d)
 
     def attach(self, base_model: BaseWeights) -> None:
         self.draft_index = draft_vocabulary.entries(self.draft_ids, self.vocab_size)
@@ -259,3 +231,27 @@ class Eagle3Speculator(Speculator):
         if t2d is not None and not torch.equal(t2d.nonzero()[:, 0], draft_ids):
             raise UserError("speculator tensor t2d: it names other tokens than d2t; export it again")
         super().load_published_state(tensors | {"draft_ids": draft_ids})
+
+
+def layer_config(settings: Eagle3Settings, base_model: Any) -> LlamaConfig:
+    """The layer's config, of the base model's own where the settings say nothing."""
+    base, copying = base_model.config, settings.init == "induction"
+    inner_dim, (heads, groups) = settings.inner_dim or getattr(base, "intermediate_size", None), attention_heads(base)
+    if not isinstance(inner_dim, int):
+        raise UserError("speculator.inner_dim: the base model's config has no intermediate_size to take; give it")
+    if copying:
+        if settings.attention_heads or settings.kv_heads or not base.tie_word_embeddings:
+            what = "a base model with a tied embedding, and as many heads as they make, all with keys of their own"
+            raise UserError(f"speculator.init: induction heads take {what}; leave attention_heads and kv_heads out, or take last_layer")
+        heads = groups = heads + eagle3_start.heads_that_copy(base_model.width, settings.head_dim or head_width(base))
+    heads, groups = settings.attention_heads or heads, settings.kv_heads or groups
+    if heads % groups:
+        raise UserError(f"speculator.attention_heads {heads} are no multiple of its kv_heads, {groups}; give others")
+    if (head_dim := settings.head_dim or head_width(base)) % 2:
+        raise UserError(f"speculator.head_dim {head_dim}: rotary positions turn pairs; give an even one")
+    theta = (getattr(base, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+    return LlamaConfig(
+        hidden_size=base_model.width, vocab_size=base_model.vocab_size, intermediate_size=inner_dim, num_attention_heads=heads,
+        num_key_value_heads=groups, head_dim=head_dim, rms_norm_eps=getattr(base, "rms_norm_eps", 1e-5),
+        max_position_embeddings=base.max_position_embeddings, rope_parameters={"rope_type": "default", "rope_theta": theta}, **LLAMA,
+    )  # fmt: skip
