@@ -114,7 +114,7 @@ class Eagle3Speculator(Speculator):
             scale = corpus.states[:, -d:].square().mean(-1).sqrt().median().item() if fc_norm else 1.0
             eagle3_start.copy_last_layer(speculator, base_model, scale)
             if copying:
-                eagle3_start.add_induction_heads(speculator, scale)
+                eagle3_start.add_induction_heads(speculator, base_model.query_heads, scale)
         return speculator
 
     def attach(self, base_model: BaseWeights) -> None:
@@ -243,10 +243,14 @@ def layer_config(settings: Eagle3Settings, base_model: Any) -> LlamaConfig:
         if settings.attention_heads or settings.kv_heads or not base.tie_word_embeddings:
             what = "a base model with a tied embedding, and as many heads as they make, all with keys of their own"
             raise UserError(f"speculator.init: induction heads take {what}; leave attention_heads and kv_heads out, or take last_layer")
-        heads = groups = heads + eagle3_start.heads_that_copy(base_model.width, settings.head_dim or head_width(base))
+        copied = eagle3_start.heads_that_copy(base_model.width, settings.head_dim or head_width(base), heads)
+        if not copied:
+            raise UserError(f"speculator.init: no number of heads over {heads} divides the width {base_model.width}; take last_layer")
+        heads = groups = heads + copied
     heads, groups = settings.attention_heads or heads, settings.kv_heads or groups
-    if heads % groups:
-        raise UserError(f"speculator.attention_heads {heads} are no multiple of its kv_heads, {groups}; give others")
+    if heads % groups or base_model.width % heads:
+        what = f"no multiple of its kv_heads, {groups}, or no divisor of the width, {base_model.width}"
+        raise UserError(f"speculator.attention_heads {heads} are {what}; give others")
     if (head_dim := settings.head_dim or head_width(base)) % 2:
         raise UserError(f"speculator.head_dim {head_dim}: rotary positions turn pairs; give an even one")
     theta = (getattr(base, "rope_parameters", None) or {}).get("rope_theta", 10000.0)

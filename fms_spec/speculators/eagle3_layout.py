@@ -50,11 +50,12 @@ class Eagle3Sizes(Sizes):
     def misfit(self, layers: int) -> str | None:
         return f"a base model of {self.base_layers[-1]} layers or more" if self.base_layers and self.base_layers[-1] > layers else None
 
-    @field_validator("kv_heads", "draft_vocab_size", "target_hidden_size")
+    @field_validator("attention_heads", "kv_heads", "draft_vocab_size", "target_hidden_size")
     @classmethod
     def agrees(cls, value: int | None, info: Any) -> int | None:
         heads, width, most = (info.data.get(name, value) for name in ("attention_heads", "emb_dim", "vocab_size"))
         wrong = {
+            "attention_heads": width and value and width % value and f"no divisor of hidden_size, {width}, as transformers has it",
             "kv_heads": heads and value and heads % value and f"no divisor of num_attention_heads, {heads}",
             "draft_vocab_size": value and value > most and f"over vocab_size, {most}",
             "target_hidden_size": value and value != width and f"another width than hidden_size, {width}, which is not computed here",

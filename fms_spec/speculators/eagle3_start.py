@@ -18,7 +18,7 @@ import torch
 from fms_spec.errors import UserError
 from fms_spec.weights import Entry, read_entries, read_tensors
 
-HEADS = 6  # that copy, where the embedding has as many slices of a head's width; each carries one of them
+HEADS = 6  # that copy, at least: each carries a slice of the embedding as wide as itself
 CODE = 96  # c, at most a quarter of the state
 SLOW = 0.007  # radians a token: half a turn in 450 tokens
 MATCH, GAIN = 27.0, 0.5  # score of a match, the noise of others a sixth of it; share of the state's RMS that what is copied adds
@@ -64,15 +64,17 @@ def read(entries: Mapping[str, Entry], name: str, shape: list[int], base_model: 
     return read_tensors(entries, [name])[name].float()
 
 
-def heads_that_copy(width: int, head_dim: int) -> int:
-    return min(HEADS, width // head_dim)
+def heads_that_copy(width: int, head_dim: int, heads: int) -> int:
+    """How many stand beside `heads`: from `HEADS` on, so that all of them divide the width, as `transformers` wants it of a config."""
+    most = width // head_dim
+    return next((count for count in range(min(HEADS, most), most + 1) if width % (heads + count) == 0), 0)
 
 
 @torch.no_grad()
-def add_induction_heads(speculator: Any, scale: float) -> None:
-    """Make the last of the attention heads copy; see the module's formulas. The first of the states is the embedding."""
+def add_induction_heads(speculator: Any, heads: int, scale: float) -> None:
+    """Make the attention heads from number `heads` on copy; see the module's formulas. The first of the states is the embedding."""
     config, d, attention = speculator.config, speculator.emb_dim, speculator.layer.self_attn
-    a, width, count = config.head_dim, min(CODE, d // 4), heads_that_copy(d, config.head_dim)
+    a, width, count = config.head_dim, min(CODE, d // 4), config.num_attention_heads - heads
     pairs = torch.arange(a // 2)
     slow = pairs[config.rope_parameters["rope_theta"] ** (-2 * pairs / a) < SLOW]
     slow = torch.cat([slow, slow + a // 2])
@@ -83,7 +85,7 @@ def add_induction_heads(speculator: Any, scale: float) -> None:
     state_norm, final_norm = speculator.layer.hidden_norm.weight.clamp(min=0.02), speculator.norm.weight
     back = final_norm.median() / final_norm.clamp(min=0.1)
     for number in range(count):
-        first = (config.num_attention_heads - count + number) * a
+        first = (heads + number) * a
         head = slice(first, first + a)
         code, part = torch.randn(len(slow), width) / width**0.5, rotation[number * a : (number + 1) * a]
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
