@@ -19,6 +19,7 @@ from fms_spec.candidates import Candidates, Tree
 from fms_spec.proposers import BestNodesProposer, LookupFirst, PromptLookup, TopKProposer
 from fms_spec.speculators.eagle3 import Eagle3Speculator
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
+from fms_spec.speculators.medusa import MedusaSpeculator
 from fms_spec.speculators.mlp import MLPSpeculator
 from pipelines.config import load_config
 
@@ -183,7 +184,8 @@ FAMILIES = ("mlp_tied", "mlp_untied", "hidden_state")
 POINTERS = ("mlp_tied_pointer", "hidden_state_pointer")  # the same, copying from the text
 INNER = "hidden_state_inner"  # the same, reading what enters and what leaves the base model's layers
 ATTENDING = "eagle3"  # attends to the text
-EVERY = (*FAMILIES, *POINTERS, INNER, ATTENDING)
+ALONE = "medusa"  # looks at no token
+EVERY = (*FAMILIES, *POINTERS, INNER, ATTENDING, ALONE)
 
 
 def tiny_speculator(base_model, family, seed=0, n_predict=4):
@@ -196,6 +198,10 @@ def tiny_speculator(base_model, family, seed=0, n_predict=4):
     if family.startswith("mlp"):
         tied = family.startswith("mlp_tied")
         speculator = MLPSpeculator(d, v, n_predict, inner_dim=12, tie_weights=tied, pointer_width=pointer_width)
+    elif family == ALONE:
+        speculator = MedusaSpeculator(d, v, n_predict, layers=2)
+        for weight in speculator.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
     elif family == ATTENDING:
         speculator = tiny_eagle3(base_model, n_predict)
     else:

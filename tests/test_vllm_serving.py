@@ -51,7 +51,7 @@ def plain(served, prompts):
 WHOLE = {"eagle3": {"max_num_batched_tokens": 512}}
 
 
-@pytest.mark.parametrize("family", ["hidden_state", "mlp_tied", "mlp_untied", "layers", "eagle3"])
+@pytest.mark.parametrize("family", ["hidden_state", "mlp_tied", "mlp_untied", "layers", "eagle3", "medusa"])
 def test_greedy_output_is_that_of_vllm_alone_and_acceptance_that_of_our_evaluation(served, prompts, plain, family):
     params, expected = plain
     base_model, _, proposer = load_for_decoding(str(served / "base_model"), served / family, dtype="float32")

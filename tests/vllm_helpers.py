@@ -26,6 +26,7 @@ FAMILIES = {
     "mlp_tied": "{family: mlp, n_predict: 3, inner_dim: 48}",
     "mlp_untied": "{family: mlp, n_predict: 3, inner_dim: 48, tie_weights: false, scale_input: false, pointer: {width: 16}}",
     "pointer": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 32, pointer: {width: 16}}",
+    "medusa": "{family: medusa, n_predict: 3}",
     "eagle3": "{family: eagle3, n_predict: 3, draft_vocab_size: 64, base_layers: [0, 1, 2]}",
     "layers": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 64, base_layers: [1], pointer: {width: 8}}",
 }
