@@ -8,6 +8,7 @@ over whole packed rows in training, in a cache that is accepted and dropped with
 known to a context: engines hand a draft the tokens from the second on (vLLM shows it x_{t+1} beside h_t), and one slot is nothing.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from fms_spec.batch import upload
+
+ATTENDED = 256  # positions of a training step that attend together: bounds their mask, to which each one's own drafts add a column
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,16 @@ class Context:
     tokens: torch.Tensor
     end: torch.Tensor
     before: torch.Tensor
+
+    def places(self, count: int) -> torch.Tensor:
+        """t of each of `count` positions, count / b for each sequence: int64 [count]."""
+        return (self.end - 1).repeat_interleave(count // len(self.end))
+
+    def laid(self, count: int) -> Iterator[tuple[slice, "Laid"]]:
+        """`count` positions, all of them at once."""
+        texts, slots = self.tokens.shape
+        hidden = torch.arange(slots, device=self.end.device) >= self.end[:, None]
+        yield slice(count), Laid(self.kept, hidden.repeat_interleave(count // len(self.end), 0).view(texts, -1, slots))
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         """query . kept, fp32 [m, n], -inf where a position doesn't look; query [m, w], m / b positions for each sequence."""
@@ -63,14 +76,32 @@ class Recent:
 class Text:
     """Packed rows, as the positions of a training step see them, flattened to s = b * n slots.
 
-    recent: of the s slots, none for tokens of another document. before: int64 [m], x_t of each position, -1 for none.
-    spans: int64 [m, 2] on the host, a position sees the slots from the first to before the second. length: n.
+    recent: of the s slots, none for tokens of another document. slots: int64 [s], place of each within its document. before, at: int64 [m],
+    x_t of each position, -1 for none, and its t within the document. spans: int64 [m, 2] on the host, a position sees the slots from the
+    first to before the second. length: n. kept: [s, w], once a family has said what it keeps.
     """
 
     recent: Recent
+    slots: torch.Tensor
     before: torch.Tensor
+    at: torch.Tensor
     spans: numpy.ndarray
     length: int
+    kept: torch.Tensor | None = None
+
+    def places(self, count: int) -> torch.Tensor:
+        """t of the first `count` positions within their documents: int64 [count]."""
+        return self.at[:count]
+
+    def laid(self, count: int) -> Iterator[tuple[slice, "Laid"]]:
+        """The first `count` positions, `ATTENDED` at a time."""
+        assert self.kept is not None
+        for start in range(0, count, ATTENDED):
+            rows = slice(start, min(start + ATTENDED, count))
+            block = self.block(rows, rows.stop - start)
+            slot = torch.arange(block.low, block.high, device=block.begin.device)
+            hidden = (slot < block.begin[:, None]) | (slot >= block.end[:, None])
+            yield rows, Laid(block.of_slots(self.kept), block.by_row(hidden), block)
 
     def block(self, rows: slice, count: int) -> "Block":
         """The first `count` positions of `rows` beside the slots that any of them sees."""
@@ -85,6 +116,9 @@ class Text:
         begin, end, number, cell, used = upload(host, self.before.device).split([count, count, count, count, len(places)])
         bounds = int(spans[:, 0].min()), int(spans[:, 1].max())
         return Block(begin, end, number, cell, used, int(each.max()), self.length, *bounds)
+
+
+Seen = Context | Text  # what positions see, in decoding and in training: its `before`, `places` and `laid`
 
 
 @dataclass(frozen=True)
@@ -126,6 +160,26 @@ class Block:
         return self.by_position(scores).masked_fill_((slots < self.begin[:, None]) | (slots >= self.end[:, None]), -torch.inf)
 
 
+@dataclass(frozen=True)
+class Laid:
+    """c positions laid out by the text they stand in, k of each, beside what is kept of it: what an attention works on.
+
+    kept: [g, n, w]. hidden: bool [g, k, n], the slots that a position doesn't see. block: in training, where rows have different numbers.
+    """
+
+    kept: torch.Tensor
+    hidden: torch.Tensor
+    block: Block | None = None
+
+    def by_text(self, values: torch.Tensor) -> torch.Tensor:
+        """[c, ...] -> [g, k, ...]."""
+        return values.unflatten(0, self.hidden.shape[:2]) if self.block is None else self.block.by_row(values)
+
+    def by_position(self, values: torch.Tensor) -> torch.Tensor:
+        """[g, k, ...] -> [c, ...]."""
+        return values.flatten(0, 1) if self.block is None else self.block.by_position(values)
+
+
 def packed_text(tokens: torch.Tensor, segment_ids: torch.Tensor, index: torch.Tensor, device: torch.device | str) -> Text:
     """`Text` of packed rows on `device`; all else is on the CPU.
 
@@ -136,13 +190,14 @@ def packed_text(tokens: torch.Tensor, segment_ids: torch.Tensor, index: torch.Te
     same[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
     slots = torch.arange(tokens.numel())
     first = torch.where(same.flatten(), 0, slots).cummax(0).values
+    within = upload(slots - first, device)
     listed, number = tokens.unique(return_inverse=True)
     own = number.where(same, -1)  # none of a document's first token
     before, after, follows = F.pad(own, (1, 0))[:, :-1], F.pad(number, (0, 1))[:, 1:], F.pad(same, (0, 1))[:, 1:]
     three = torch.stack([after.where(follows, -1), own, before.where(same, -1)], dim=-1).flatten(0, 1)
-    spans = torch.stack([first[index], index + 1], dim=1).numpy()
-    recent = Recent(upload(listed, device), upload(three, device))
-    return Text(recent, upload(tokens.where(same, -1).flatten()[index], device), spans, tokens.shape[1])
+    spans = torch.stack([first[index], index + 1], dim=1)
+    before, at = upload(torch.stack([tokens.where(same, -1).flatten()[index], index - spans[:, 0]]), device)
+    return Text(Recent(upload(listed, device), upload(three, device)), within, before, at, spans.numpy(), tokens.shape[1])
 
 
 def without_first(tokens: torch.Tensor) -> torch.Tensor:
@@ -165,7 +220,8 @@ def of_text(speculator: Any, states: torch.Tensor, tokens: torch.Tensor, ends: t
     if not speculator or not speculator.context_width:
         return None
     known = without_first(tokens[None])
-    kept = speculator.keep(states[None, :-1], recent_tokens(known).slots(0, -1))
+    slots = torch.arange(len(tokens) - 1, device=tokens.device)[None]
+    kept = speculator.keep(states[None, :-1], recent_tokens(known).slots(0, -1), slots)
     return Context(kept, tokens[None, 1:], ends, known[0, ends - 1])
 
 
@@ -184,7 +240,7 @@ class ContextCache:
         """Fill the slots from first int64 [b] on: states [b, n, d]. What stands behind an end is never seen."""
         rows = torch.arange(len(states), device=states.device)[:, None]
         slots = first[:, None] + torch.arange(states.shape[1], device=states.device)
-        self.kept[rows, slots] = self.speculator.keep(states, recent).to(self.kept.dtype)
+        self.kept[rows, slots] = self.speculator.keep(states, recent, slots).to(self.kept.dtype)
         self.tokens[rows, slots], self.own[rows, slots] = recent.tokens(0).clamp(min=0), recent.tokens(1)
 
     def keep_sequences(self, kept: list[int]) -> None:

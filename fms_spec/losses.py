@@ -213,8 +213,9 @@ def head_losses(
     run = max(last + 1, speculator.distinct_heads)
     scales = (upload(torch.tensor(weights.heads), device) / counts.clamp(min=1))[:run]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        before = windows.text.before if windows.text else None
-        features, readouts, pointers = zip(*speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts[:run], before))
+        if text := windows.text:
+            text = replace(text, kept=speculator.keep(windows.states.to(dtype), text.recent, text.slots))
+        features, readouts, pointers = zip(*speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts[:run], text))
         targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(features))]
         final = replace(windows, states=speculator.final(windows.states))
         teacher: tuple[Any, ...] = (None, None, None)
@@ -222,11 +223,11 @@ def head_losses(
             weight = speculator.teacher_weight(base_model).to(dtype)
             teacher = (lambda head: read_out(final.target_states(head), weight), weight, base_model.output_cap)
         seen, inputs = None, [*features, *readouts]
-        if windows.text:
-            follows = windows.text.recent.tokens(0)
-            seen = speculator.draft_targets(follows.clamp(min=0)).where(follows >= 0, -1), windows.text
+        if text and speculator.copies:
+            follows = text.recent.tokens(0)
+            seen = speculator.draft_targets(follows.clamp(min=0)).where(follows >= 0, -1), text
             queries, gates = zip(*pointers)
-            inputs += [*queries, *gates, speculator.keep(windows.states.to(dtype), windows.text.recent)]
+            inputs += [*queries, *gates, text.kept]
         total, losses = SoftTargetLoss.apply(targets, *teacher, scales, weights, dtype, seen, *inputs)
         if weights.smooth_l1:
             distances = [speculator.state_distance(x, final.target_states(head)).sum() for head, x in enumerate(features)]

@@ -72,10 +72,11 @@ class TopKProposer:
     def propose(self, step: Step) -> Candidates:
         speculator, batch = self.speculator, len(step.tokens)
         state, tokens, levels, drafts = started(speculator, step), step.tokens, [], []
+        seen = () if step.context is None else (step.context,)
         numbers = None if step.chance is None else step.chance.split(level_sizes(self.widths), dim=1)
         joint = torch.ones(batch, 1, device=tokens.device)
         for head, width in enumerate(self.widths):
-            state = speculator.advance(state, tokens, head)
+            state = speculator.advance(state, tokens, head, *seen)
             logits = speculator.logits(state, head, step.context)
             if numbers is None:
                 picked = best_token(logits)[:, None] if width == 1 else logits.topk(width, dim=-1).indices
@@ -117,10 +118,11 @@ class BestNodesProposer:
         speculator, batch = self.speculator, len(step.tokens)
         device = step.tokens.device
         state, tokens = started(speculator, step), step.tokens
+        seen = () if step.context is None else (step.context,)
         scores = torch.zeros(batch, 1, device=device)  # [b, w] joint log-probability of the nodes that the heads go on from
         ids, first, all_scores, all_tokens, all_parents = torch.zeros(batch, 1, dtype=torch.int64, device=device), 0, [], [], []
         for head in range(self.lookahead):
-            state = speculator.advance(state, tokens.flatten(), head)
+            state = speculator.advance(state, tokens.flatten(), head, *seen)
             logits = speculator.logits(state, head, step.context).float()
             keep = min(self.nodes - head, logits.shape[-1])
             best, picked = logits.log_softmax(-1).topk(keep, dim=-1)  # [b * w, keep]

@@ -13,7 +13,7 @@ import torch
 
 from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, owned, owner_of, read_json, sync
-from fms_spec.speculators.directory import Description, check_config, from_config, save_speculator
+from fms_spec.speculators.directory import Description, check_config, from_config, save_speculator, speculative_config
 from fms_spec.vllm.versions import TRIED
 from pipelines.train.checkpoint import damage, load_weights, newest_checkpoint
 from pipelines.train.metrics import read_lines
@@ -30,7 +30,7 @@ base model's own.
 
 ## Serve
 
-With `fms-spec` and vLLM {versions} installed in the same environment:
+With {needed}:
 
 ```bash
 {serve}
@@ -136,10 +136,11 @@ def appearing(out_dir):
 def model_card(speculator, config, checkpoint, out_dir):
     """README.md of an exported speculator, with the commands that serve and measure it from where it was written."""
     base_model, heads = config["base_model_name_or_path"], config["n_predict"]
-    settings = {"model": str(out_dir), "num_speculative_tokens": heads}
+    settings = speculative_config(out_dir, config, heads)
+    needed = "vLLM, which knows its layout" if speculator.vllm_method else f"`fms-spec` and vLLM {TRIED} installed in the same environment"
     flags = [f"--base_model={base_model}", f"--speculator={out_dir}", "--prompts=PROMPTS.jsonl"]
     return CARD.format(
-        base_model=base_model, heads=heads, family=config["model_type"], fingerprint=config["base_model_fingerprint"], versions=TRIED,
+        base_model=base_model, heads=heads, family=speculator.name, fingerprint=config["base_model_fingerprint"], needed=needed,
         parameters=sum(weight.numel() for weight in speculator.parameters()) / 1e6, settings=settings,
         serve=shlex.join(["vllm", "serve", base_model, "--host", "127.0.0.1", "--speculative-config", json.dumps(settings)]),
         measure=shlex.join(["python", "-m", "scripts.evaluate", *flags]), training=training_facts(checkpoint),

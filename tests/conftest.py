@@ -18,7 +18,9 @@ from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.lookup import LookupFirst, PromptLookup
 from fms_spec.proposers import BestNodesProposer, TopKProposer
+from fms_spec.speculators.eagle3 import Eagle3Speculator
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
+from fms_spec.speculators.medusa import MedusaSpeculator
 from fms_spec.speculators.mlp import MLPSpeculator
 from pipelines.config import load_config
 
@@ -112,7 +114,8 @@ def data_dir(tmp_path_factory, corpus_dir, model_dir):
     return directory
 
 
-HEADS = {"hidden_state": ", width: 16, inner_dim: 24, draft_vocab_size: 64", "mlp": ", inner_dim: 24"}
+HEADS = {"hidden_state": ", width: 16, inner_dim: 24, draft_vocab_size: 64", "mlp": ", inner_dim: 24",
+         "eagle3": ", draft_vocab_size: 64, base_layers: [0, 1, 2]"}  # fmt: skip
 
 
 def write_config(path, model_dir, data_dir, family="hidden_state", **changes):
@@ -181,6 +184,9 @@ def tiny_models(tmp_path_factory):
 FAMILIES = ("mlp_tied", "mlp_untied", "hidden_state")
 POINTERS = ("mlp_tied_pointer", "hidden_state_pointer")  # the same, copying from the text
 INNER = "hidden_state_inner"  # the same, reading what enters and what leaves the base model's layers
+ATTENDING = "eagle3"  # attends to the text
+ALONE = "medusa"  # looks at no token
+EVERY = (*FAMILIES, *POINTERS, INNER, ATTENDING, ALONE)
 
 
 def tiny_speculator(base_model, family, seed=0, n_predict=4):
@@ -193,6 +199,12 @@ def tiny_speculator(base_model, family, seed=0, n_predict=4):
     if family.startswith("mlp"):
         tied = family.startswith("mlp_tied")
         speculator = MLPSpeculator(d, v, n_predict, inner_dim=12, tie_weights=tied, pointer_width=pointer_width)
+    elif family == ALONE:
+        speculator = MedusaSpeculator(d, v, n_predict, layers=2)
+        for weight in speculator.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    elif family == ATTENDING:
+        speculator = tiny_eagle3(base_model, n_predict)
     else:
         layers = (0, base_model.layers) if family == INNER else ()
         draft_ids, scale = torch.randperm(v)[: max(6, v // 2)].sort().values, torch.rand(d * (1 + len(layers))) + 0.5
@@ -206,6 +218,20 @@ def tiny_speculator(base_model, family, seed=0, n_predict=4):
         torch.nn.init.constant_(speculator.pointer.gate.bias, -6.0)
     speculator.attach(base_model)
     base_model.give_layers(speculator.base_layers)
+    return speculator
+
+
+def tiny_eagle3(base_model, n_predict=4, **variant):
+    """An `Eagle3Speculator` with two query heads to a key-value head, random weights, and half of the vocabulary."""
+    d, v = base_model.width, base_model.vocab_size
+    config = LlamaConfig(
+        hidden_size=d, vocab_size=v, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )  # fmt: skip
+    draft_ids = torch.randperm(v)[: max(6, v // 2)].sort().values
+    speculator = Eagle3Speculator(config, draft_ids, n_predict, (0, base_model.layers), **variant)
+    for weight in speculator.parameters():
+        torch.nn.init.normal_(weight, std=0.3) if weight.dim() > 1 else torch.nn.init.uniform_(weight, 0.5, 1.5)
     return speculator
 
 

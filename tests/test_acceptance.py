@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import INNER, POINTERS, tiny_speculator, write_model
+from conftest import EVERY, tiny_speculator, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +39,7 @@ def test_acceptance_is_counted_as_vllm_counts_it():
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10_000), shape=st.sampled_from(SHAPES), length=st.integers(1, 12), new_tokens=st.integers(2, 24),
-    family=st.sampled_from(["mlp_untied", *POINTERS, INNER]),
+    family=st.sampled_from(EVERY),
 )  # fmt: skip
 def test_the_evaluator_without_decoding_gives_what_decoding_accepts(small_model, seed, shape, length, new_tokens, family):
     proposer = shape.proposer(heads(small_model, seed, family))
@@ -84,7 +84,7 @@ def test_a_tree_is_suggested_for_any_number_of_heads(small_model, n_predict):
 
 
 def test_heads_count_as_run_in_the_suggestion_where_decoding_runs_them(small_model, monkeypatch):
-    proposer, runs, found = DraftShape(lookup=5).proposer(heads(small_model, 3, POINTERS[0])), [], []
+    proposer, runs, found = DraftShape(lookup=5).proposer(heads(small_model, 3)), [], []
     propose = proposer.heads.propose
     monkeypatch.setattr(proposer.heads, "propose", lambda step: runs.append(1) or propose(step))
     for prompt in torch.randint(1, 12, (8, 20), generator=torch.Generator().manual_seed(1)):

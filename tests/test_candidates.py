@@ -6,13 +6,14 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import FAMILIES, Planted, prompts_of, tiny_speculator
+from conftest import ATTENDING, FAMILIES, Planted, prompts_of, tiny_speculator
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.candidates import Candidates, Tree
+from fms_spec.context import Context
 from fms_spec.decoding import decode
 from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
@@ -64,12 +65,24 @@ def test_a_full_tree_has_every_path_of_its_widths_level_by_level(widths):
     assert tree.parents.shape[0] == 1 and tree.depth == len(widths)
 
 
-def every_node(speculator, hidden, token, levels):
+def seen_by(speculator, rows):
+    """A random `Context` of so many sequences, each with a text of its own, for heads that keep one; else None."""
+    if not speculator.context_width:
+        return None
+    kept, ends = torch.randn(rows, 9, speculator.context_width), torch.arange(rows) + 4
+    return Context(kept, torch.zeros(rows, 9, dtype=torch.int64), ends, torch.zeros(rows, dtype=torch.int64))
+
+
+def of_row(context, row):
+    return context and Context(*(part[row : row + 1] for part in vars(context).values()))
+
+
+def every_node(speculator, hidden, token, levels, context):
     """{path of tokens: joint log-probability} over the full tree of a draft vocabulary, one node after the other."""
     scores, draft_ids = {}, speculator.draft_ids if speculator.draft_ids is not None else torch.arange(speculator.vocab_size)
 
     def visit(path, state, token, score, head):
-        state = speculator.advance(state, torch.tensor([token]), head)
+        state = speculator.advance(state, torch.tensor([token]), head, context)
         for child, more in zip(draft_ids.tolist(), F.linear(*speculator.output(state, head))[0].double().log_softmax(-1).tolist()):
             scores[*path, child] = score + more
             if head + 1 < levels:
@@ -88,17 +101,18 @@ def paths_of(candidates, row):
 
 @settings(max_examples=60, **EXAMPLES)
 @given(
-    seed=st.integers(0, 100_000), family=st.sampled_from(FAMILIES), levels=st.integers(1, 3), extra=st.integers(0, 20), sharp=st.booleans()
-)
+    seed=st.integers(0, 100_000), family=st.sampled_from([*FAMILIES, ATTENDING]), levels=st.integers(1, 3), extra=st.integers(0, 20),
+    sharp=st.booleans(),
+)  # fmt: skip
 def test_the_best_nodes_are_the_likeliest_of_all_and_make_a_tree(tiny_models, seed, family, levels, extra, sharp):
     model = tiny_models.get(0, seed=seed)
     speculator = tiny_speculator(model, family, seed)
     with torch.inference_mode():
-        hidden, tokens = torch.randn(2, model.width) * (3 if sharp else 1), torch.tensor([seed % 8, 5])
-        nodes = levels + extra
-        candidates = BestNodesProposer(speculator, nodes, levels).propose(Step(hidden, tokens, None))
+        hidden, tokens = torch.randn(2, model.state_width) * (3 if sharp else 1), torch.tensor([seed % 8, 5])
+        nodes, context = levels + extra, seen_by(speculator, 2)
+        candidates = BestNodesProposer(speculator, nodes, levels).propose(Step(hidden, tokens, None, context=context))
         for row in range(2):
-            scores = every_node(speculator, hidden[row : row + 1], int(tokens[row]), levels)
+            scores = every_node(speculator, hidden[row : row + 1], int(tokens[row]), levels, of_row(context, row))
             order = sorted(scores, key=scores.get, reverse=True)
             assume(nodes >= len(order) or scores[order[nodes - 1]] - scores[order[nodes]] > 1e-4)
             found = paths_of(candidates, row)
@@ -107,15 +121,16 @@ def test_the_best_nodes_are_the_likeliest_of_all_and_make_a_tree(tiny_models, se
 
 
 def test_top_k_proposals_are_the_best_children_of_each_node_and_fill_the_tree(tiny_models):
-    for seed, family in product(range(3), FAMILIES):
+    for seed, family in product(range(3), [*FAMILIES, ATTENDING]):
         model = tiny_models.get(2, seed=seed)
-        speculator, hidden, tokens = tiny_speculator(model, family, seed), torch.randn(3, model.width), torch.tensor([1, 2, 3])
+        speculator = tiny_speculator(model, family, seed)
+        hidden, tokens, context = torch.randn(3, model.state_width), torch.tensor([1, 2, 3]), seen_by(speculator, 3)
         for widths in ([1, 1, 1], [3, 2], [2, 1, 3], [4]):
             with torch.inference_mode():
-                candidates = TopKProposer(speculator, widths).propose(Step(hidden, tokens, None))
+                candidates = TopKProposer(speculator, widths).propose(Step(hidden, tokens, None, context=context))
                 assert candidates.draft_probs is None and candidates.tree.parents.tolist() == Tree.full(widths).parents.tolist()
                 for row in range(3):
-                    scores = every_node(speculator, hidden[row : row + 1], int(tokens[row]), len(widths))
+                    scores = every_node(speculator, hidden[row : row + 1], int(tokens[row]), len(widths), of_row(context, row))
                     expected = [()]
                     for level, width in enumerate(widths):
                         families = [[path for path in scores if path[:-1] == parent] for parent in expected if len(parent) == level]
@@ -124,20 +139,18 @@ def test_top_k_proposals_are_the_best_children_of_each_node_and_fill_the_tree(ti
 
 
 @settings(max_examples=40, **EXAMPLES)
-@given(seed=st.integers(0, 100_000), family=st.sampled_from(FAMILIES), least=st.sampled_from([0.01, 0.1, 0.3, 0.99]))
+@given(seed=st.integers(0, 100_000), family=st.sampled_from([*FAMILIES, ATTENDING]), least=st.sampled_from([0.01, 0.1, 0.3, 0.99]))
 def test_a_chain_ends_after_its_first_candidate_with_less_than_the_least_probability_each_sequence_by_itself(
     tiny_models, seed, family, least
 ):
     model, levels = tiny_models.get(0, seed=seed), 3
     speculator = tiny_speculator(model, family, seed, n_predict=levels)
     with torch.inference_mode():
-        hidden, tokens = 3 * torch.randn(4, model.width), torch.arange(4)
-        whole, ending = (
-            DraftShape(min_probability=p).proposer(speculator).propose(Step(hidden, tokens, None)).tokens.tolist() for p in (0.0, least)
-        )
+        step = Step(3 * torch.randn(4, model.state_width), torch.arange(4), None, context=seen_by(speculator, 4))
+        whole, ending = (DraftShape(min_probability=p).proposer(speculator).propose(step).tokens.tolist() for p in (0.0, least))
         depths = []
         for row, (line, found) in enumerate(zip(whole, ending)):
-            scores = every_node(speculator, hidden[row : row + 1], int(tokens[row]), levels)
+            scores = every_node(speculator, step.hidden[row : row + 1], row, levels, of_row(step.context, row))
             joint = [math.exp(scores[tuple(line[:depth])]) for depth in range(1, levels + 1)]
             assume(all(abs(value / least - 1) > 1e-3 for value in joint))
             depths.append(next((depth for depth, value in enumerate(joint, start=1) if value < least), levels))

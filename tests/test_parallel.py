@@ -18,7 +18,7 @@ from data.distributed import DistributedBatches
 from data.prepare.run import prepare
 from data.reader import RowReader
 from fms_spec.errors import UserError
-from pipelines.config import ParallelSection
+from pipelines.config import ParallelSection, load_config
 from pipelines.export import export
 from pipelines.parallel.mesh import group_size
 from pipelines.parallel.processes import PATIENCE, Processes, take_gpu
@@ -43,6 +43,9 @@ WAYS = {
         "cached": {"parallel.base_model": "shard", "hidden_state_cache": "true"},
     },
 }
+
+
+ATTENDING = {"speculator": "{family: eagle3, n_predict: 3, draft_vocab_size: 64, base_layers: [0, 1]}", "phase1.loss.smooth_l1": 0.0}
 
 
 def settings(count, **changes):
@@ -95,8 +98,6 @@ def figures(place, name):
 @pytest.fixture(scope="module")
 def alone(place):
     """One process, four micro-batches a step."""
-    from pipelines.config import load_config
-
     train(load_config(place / "run.yaml", job(place, "alone", **settings(1))["overrides"]), place / "alone", resume=False)
     return figures(place, "alone")
 
@@ -109,9 +110,10 @@ def shared(place):
         4: job(place, "moved", **settings(4, **early, **WAYS[4]["shard"])),
         2: job(place, "moved", resume=True, **settings(2, **early)),
     }
+    attending = {4: [], 2: [job(place, "attending", **settings(2, **ATTENDING, **WAYS[2]["shard"]))]}
     for count in (4, 2):
         jobs = [job(place, f"{way}{count}", **settings(count, **changes)) for way, changes in WAYS[count].items()]
-        code, output = run_jobs(place, count, [moved[count], *jobs])
+        code, output = run_jobs(place, count, [moved[count], *attending[count], *jobs])
         assert code == 0, output[-3000:]
         if count == 4:
             checkpoints = whole_checkpoints(place / "moved/checkpoints")
@@ -127,6 +129,12 @@ def test_any_number_of_processes_in_every_way_of_sharing_trains_as_one_does_over
     found = figures(shared, f"{way}{count}")
     assert [line[:2] for line in found] == [line[:2] for line in alone] and any(key == "phase2/loss" for _, key, _ in found)
     for (step, key, value), (_, _, expected) in zip(found, alone):
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), f"{key} at step {step}"
+
+
+def test_heads_that_attend_to_the_text_train_in_parts_as_whole(place, shared):
+    train(load_config(place / "run.yaml", job(place, "whole", **settings(1, **ATTENDING))["overrides"]), place / "whole", resume=False)
+    for (step, key, value), (_, _, expected) in zip(figures(shared, "attending"), figures(place, "whole"), strict=True):
         assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), f"{key} at step {step}"
 
 

@@ -14,6 +14,7 @@ from data.reader import read_prompts
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.options import DecodingOptions
+from fms_spec.speculators.directory import read_speculator_config, speculative_config
 from pipelines.config import load_config
 from pipelines.export import export
 from pipelines.train.run import train
@@ -25,6 +26,8 @@ FAMILIES = {
     "mlp_tied": "{family: mlp, n_predict: 3, inner_dim: 48}",
     "mlp_untied": "{family: mlp, n_predict: 3, inner_dim: 48, tie_weights: false, scale_input: false, pointer: {width: 16}}",
     "pointer": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 32, pointer: {width: 16}}",
+    "medusa": "{family: medusa, n_predict: 3}",
+    "eagle3": "{family: eagle3, n_predict: 3, draft_vocab_size: 64, base_layers: [0, 1, 2]}",
     "layers": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 64, base_layers: [1], pointer: {width: 8}}",
 }
 CONFIG = """
@@ -72,7 +75,7 @@ def served_prompts(place):
 @contextmanager
 def serving(base_model, speculator=None, num_speculative_tokens=3, **settings):
     """An `LLM` in this process, with room for eight requests and less cache than eight long ones need."""
-    speculative = speculator and {"model": str(speculator), "num_speculative_tokens": num_speculative_tokens}
+    speculative = speculator and speculative_config(speculator, read_speculator_config(speculator), num_speculative_tokens)
     defaults = dict(
         dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=40, block_size=32,
         num_gpu_blocks_override=20, kv_cache_memory_bytes=10**8, disable_log_stats=False, distributed_executor_backend="uni",

@@ -17,8 +17,8 @@ from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, read_json, sha256_of, write_json
 from fms_spec.hub import local_directory
 from fms_spec.model_config import DTYPES, read_config, resolve_base_model
-from fms_spec.speculators.interface import Speculator
-from fms_spec.speculators.registry import ModelType, family_of
+from fms_spec.speculators.interface import Sizes, Speculator
+from fms_spec.speculators.registry import FAMILIES, ModelType, family_of
 from fms_spec.weights import SINGLE, fingerprint
 
 
@@ -55,6 +55,17 @@ def check_config(config: Any, file: Path, expected: type[Published] = Published)
         problem = f"lacks {key}" if first["type"] == "missing" else f"{key} is {first['input']!r:.60}: {first['msg']}"
         raise UserError(f"{file}: no config of a speculator ({problem}); take an undamaged copy") from None
     return config
+
+
+def sizes_of(config: dict[str, Any]) -> Sizes:
+    """The family's sizes in a config.json's values, which `check_config` has passed."""
+    return family_of(config["model_type"]).sizes.model_validate(config)
+
+
+def speculative_config(directory: Path | str, config: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """What vLLM is to be told of a speculator that drafts so many tokens."""
+    method = family_of(config["model_type"]).vllm_method
+    return ({"method": method} if method else {}) | {"model": str(directory), "num_speculative_tokens": tokens}
 
 
 def from_config(config: dict[str, Any]) -> Speculator:
@@ -101,9 +112,13 @@ def load_speculator(directory: Path | str, base_model: FrozenModel) -> Speculato
     directory = local_directory("speculator", directory)
     config = read_speculator_config(directory)
     check_base_model(directory, config, base_model.name, base_model.fingerprint, (base_model.width, base_model.vocab_size))
-    check_layers(directory, config, base_model.name, base_model.layers)
-    speculator = read_speculator(directory, config).to(device=base_model.device, dtype=base_model.dtype)
-    speculator.attach(base_model)
+    config = check_layers(directory, config, base_model.name, base_model.layers)
+    return give(read_speculator(directory, config), base_model)
+
+
+def give(speculator: Speculator, base_model: FrozenModel) -> Speculator:
+    """`read_speculator`'s, ready to propose on a base model that it was checked for."""
+    speculator.to(device=base_model.device, dtype=base_model.dtype).attach(base_model)
     base_model.give_layers(speculator.base_layers)
     return speculator
 
@@ -159,11 +174,14 @@ def read_speculator_config(directory: Path | str) -> dict[str, Any]:
     file = Path(directory) / "config.json"
     if not file.exists():
         raise UserError(f"speculator {directory}: no config.json; give a directory written by scripts.export")
-    return check_config(read_json(file, "copy or export the speculator again"), file)
+    config = read_json(file, "copy or export the speculator again")
+    for family in FAMILIES.values():
+        config = family.translated(config)
+    return check_config(config, file)
 
 
 def check_speculator(directory: Path | str, base_model: Path | str) -> dict[str, Any]:
-    """Refuse a pair that doesn't fit before any weight is loaded; returns the speculator's config.json.
+    """Refuse a pair that doesn't fit before any weight is loaded; returns the speculator's config.json, `complete`.
 
     Args:
         base_model: its directory or hub name.
@@ -176,7 +194,7 @@ def check_speculator(directory: Path | str, base_model: Path | str) -> dict[str,
     path = resolve_base_model(base_model)
     base_config = read_config(path)
     check_base_model(directory, config, base_model, fingerprint(path), (base_config.hidden_size, base_config.vocab_size))
-    check_layers(directory, config, base_model, base_config.num_hidden_layers)
+    config = check_layers(directory, config, base_model, base_config.num_hidden_layers)
     check_weights(directory, config)
     return config
 
@@ -196,7 +214,8 @@ def check_base_model(
             f"speculator {directory} was trained for {trained_for} (fingerprint {theirs}), not for {name} "
             f"({print_of_weights}); use the base model it was trained for, or train one for this"
         )
-    expected = (config.get("emb_dim"), config.get("vocab_size"))
+    own = sizes_of(config)
+    expected = (own.emb_dim, own.vocab_size)
     if expected != sizes:
         raise UserError(
             f"speculator {directory} (for {trained_for}) fits a base model of width {expected[0]} and vocabulary {expected[1]}, "
@@ -204,9 +223,9 @@ def check_base_model(
         )
 
 
-def check_layers(directory: Path | str, config: dict[str, Any], name: Path | str, layers: int) -> None:
-    """Refuse a speculator that reads inner layers of a base model with more or fewer of them than `name` has."""
-    read = config.get("base_layers")
-    if read and read[-1] != layers:
-        asked = f"speculator {directory} reads a base model of {read[-1]} layers"
-        raise UserError(f"{asked}, {name} has {layers}; use the base model it was trained for")
+def check_layers(directory: Path | str, config: dict[str, Any], name: Path | str, layers: int) -> dict[str, Any]:
+    """Refuse a speculator that reads inner layers of a base model with more or fewer of them than `name` has; its config, `complete`."""
+    config = check_config(family_of(config["model_type"]).complete(config, layers), Path(directory) / "config.json")
+    if misfit := sizes_of(config).misfit(layers):
+        raise UserError(f"speculator {directory} reads {misfit}, {name} has {layers}; use the base model it was trained for")
+    return config

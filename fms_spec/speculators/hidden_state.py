@@ -18,19 +18,19 @@ that serves such heads need hand over residual streams alone. The states that ar
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from fms_spec.context import Recent
+from fms_spec.context import Recent, Seen
 from fms_spec.errors import UserError
 from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 from fms_spec.read_out import read_out
-from fms_spec.settings import Side
+from fms_spec.settings import Layers, Side
+from fms_spec.speculators import draft_vocabulary
 from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Size, Sizes, Speculator, State
 from fms_spec.speculators.pointer import Pointer, PointerSettings
 
@@ -64,20 +64,6 @@ class Trunk(nn.Module):
         return self.out(y), y
 
 
-def ascending(ids: tuple[int, ...]) -> tuple[int, ...]:
-    """The ids, if each is larger than the one before; raises pydantic's error otherwise."""
-    if list(ids) != sorted(set(ids)):
-        raise PydanticCustomError("ascending", "Input should be layers in ascending order, none of them twice")
-    return ids
-
-
-Layers = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=2**16)], ...],
-    BeforeValidator(lambda ids: tuple(ids) if isinstance(ids, list) else ids),  # YAML has lists only, and strict pydantic wants tuples
-    AfterValidator(ascending),
-]
-
-
 class HiddenStateSettings(Settings):
     family: Literal["hidden_state"]
     width: Side = 768  # of the trunk
@@ -93,6 +79,9 @@ class HiddenStateSizes(Sizes):
     inner_dim: Size
     pointer_width: int = Field(0, ge=0, le=2**24)  # 0: no pointer
     base_layers: Layers = ()  # the last is how many the base model has
+
+    def misfit(self, layers: int) -> str | None:
+        return f"a base model of {self.base_layers[-1]} layers" if self.base_layers and self.base_layers[-1] != layers else None
 
 
 class HiddenStateSpeculator(Speculator):
@@ -130,7 +119,7 @@ class HiddenStateSpeculator(Speculator):
         read = emb_dim * max(1, len(self.base_layers))
         inputs = (read + emb_dim, read + 2 * emb_dim + width)[: self.distinct_heads]
         self.trunks = nn.ModuleList(Trunk(size, width, inner_dim, emb_dim) for size in inputs)
-        self.context_width = pointer_width
+        self.context_width, self.copies = pointer_width, bool(pointer_width)
         if pointer_width:
             self.pointer = Pointer(emb_dim, width, pointer_width)
 
@@ -148,13 +137,11 @@ class HiddenStateSpeculator(Speculator):
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
         """The draft vocabulary is the corpus' most frequent tokens, and sigma the spread of its states."""
         d, v = base_model.width, base_model.vocab_size
-        size, layers = settings.draft_vocab_size or v, cls.base_layers_of(settings, base_model)
-        if size > v:
-            raise UserError(f"speculator.draft_vocab_size {size} is over the base model's vocabulary, {v}")
+        size, layers = draft_vocabulary.size_of(settings, base_model), cls.base_layers_of(settings, base_model)
         if corpus is None:
             draft_ids, state_scale = torch.zeros(size, dtype=torch.int64), torch.ones(d * (1 + len(layers)))
         else:
-            draft_ids = most_frequent(corpus.token_counts, size, base_model)
+            draft_ids = draft_vocabulary.most_frequent(corpus.token_counts, size, base_model)
             assert corpus.states is not None
             final, *inner = corpus.states.split(d, dim=-1)
             state_scale = torch.cat([final.std(0), *(rms(part).std(0) for part in inner)]) + STATE_SCALE_FLOOR
@@ -166,9 +153,7 @@ class HiddenStateSpeculator(Speculator):
         return min(2, self.n_predict)
 
     def attach(self, base_model: BaseWeights) -> None:
-        device = self.draft_ids.device
-        self.draft_index = torch.full((self.vocab_size,), -1, device=device)
-        self.draft_index[self.draft_ids] = torch.arange(len(self.draft_ids), device=device)
+        self.draft_index = draft_vocabulary.entries(self.draft_ids, self.vocab_size)
         embedding = base_model.embedding_weight
         self.embedding_scale = 1 / embedding.float().square().mean().sqrt().item()
         self.frozen = (embedding, base_model.output_weight[self.draft_ids])  # a tuple, so that neither becomes a parameter
@@ -189,7 +174,7 @@ class HiddenStateSpeculator(Speculator):
             hidden, scale = rms(hidden[:, -read:].unflatten(-1, (-1, self.emb_dim))).flatten(-2), scale[-read:]
         return (hidden / scale).to(hidden.dtype), None, None, before, None
 
-    def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
+    def advance(self, state: Any, tokens: torch.Tensor, head: int, seen: Seen | None = None) -> State:
         hidden, *drafted, newest, _ = state
         embedded = F.embedding(tokens, self.frozen[0]) * self.embedding_scale
         inputs = [hidden, embedded] if head == 0 else [hidden, *drafted, embedded]
@@ -199,7 +184,7 @@ class HiddenStateSpeculator(Speculator):
     def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return read_out(state[1] * self.final(self.state_scale), self.frozen[1]), self.frozen[1]
 
-    def keep(self, states: torch.Tensor, recent: Recent) -> torch.Tensor:
+    def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor) -> torch.Tensor:
         return self.pointer.keys(recent, states.dtype)
 
     def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,15 +225,4 @@ class HiddenStateSpeculator(Speculator):
 
     def load_published_state(self, tensors: dict[str, torch.Tensor]) -> None:
         super().load_published_state(tensors)
-        if self.draft_ids[0] < 0 or self.draft_ids[-1] >= self.vocab_size or (self.draft_ids.diff() <= 0).any():
-            raise UserError(f"speculator tensor draft_ids: no ascending tokens of a vocabulary of {self.vocab_size}; export it again")
-
-
-def most_frequent(token_counts: torch.Tensor, size: int, base_model: Any) -> torch.Tensor:
-    """Ids of the `size` most frequent tokens and of EOS, ascending: int64 [size]. Equal counts go to the lower id."""
-    counts = torch.zeros(base_model.vocab_size, dtype=torch.int64)
-    known = min(len(token_counts), base_model.vocab_size)
-    counts[:known] = token_counts[:known]
-    for eos in base_model.eos_token_ids:
-        counts[eos] = counts.max() + 1
-    return counts.argsort(descending=True, stable=True)[:size].sort().values
+        draft_vocabulary.check_ids(self.draft_ids, self.vocab_size, "draft_ids")

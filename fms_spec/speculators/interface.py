@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fms_spec.alignment import Windows
 from fms_spec.base_model import BaseModel
-from fms_spec.context import Context, Recent
+from fms_spec.context import Context, Recent, Seen, Text
 from fms_spec.errors import UserError
 from fms_spec.losses import CHUNK, LossWeights, head_losses
 from fms_spec.mixture import mixed
@@ -36,6 +36,10 @@ class Sizes(Checked):
     emb_dim: Size
     vocab_size: Size
     n_predict: int = Field(ge=1, le=64)
+
+    def misfit(self, layers: int) -> str | None:
+        """Which base models they read, in words, where that is none of so many layers."""
+        return None
 
 
 State = torch.Tensor | tuple[torch.Tensor | None, ...]  # running, of m positions
@@ -85,9 +89,11 @@ class Speculator(nn.Module):
     sizes: type[Sizes]
     sample_rows = 0  # corpus rows whose states `build` is to be given
     needs_embedding = False  # whether `attach` takes the base model's token embedding; the lm_head is there in any case
+    vllm_method: str | None = None  # vLLM's own, by which it serves what is exported without us; None: our plugin serves it
     predicts_states = False  # whether there is a `state_distance`
     base_layers: tuple[int, ...] = ()  # what `BaseModel.give_layers` is to be told, and `start` is given behind the final states
     context_width = 0  # w of what `keep` keeps of each slot of a text, see `context`; 0: nothing is kept
+    copies = False  # whether what is kept is what `point` copies from
     emb_dim: int  # d
     vocab_size: int
     n_predict: int
@@ -153,8 +159,11 @@ class Speculator(nn.Module):
         """Draft-vocabulary entry of each token, -1 where it has none: int64, the tokens' shape."""
         return tokens
 
-    def keep(self, states: torch.Tensor, recent: Recent) -> torch.Tensor:
-        """Of families with a `context_width`: what is kept of slots, [..., w]: states [..., s], recent of as many."""
+    def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor) -> torch.Tensor:
+        """Of families with a `context_width`: what is kept of slots, [..., w].
+
+        states: [..., s]. recent: of as many. slots: int64 [...], place of each in its text, from 0.
+        """
         raise NotImplementedError
 
     def start(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> State:
@@ -164,8 +173,11 @@ class Speculator(nn.Module):
         """
         raise NotImplementedError
 
-    def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
-        """Running state after head number `head` has seen its token: tokens int64 [m]."""
+    def advance(self, state: Any, tokens: torch.Tensor, head: int, seen: Seen | None = None) -> State:
+        """Running state after head number `head` has seen its token: tokens int64 [m].
+
+        Families that keep a context are given what the positions see of their texts, others aren't.
+        """
         raise NotImplementedError
 
     def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,18 +185,20 @@ class Speculator(nn.Module):
         raise NotImplementedError
 
     def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of families with a `context_width`: (query [m, w], gate [m]) for what is kept, see `pointer`."""
+        """Of families that copy: (query [m, w], gate [m]) for what is kept, see `pointer`."""
         raise NotImplementedError
 
     def logits(self, state: Any, head: int, context: Context | None = None) -> torch.Tensor:
-        """The head's logits over the draft vocabulary, [m, r]; over the whole one, [m, v], with a context. For proposing only."""
+        """The head's logits over the draft vocabulary, [m, r]; over the whole one, [m, v], where it copies. For proposing only."""
         logits = self.read_out_logits(state, head)
-        return logits if context is None else mixed(self.over_all(logits.float().softmax(-1)), *self.point(state, head), context)
+        if context is None or not self.copies:
+            return logits
+        return mixed(self.over_all(logits.float().softmax(-1)), *self.point(state, head), context)
 
     def probability(self, logits: torch.Tensor, picked: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        """What `logits` hold likely of picked int64 [m, k]: fp32 [m, k]. With a context they are logarithms of a whole distribution."""
+        """What `logits` hold likely of picked int64 [m, k]: fp32 [m, k]. Where heads copy they are logarithms of a whole distribution."""
         chosen = logits.gather(1, picked).float()
-        return chosen.exp() if context is not None else (chosen - logits.float().logsumexp(-1, keepdim=True)).exp()
+        return chosen.exp() if context is not None and self.copies else (chosen - logits.float().logsumexp(-1, keepdim=True)).exp()
 
     def read_out_logits(self, state: Any, head: int) -> torch.Tensor:
         """`output`'s product: [m, r]."""
@@ -206,6 +220,16 @@ class Speculator(nn.Module):
         """Build an untrained one from a config.json's values; raises pydantic's ValidationError for wrong ones."""
         raise NotImplementedError
 
+    @classmethod
+    def translated(cls, config: Any) -> Any:
+        """What a config.json holds, in the family's own layout where it is another layout of it; anything else as it is."""
+        return config
+
+    @classmethod
+    def complete(cls, config: dict[str, Any], layers: int) -> dict[str, Any]:
+        """A config.json's values with what a published one leaves to be known, for a base model of so many layers."""
+        return config
+
     def published_state(self) -> dict[str, torch.Tensor]:
         """{key: tensor} as written to model.safetensors."""
         return self.state_dict()
@@ -225,26 +249,26 @@ class Speculator(nn.Module):
         self.load_state_dict(tensors, assign=True)
 
     def heads(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int], before: torch.Tensor | None = None
+        self, hidden: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int], text: Text | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Any]]:
         """Training forward: yield each head's (features, weight, what `point` says or None).
 
         Args:
             hidden: [m, s] states at t. tokens: int64 [m, >= n_predict], x_{t+1} onwards. counts: head i goes on with the first
-            counts[i] positions only. before: as for `start`.
+            counts[i] positions only. text: of families that keep a context, with what they have kept of it.
         """
-        state = self.start(hidden) if before is None else self.start(hidden, before)
+        state, seen = (self.start(hidden), ()) if text is None else (self.start(hidden, text.before), (text,))
         for head, count in enumerate(counts):
-            state = self.advance(first(state, count), tokens[:count, head], head)
-            yield *self.output(state, head), None if before is None else self.point(state, head)
+            state = self.advance(first(state, count), tokens[:count, head], head, *seen)
+            yield *self.output(state, head), self.point(state, head) if self.copies else None
 
     def to_tokens(self, drafts: torch.Tensor) -> torch.Tensor:
         """Token of each entry of `logits`: int64, any shape; -1 stays -1."""
-        return drafts if self.draft_ids is None or self.context_width else self.draft_ids[drafts].where(drafts >= 0, -1)
+        return drafts if self.draft_ids is None or self.copies else self.draft_ids[drafts].where(drafts >= 0, -1)
 
     def over_vocabulary(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Probabilities of the entries of `logits` [..., r] as such over the whole vocabulary, [..., v]."""
-        return probabilities if self.context_width else self.over_all(probabilities)
+        return probabilities if self.copies else self.over_all(probabilities)
 
     def over_all(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Probabilities over the draft vocabulary [..., r] as such over the whole vocabulary, [..., v]."""

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from fms_spec.context import Recent
+from fms_spec.context import Recent, Seen
 from fms_spec.errors import UserError
 from fms_spec.settings import Side
 from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Size, Sizes, Speculator, State
@@ -69,7 +69,7 @@ class MLPSpeculator(Speculator):
         self.token_scale = math.sqrt((1 - state_weight**2) * inner_dim / 2) / state_weight
         for module in (*self.emb, *self.proj, *self.head):
             nn.init.normal_(module.get_parameter("weight"), std=1 / math.sqrt(inner_dim))
-        self.context_width = pointer_width
+        self.context_width, self.copies = pointer_width, bool(pointer_width)
         if pointer_width:
             self.pointer = Pointer(emb_dim, inner_dim, pointer_width)
 
@@ -90,7 +90,7 @@ class MLPSpeculator(Speculator):
     def start(self, hidden: torch.Tensor, before: torch.Tensor | None = None) -> State:
         return rms(hidden) / math.sqrt(2) if self.scale_input else hidden, before, None
 
-    def advance(self, state: Any, tokens: torch.Tensor, head: int) -> State:
+    def advance(self, state: Any, tokens: torch.Tensor, head: int, seen: Seen | None = None) -> State:
         own = 0 if self.tie_weights else head
         projection = self.proj[min(head, 1) if self.tie_weights else head]
         inner, newest, _ = state
@@ -100,7 +100,7 @@ class MLPSpeculator(Speculator):
     def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return state[0], self.head[0 if self.tie_weights else head].get_parameter("weight")
 
-    def keep(self, states: torch.Tensor, recent: Recent) -> torch.Tensor:
+    def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor) -> torch.Tensor:
         return self.pointer.keys(recent, states.dtype)
 
     def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:

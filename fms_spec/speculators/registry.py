@@ -6,11 +6,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
+from fms_spec.speculators.eagle3 import Eagle3Speculator
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
 from fms_spec.speculators.interface import Speculator
+from fms_spec.speculators.medusa import MedusaSpeculator
 from fms_spec.speculators.mlp import MLPSpeculator
 
-FAMILIES: dict[str, type[Speculator]] = {family.name: family for family in (MLPSpeculator, HiddenStateSpeculator)}
+KNOWN = (MLPSpeculator, HiddenStateSpeculator, Eagle3Speculator, MedusaSpeculator)
+FAMILIES: dict[str, type[Speculator]] = {family.name: family for family in KNOWN}
 
 
 def one_of(value: str, known: Iterable[str]) -> str:

@@ -46,15 +46,21 @@ def register() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from fms_spec.speculators.registry import FAMILIES
     from fms_spec.vllm.draft_model import AttachedHeads, AttachedHeadsOnLayers
 
     ModelRegistry.register_model("EagleAttachedHeads", AttachedHeads)
     ModelRegistry.register_model("Eagle3AttachedHeads", AttachedHeadsOnLayers)
-    for family in FAMILIES.values():
+    for family in ours():
         _CONFIG_REGISTRY[family.model_type] = AttachedHeadsConfig
     if not hasattr(SpeculativeConfig.__init__, "fms_spec"):
         SpeculativeConfig.__init__ = checked(SpeculativeConfig.__init__)
+
+
+def ours() -> list[Any]:
+    """The families that vLLM doesn't know by itself."""
+    from fms_spec.speculators.registry import FAMILIES
+
+    return [family for family in FAMILIES.values() if not family.vllm_method]
 
 
 def checked(original: Callable[..., None]) -> Callable[..., None]:
@@ -78,15 +84,13 @@ def config_of_ours(method: str | None = None, model: str | None = None, revision
     """config.json of a speculative_config's model where that is a speculator of one of our families."""
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-    from fms_spec.speculators.registry import FAMILIES
-
     if method not in UNDERSTOOD or not model or not (Path(model).is_dir() or str(model).count("/") == 1):
         return None  # "ngram", the name of a class, or nothing
     try:
         config = get_hf_file_to_dict("config.json", model, revision)
     except (OSError, json.JSONDecodeError):
         return None  # vLLM itself says what is wrong with it
-    known = {family.model_type for family in FAMILIES.values()}
+    known = {family.model_type for family in ours()}
     return config if isinstance(config, dict) and config.get("model_type") in known else None
 
 

@@ -122,4 +122,4 @@ class TokenStore(nn.Module, AttentionLayerBase):
         tokens = self.kv_cache[blocks, 0, :, 0].flatten(1)[:, : batch.longest].long()
         recent = recent_tokens(F.pad(tokens, (1, 0), value=-1)).slots(0, -1)
         states = torch.full((), torch.nan, dtype=dtype, device=tokens.device).expand(*tokens.shape, speculator.emb_dim)  # not kept here
-        return Context(speculator.keep(states, recent), tokens, ends, torch.full_like(ends, -1))
+        return Context(speculator.keep(states, recent, torch.zeros_like(tokens)), tokens, ends, torch.full_like(ends, -1))

@@ -12,6 +12,7 @@ import torch
 from fms_spec.hub import local_directory
 from fms_spec.loading import load_for_decoding
 from fms_spec.model_config import context_length, read_config, read_eos_token_ids, resolve_base_model
+from fms_spec.speculators.directory import read_speculator_config, speculative_config
 from pipelines.generate.vllm_engine import start_vllm
 from pipelines.measure.figures import figures
 from pipelines.measure.samples import decode_in_turn, free_memory, settle, side_by_side
@@ -92,7 +93,8 @@ def serve(name, speculator, lines, new_tokens, tokens, dtype):
 
 def attached(speculator, tokens):
     """vLLM's speculative_config for a speculator's directory or hub name."""
-    return {"model": str(local_directory("speculator", speculator)), "num_speculative_tokens": tokens}
+    directory = local_directory("speculator", speculator)
+    return speculative_config(directory, read_speculator_config(directory), tokens)
 
 
 def length_of(lines, new_tokens, tokens, config):

@@ -65,7 +65,7 @@ def count_weights(settings, base):
 
 def model_sizes(base):
     """What of a base model decides its heads' sizes, from its config."""
-    return SimpleNamespace(width=base.hidden_size, vocab_size=base.vocab_size, layers=base.num_hidden_layers)
+    return SimpleNamespace(width=base.hidden_size, vocab_size=base.vocab_size, layers=base.num_hidden_layers, config=base)
 
 
 def check_memory(need, memory, what, mend):

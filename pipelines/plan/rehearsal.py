@@ -231,18 +231,17 @@ class Rehearsal:
         slots = numpy.arange(count) * (b * n) // count
         spans = numpy.stack([slots // n * n, slots + 1], axis=1)
         listed = torch.zeros(min(b * n, self.base_model.vocab_size), dtype=torch.int64)
-        recent = Recent(listed, torch.zeros(b * n, 3, dtype=torch.int64))
-        return Text(recent, torch.zeros(count, dtype=torch.int64), spans, n)
+        recent, at = Recent(listed, torch.zeros(b * n, 3, dtype=torch.int64)), torch.zeros(count, dtype=torch.int64)
+        return Text(recent, torch.zeros(b * n, dtype=torch.int64), at, at, spans, n)
 
     def one_chunk(self, weights, count, n, dtype):
-        copies, tokens = self.speculator.context_width, torch.zeros(count, dtype=torch.int64)
-        state = self.speculator.start(self.states(1, count)[0], *([tokens] if copies else []))
-        state = self.speculator.advance(state, tokens, 0)
-        features, weight = self.speculator.output(state, 0)
+        hidden, tokens, text = self.states(1, count)[0], torch.zeros(1, count, dtype=torch.int64).T, None
+        if width := self.speculator.context_width:
+            text = replace(self.text(1, n, count), kept=torch.zeros(n, width, dtype=dtype))
+        features, weight, point = next(self.speculator.heads(hidden, tokens, [count], text))
         seen, more = None, []
-        if copies:
-            keys = torch.zeros(n, copies, dtype=dtype)
-            seen, more = (torch.zeros(n, dtype=torch.int64), self.text(1, n, count)), [*self.speculator.point(state, 0), keys]
+        if point:
+            seen, more = (torch.zeros(n, dtype=torch.int64), text), [*point, text.kept]
         weight_of_teacher = self.speculator.teacher_weight(self.base_model).to(dtype)
         given = (lambda _: teacher, weight_of_teacher, self.base_model.output_cap) if weights.teacher else (None, None, None)
         teacher = read_out(self.speculator.final(self.states(1, count)[0]), weight_of_teacher)

@@ -1,0 +1,96 @@
+"""Where EAGLE-3's layer starts: as the base model's last one, and with attention heads beside it that copy from the first step on.
+
+Shapes: d base width, h attention heads of the base model, a head width, c code width.
+
+Induction heads (arXiv 2209.11895) within the published layout. Slot s of a text holds a state g_s and the token after it, x_{s+1}; with e
+the embedding at unit RMS, M and C random and fixed, and Q an orthonormal basis of c dimensions that the state gives up:
+    g_s   = scale ((I - Q Q^T) n(last state) + Q M e(x_s))      through F, which reads the embedding as layer 0
+    key   = C Q^T n(g_s) = C M e(x_s);  query = sharpness C M e(newest)      so that both meet where the newest token stood before
+    value = R e(x_{s+1});  output = gain scale R^T value / w      what followed there: R a slice of a rotation, w the final norm's weights
+Code coordinates are those of rotary pairs that turn slowly, or distance would destroy the match. Of what is drafted no key has a code.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fms_spec.errors import UserError
+from fms_spec.weights import Entry, read_entries, read_tensors
+
+HEADS = 6  # that copy, at least: each carries a slice of the embedding as wide as itself
+CODE = 96  # c, at most a quarter of the state
+SLOW = 0.007  # radians a token: half a turn in 450 tokens
+MATCH, GAIN = 27.0, 0.5  # score of a match, the noise of others a sixth of it; share of the state's RMS that what is copied adds
+SMALL = 0.002  # of weights beside copied ones: they only have to be told apart
+
+
+@torch.no_grad()
+def copy_last_layer(speculator: Any, base_model: Any, scale: float) -> None:
+    """Start as the base model's last layer on the deepest of the states that are read.
+
+    Where the layer has more heads than the base model's, each has keys of its own, and the base model's come first.
+
+    Args:
+        speculator: an `Eagle3Speculator`. scale: of the deepest state, 1 where no fc_norm takes it away.
+
+    Raises:
+        UserError: a base model whose last layer has not these parts and shapes.
+    """
+    prefix, entries, d = f"model.layers.{base_model.layers - 1}.", read_entries(base_model.path), speculator.emb_dim
+    layer = dict(speculator.layer.named_parameters())
+    layer["input_layernorm.weight"] = layer.pop("hidden_norm.weight")  # the embedding's own norm starts as every other
+    rows = base_model.query_heads * speculator.config.head_dim
+    alone = speculator.config.num_key_value_heads > base_model.kv_groups
+    for name, weight in layer.items():
+        shared = 1
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            weight.normal_(std=SMALL)
+            weight = weight[:, d:]
+            shared = base_model.query_heads // base_model.kv_groups if alone and "q_proj" not in name else 1
+            weight = weight[:rows] if alone else weight
+        weight = weight[:, :rows] if name.endswith("o_proj.weight") else weight
+        theirs = read(entries, prefix + name, [len(weight) // shared, *weight.shape[1:]], base_model)
+        heads = theirs.unflatten(0, (-1, speculator.config.head_dim)).repeat_interleave(shared, 0) if shared > 1 else theirs
+        weight.copy_(heads.reshape(weight.shape))
+    speculator.norm.weight.copy_(read(entries, "model.norm.weight", [d], base_model))
+    speculator.fc.weight.normal_(std=SMALL * scale)[:, -d:] += scale * torch.eye(d)
+
+
+def read(entries: Mapping[str, Entry], name: str, shape: list[int], base_model: Any) -> torch.Tensor:
+    """A tensor of the base model's files; raises UserError where it has none of this shape."""
+    if name not in entries or list(entries[name].shape) != shape:
+        raise UserError(f"speculator.init: base model {base_model.name} has no {name} of {shape}; take random, or other heads and widths")
+    return read_tensors(entries, [name])[name].float()
+
+
+def heads_that_copy(width: int, head_dim: int, heads: int) -> int:
+    """How many stand beside `heads`: from `HEADS` on, so that all of them divide the width, as `transformers` wants it of a config."""
+    most = width // head_dim
+    return next((count for count in range(min(HEADS, most), most + 1) if width % (heads + count) == 0), 0)
+
+
+@torch.no_grad()
+def add_induction_heads(speculator: Any, heads: int, scale: float) -> None:
+    """Make the attention heads from number `heads` on copy; see the module's formulas. The first of the states is the embedding."""
+    config, d, attention = speculator.config, speculator.emb_dim, speculator.layer.self_attn
+    a, width, count = config.head_dim, min(CODE, d // 4), config.num_attention_heads - heads
+    pairs = torch.arange(a // 2)
+    slow = pairs[config.rope_parameters["rope_theta"] ** (-2 * pairs / a) < SLOW]
+    slow = torch.cat([slow, slow + a // 2])
+    basis, rotation = torch.linalg.qr(torch.randn(d, width))[0], torch.linalg.qr(torch.randn(d, d))[0]
+    words = torch.randn(width, d) / d**0.5
+    speculator.fc.weight[:, -d:] -= scale * basis @ basis.T
+    speculator.fc.weight[:, :d] += scale * basis @ words
+    state_norm, final_norm = speculator.layer.hidden_norm.weight.clamp(min=0.02), speculator.norm.weight
+    back = final_norm.median() / final_norm.clamp(min=0.1)
+    for number in range(count):
+        first = (heads + number) * a
+        head = slice(first, first + a)
+        code, part = torch.randn(len(slow), width) / width**0.5, rotation[number * a : (number + 1) * a]
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.weight[head] = 0.0
+        attention.q_proj.weight[first + slow, :d] = MATCH * a**0.5 / len(slow) * code @ words
+        attention.k_proj.weight[first + slow, d:] = code @ basis.T / state_norm
+        attention.v_proj.weight[head, :d] = part
+        attention.o_proj.weight[:, head] = GAIN * scale * (part * back).T
