@@ -31,7 +31,7 @@ def open_store(out_dir, data_dir, prompts, base_model, settings, seed):
     path = resolve_base_model(base_model.name)
     check_tokenizer(read_manifest(data_dir), path)
     check_vocabulary(data_dir, read_config(path).vocab_size)
-    check_context(path, prompts.tokens.shape[1], settings.max_new_tokens)
+    check_context(path, prompts.longest, settings.max_new_tokens)
     described = describe_generation(settings, fingerprint(path), base_model.dtype)
     return ContinuationStore(out_dir, prompts, shard_prompts=settings.batch_size, settings=described, seed=seed)
 
@@ -52,7 +52,7 @@ def open_supply(config, store, out_dir, processes):
     if size > 1:
         engine = GroupEngine(settings, config.seed)
         return GroupInline(Inline(store, rows, lambda: engine, processes.count // size), engine)
-    make = partial(make_engine, settings, config.base_model, store.prompts.tokens.shape[1], config.seed, shared=True)
+    make = partial(make_engine, settings, config.base_model, store.prompts.longest, config.seed, shared=True)
     return Inline(store, rows, make, processes.count)
 
 
