@@ -86,7 +86,8 @@ def test_a_prepared_folder_gives_its_held_out_prompts(data_dir, model_dir):
     held_out = read_prompts(data_dir, "held_out").tokens
     prompts = load_prompts(data_dir, model_dir)
     assert all(torch.equal(prompt.tokens([]), tokens) for prompt, tokens in zip(prompts, held_out)) and len(prompts) == 3
-    assert [prompt.tokens([]).tolist() for prompt in load_prompts(data_dir, model_dir, limit=2)] == [tokens.tolist() for tokens in held_out[:2]]
+    two = load_prompts(data_dir, model_dir, limit=2)
+    assert [prompt.encoded.tolist() for prompt in two] == [tokens.tolist() for tokens in held_out[:2]]
     assert {(prompt.category, prompt.turns) for prompt in prompts} == {(None, 1)}
 
 

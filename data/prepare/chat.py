@@ -137,26 +137,31 @@ class ChatTemplate:
     def end_of(self, conversation, number, text, start):
         """Where in `text` the template goes on behind the answer that is message `number` and begins at `start`; None if that isn't sure.
 
-        With another answer in its place the template writes the same behind it. That the answer's calls of tools are left out with it is
-        seen where the template minds: then they are ended as the conversation up to them is.
+        With another text in the answer's place the template writes the same behind it. An answer that calls tools may be ended in another
+        way: there the last call's arguments are replaced, and its end is the special token that the conversation up to it ends with.
         """
         messages, tools = conversation
         if start is None or PROBE in text:
             return None
-        rest = {name: value for name, value in messages[number].items() if name != "tool_calls"}
-        changed = self.tried([*messages[:number], rest | {"content": PROBE}, *messages[number + 1 :]], tools)
-        if changed and changed.count(PROBE) == 1:
-            behind = changed[changed.index(PROBE) + len(PROBE) :]
-            if behind and text.endswith(behind) and len(text) - len(behind) >= start:
-                return len(text) - len(behind)
-        until = self.tried(messages[: number + 1], tools) if "tool_calls" in messages[number] else None
-        return self.last_special(until, start) if until and text.startswith(until) else None
+        calls = messages[number].get("tool_calls")
+        changed = messages[number] | ({"tool_calls": with_probe(calls)} if calls else {"content": PROBE})
+        behind = self.behind_probe([*messages[:number], changed, *messages[number + 1 :]], tools)
+        if not behind or not text.endswith(behind) or len(text) - len(behind) < start:
+            return None
+        end = len(text) - len(behind)
+        if not calls:
+            return end
+        closing = self.behind_probe([*messages[:number], changed], tools)
+        if not closing or not behind.startswith(closing):
+            return None
+        encoded = self.backend.encode(closing, add_special_tokens=False)
+        places = [place for token, place in zip(encoded.ids, encoded.offsets) if token in self.special]
+        return end + places[-1][0] if places else None
 
-    def last_special(self, text, start):
-        """Where the last special token behind `start` begins, with nothing but blanks behind it; None if there is none."""
-        encoded = self.backend.encode(text, add_special_tokens=False)
-        places = [place for token, place in zip(encoded.ids, encoded.offsets) if token in self.special and place[0] >= start]
-        return places[-1][0] if places and not text[places[-1][1] :].strip() else None
+    def behind_probe(self, messages, tools):
+        """What the template writes behind the only PROBE in some messages; None where it refuses them, or has it elsewhere too."""
+        text = self.tried(messages, tools)
+        return text.partition(PROBE)[2] if text and text.count(PROBE) == 1 else None
 
     def encode(self, rendered):
         """(ids int32 [n], answers int32 [a, 3]) of each `Rendered`, or the `LeftOut` that tells why there are none.
@@ -205,6 +210,12 @@ class ChatTemplate:
         while token < len(ids) and ids[token] not in self.special:
             token += 1
         return token + 1 if token < len(ids) and not text[place : offsets[token, 0]].strip() else None
+
+
+def with_probe(calls):
+    """Calls of tools, the last with PROBE for its arguments."""
+    function = calls[-1].get("function", calls[-1]) | {"arguments": {"to": PROBE}}
+    return [*calls[:-1], calls[-1] | {"function": function} if "function" in calls[-1] else function]
 
 
 def read_template(path):
