@@ -35,16 +35,19 @@ MENDS = {
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
-def main(argument_class, run, overrides=False, words=None, computes=True):
+def main(argument_class, run, overrides=False, words=None, computes=True, first=None):
     """Parse the command line (or `words`) into `argument_class` and call `run(parsed)`; with overrides `run(parsed, key.path=value words)`.
 
     Fire alone would run the work first and complain about unknown flags afterwards, so it only builds the argument object. A
     `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise, and a file that the
-    machine refuses; Ctrl-C with 130. computes: whether `run` has models compute, on the CPU where there is no GPU.
+    machine refuses; Ctrl-C with 130. computes: whether `run` has models compute, on the CPU where there is no GPU. first: a flag
+    that the first word may leave out.
     """
     quiet_libraries()
     keep_texts(argument_class)
     words = sys.argv[1:] if words is None else words
+    if first and words and not FLAG.match(words[0]):
+        words = [f"--{first}={words[0]}", *words[1:]]
     try:
         flags, settings = read_words(argument_class, words, overrides)
         parsed = fire.Fire(argument_class, command=flags, serialize=lambda _: None)

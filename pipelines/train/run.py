@@ -19,6 +19,7 @@ from pipelines.parallel.mesh import load_base_model, own_prompts
 from pipelines.parallel.processes import Processes
 from pipelines.plan.feasible import check_sizes
 from pipelines.plan.plan import Sizes
+from pipelines.show.prepared import summary_of
 from pipelines.train.build import build_speculator
 from pipelines.train.compiled import check_compiler
 from pipelines.train.device_metrics import DeviceMetrics
@@ -52,6 +53,8 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None, ba
         processes.wait_for_all()  # before anyone writes there
 
         rows, prompts = read_data(config)
+        if processes.main:
+            print("\n".join([*summary_of(config.data.dir), f"phase 1 trains on: {rows.train_on}"]))
         check_sizes(config, sizes_of(rows, prompts), processes.count)
         folder = config.data.continuations or out_dir / "continuations"
         store = open_store(folder, config.data.dir, prompts, config.base_model, config.generation, config.seed)
