@@ -35,19 +35,16 @@ MENDS = {
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
-def main(argument_class, run, overrides=False, words=None, computes=True, first=None):
+def main(argument_class, run, overrides=False, words=None, computes=True):
     """Parse the command line (or `words`) into `argument_class` and call `run(parsed)`; with overrides `run(parsed, key.path=value words)`.
 
     Fire alone would run the work first and complain about unknown flags afterwards, so it only builds the argument object. A
     `UserError` ends the process with one line on stderr and exit code 1; an argument of the wrong type likewise, and a file that the
-    machine refuses; Ctrl-C with 130. computes: whether `run` has models compute, on the CPU where there is no GPU. first: a flag
-    that the first word may leave out.
+    machine refuses; Ctrl-C with 130. computes: whether `run` has models compute, on the CPU where there is no GPU.
     """
     quiet_libraries()
     keep_texts(argument_class)
     words = sys.argv[1:] if words is None else words
-    if first and words and not FLAG.match(words[0]):
-        words = [f"--{first}={words[0]}", *words[1:]]
     try:
         flags, settings = read_words(argument_class, words, overrides)
         parsed = fire.Fire(argument_class, command=flags, serialize=lambda _: None)
@@ -125,6 +122,8 @@ def draft_shape(parsed):
 def read_words(argument_class, words, overrides):
     """(flags, each as --name=value; key.path=value words) of a command line, of which nothing is left over.
 
+    A first word without a flag is the value of the one that the class's FIRST names, if it names any.
+
     Raises:
         UserError: a flag that `argument_class` lacks (names the nearest one it has), without its value or given twice, a required one not
         given, or a word that is none of these.
@@ -132,7 +131,9 @@ def read_words(argument_class, words, overrides):
     parameters, words = inspect.signature(argument_class).parameters, list(words)
     if "--help" in words or "-h" in words:
         return words, []
-    given, settings = {}, []
+    given, settings, first = {}, [], getattr(argument_class, "FIRST", None)
+    if first and words and not FLAG.match(words[0]):
+        words[0] = f"--{first}={words[0]}"
     while words:
         word = words.pop(0)
         if not FLAG.match(word):

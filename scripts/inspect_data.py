@@ -1,6 +1,6 @@
 """Look at prepared data before it is trained on: python -m scripts.inspect_data DIR [--row=N]"""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -18,10 +18,11 @@ class Arguments:
         tokenizer: the tokenizer's folder or Hub name, if it is no longer where the data was prepared with it.
     """
 
+    FIRST: ClassVar[str] = "data"
     data: str
     row: Annotated[int, Field(ge=0)] | None = None
     tokenizer: str | None = None
 
 
 if __name__ == "__main__":
-    main(Arguments, lambda parsed: print_prepared(parsed.data, parsed.row, parsed.tokenizer), first="data", computes=False)
+    main(Arguments, lambda parsed: print_prepared(parsed.data, parsed.row, parsed.tokenizer), computes=False)

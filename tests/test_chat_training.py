@@ -124,3 +124,11 @@ def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_
     with pytest.raises(UserError, match=f"--row=9999: .*has rows 0 to {read_manifest(chats)['tables']['rows-train']['rows'] - 1}"):
         print_prepared(chats, row=9999)
     assert Arguments(data="x").row is None
+
+
+def test_a_base_model_that_does_not_stop_where_answers_end_is_refused_before_it_writes_any(tmp_path, chat_config, chat_model):
+    shutil.copytree(chat_model, tmp_path / "other")
+    (tmp_path / "other" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    with pytest.raises(UserError, match="stops at w5, and answers end with <eos> in the data; add it to eos_token_id"):
+        train(chat_config(**{"base_model.name": tmp_path / "other"}), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()

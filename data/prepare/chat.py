@@ -7,6 +7,7 @@ tokens are, and what doesn't begin and end between two tokens is not known for s
 import hashlib
 import os
 import re
+from collections import Counter
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -65,6 +66,7 @@ class ChatTemplate:
         self.templates = templates if isinstance(templates, dict) else {"default": templates}
         self.check_syntax(tokenizer.name if path is None else path)
         self.date = date.today() if any("strftime_now" in template for template in self.templates.values()) else None
+        self.ends = Counter()  # how many answers end with each token
         self.backend = Tokenizer.from_str(tokenizer.backend.to_str())
         self.backend.post_processor = processors.Sequence([])  # it may cut the spaces off a token's place in the text
         self.special = {token for token, added in self.backend.get_added_tokens_decoder().items() if added.special}
@@ -85,7 +87,8 @@ class ChatTemplate:
     def identity(self, path):
         """What the manifest records of it; path: of the file that it is from, None for the tokenizer's."""
         dated = {"date": self.date.isoformat()} if self.date else {}
-        return {"from": path or "tokenizer", "sha256": self.sha256, "templates": self.templates} | dated
+        about = {"from": path or "tokenizer", "sha256": self.sha256, "templates": self.templates}
+        return about | {"answers_end_with": dict(sorted(self.ends.items()))} | dated
 
     def write(self, messages, tools, prompt=False, marks=False):
         """(text, [(start, end) that the template marks as the assistant's]) of messages. prompt: go on to where the assistant begins."""
@@ -182,6 +185,7 @@ class ChatTemplate:
             if first is None or last is None or first >= last:
                 return LeftOut(UNSURE)
             answers.append((-1 if prompts.get(start) is None else first, first, last))
+        self.ends.update(ids[last - 1] for _, _, last in answers)
         return np.array(ids, np.int32), np.array(answers, np.int32)
 
     def between(self, place, offsets):

@@ -111,8 +111,8 @@ def shown_row(data_dir, manifest, table, number, backend):
     texts, stream = [], None
     for token, segment, answer in zip(tokens.tolist(), segments.tolist(), trained.tolist()):
         if segment == len(texts):
-            texts.append(Text(f"[document {segment}] ", style="bold"))
+            texts.append(Text.assemble((f"[document {segment}] ", "bold")))
             stream = DecodeStream(skip_special_tokens=False)
-        style = f"{'underline ' if token in special and answer else ''}{ANSWER if answer else MARK if token in special else OTHER}"
-        texts[-1].append(stream.step(backend, token) or "", style=f"not bold {style}" if style == OTHER else style)
+        style = ANSWER if answer else MARK if token in special else OTHER
+        texts[-1].append(stream.step(backend, token) or "", style)
     return texts
