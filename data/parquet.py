@@ -24,20 +24,22 @@ ANSWERS = column(
     "what the assistant wrote, to the token behind the one that ends its turn; whether it is the conversation's last answer",
     "offset in tokens",
 )
+PADDING = column("padding", pa.int32(), "tokens at the end of the row that are none of a document", "tokens")
 
 
 def rows_schema(seq_length, about, conversations=False):
     """Packed rows of texts or conversations; `about`: see metadata_of."""
+    what = "conversations as the chat template writes them" if conversations else "documents laid end to end, each with its EOS token"
     return pa.schema(
         [
-            column("tokens", pa.list_(pa.int32(), seq_length), "documents laid end to end, each with its EOS token", "token id"),
+            column("tokens", pa.list_(pa.int32(), seq_length), what, "token id"),
             column(
                 "document_starts",
                 pa.list_(pa.int32()),
                 "where in the row a document, or the continued piece of one, begins; the first is 0",
                 "offset in tokens",
             ),
-            *([ANSWERS] if conversations else []),
+            *([ANSWERS, PADDING] if conversations else []),
         ],
         metadata={"description": "packed rows of a corpus", "seq_length": str(seq_length), **about},
     )

@@ -162,12 +162,15 @@ class RowShard:
     def __init__(self, path, row_count, seq_length, train_on="all"):
         self.tokens = np.empty((row_count, seq_length), np.int32)
         self.trained = None if train_on == "all" else np.zeros((row_count, seq_length), bool)
+        self.padding = np.zeros(row_count, np.int32)
         starts, lengths, filled = [], [], 0
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):  # group by group, so that the shard is never in memory twice
                 table = file.read_row_group(group)
                 tokens, document_starts = (table.column(name).combine_chunks() for name in ("tokens", "document_starts"))
                 self.tokens[filled : filled + len(table)] = tokens.flatten().to_numpy().reshape(-1, seq_length)
+                if "padding" in table.column_names:
+                    self.padding[filled : filled + len(table)] = table.column("padding").to_numpy()
                 if self.trained is not None:
                     mark_answers(self.trained[filled : filled + len(table)], table.column("answers"), train_on == "last_answer")
                 starts.append(document_starts.flatten().to_numpy())
@@ -181,8 +184,10 @@ class RowShard:
         begins = np.zeros((len(rows), self.tokens.shape[1]), np.int32)
         for number, (start, end) in enumerate(self.spans[rows]):
             begins[number, self.starts[start + 1 : end]] = 1
+        segment_ids, n = np.cumsum(begins, axis=1, dtype=np.int32), self.tokens.shape[1]
+        segment_ids[np.arange(n) >= n - self.padding[rows, None]] = -1
         trained = () if self.trained is None else (self.trained[rows],)
-        return self.tokens[rows].astype(np.int64), np.cumsum(begins, axis=1, dtype=np.int32), *trained
+        return self.tokens[rows].astype(np.int64), segment_ids, *trained
 
 
 def mark_answers(trained, answers, last):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -10,8 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_templates import CHATML, LLAMA3, unmarked, write_chat_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.manifest import data_fingerprint
+from data.prepare.documents import pack_whole
+from data.prepare.encoding import Encoded
 from data.prepare.rows import Conversation
 from data.prepare.run import prepare
 from data.prepare.sources import open_source
@@ -284,9 +289,48 @@ def test_a_beginning_of_text_stands_once_before_conversations_and_only_where_the
         out = prepared(tmp_path, folder, CHATS, out=f"{number}", chat_template=str(tmp_path / "t.jinja"), max_tokens=640)
         batch = next(RowReader(out, batch_size=5, seed=0))
         bos = served.convert_tokens_to_ids("<s>")
-        starts = [row[segments == segment][0] for row, segments in zip(batch.tokens, batch.segment_ids) for segment in segments.unique()]
-        assert (batch.tokens == bos).sum() == (len(starts) if begin else 0)
+        starts = [
+            row[segments == segment][0]
+            for row, segments in zip(batch.tokens, batch.segment_ids)
+            for segment in segments.unique()
+            if segment >= 0
+        ]
+        assert (batch.tokens[batch.segment_ids >= 0] == bos).sum() == (len(starts) if begin else 0)
         prompts = read_prompts(out).tokens
         assert {served.convert_ids_to_tokens(tokens[0].item()) for tokens in prompts} == {first}
         expected = served.apply_chat_template(answered(3), chat_template=begin + unmarked(CHATML))["input_ids"]
         assert any(expected[: len(tokens)] == tokens.tolist() for tokens in prompts)
+
+
+encoded_documents = st.lists(
+    st.tuples(st.integers(1, 20), st.lists(st.tuples(st.integers(0, 19), st.integers(1, 5)), max_size=3), st.booleans()),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(encoded_documents, st.integers(3, 12), st.sampled_from([[], [900], [900, 901]]), st.sampled_from([0, 2, 64]))
+def test_conversations_are_packed_whole_where_a_row_holds_them_and_their_answers_stay_on_their_tokens(drawn, seq_length, prefix, open_rows):
+    documents, first = [], 1
+    for length, spans, prefixed in drawn:
+        answers = sorted((-1, start, min(length, start + size)) for start, size in spans if start < length)
+        documents.append(Encoded(np.arange(first, first + length, dtype=np.int32), np.array(answers, np.int32).reshape(-1, 3), prefixed))
+        first += length
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("data.prepare.documents.OPEN_ROWS", open_rows)
+        rows = list(pack_whole(documents, seq_length, prefix))
+    assert sorted(token for row in rows for token in row.tokens[row.own].tolist()) == list(range(1, first))
+    answered, last = Counter(), Counter()
+    for row in rows:
+        assert not row.own[seq_length - row.room :].any()
+        for start, end, is_last in row.answers:
+            answered.update(row.tokens[start:end].tolist())
+            last.update(row.tokens[start:end].tolist() if is_last else [])
+            assert row.own[start:end].all()
+    for tokens, answers, prefixed in documents:
+        within = [row for row in rows if np.isin(tokens, row.tokens[row.own]).any()]
+        assert len(within) == 1 or len(prefix) * prefixed + len(tokens) > seq_length
+        for token in tokens.tolist():
+            spans = [token - tokens[0] in range(start, end) for _, start, end in answers.tolist()]
+            assert answered[token] == sum(spans) and last[token] == (spans[-1] if spans else 0)
+    assert {row.tokens[start] for row in rows for start in row.starts if not row.own[start]} <= {*prefix[:1]}

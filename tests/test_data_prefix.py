@@ -27,7 +27,8 @@ def test_packing_begins_every_piece_with_the_prefix_fills_the_rows_and_loses_not
     flat = [token for document in documents for token in document]
     kept = [token for row in rows for token in row.tokens[row.own].tolist()]
     assert kept == flat[: len(kept)] and len(flat) - len(kept) < seq_length
-    for tokens, starts, own, _ in rows:
+    for row in rows:
+        tokens, starts, own = row.tokens, row.starts, row.own
         assert len(tokens) == seq_length and starts[0] == 0 and starts == sorted(set(starts))
         for start, end in zip(starts, [*starts[1:], seq_length]):
             piece, added = tokens[start:end].tolist(), (~own[start:end]).tolist()

@@ -3,11 +3,14 @@
 import hashlib
 import tempfile
 from array import array
-from typing import NamedTuple
 
 import numpy as np
 
 from data.prepare.encoding import Encoded
+
+# Rows that conversations are fitted into at a time. Of 11,990 ones of 662 tokens on average in rows of 4,096, padding was 9.7% of the rows
+# with 1, 1.8% with 4, 1.2% with 16 and 1.1% with 256.
+OPEN_ROWS = 16
 
 
 class DocumentSpool:
@@ -103,43 +106,71 @@ def missing_prefix(tokens, prefix):
     return [] if np.array_equal(tokens[: len(prefix)], prefix) else prefix
 
 
-class Row(NamedTuple):
-    """A packed row. tokens: int32 [n]. starts: offsets at which a document, or the continued piece of one, begins; the first is 0.
-    own: bool [n], the documents' tokens, told from those put before them. answers: (start, end, whether it is its conversation's last)."""
+class Row:
+    """A row that is filled with pieces of documents.
 
-    tokens: np.ndarray
-    starts: list
-    own: np.ndarray
-    answers: list
+    Attributes:
+        tokens: int32 [n]. starts: offsets at which a document, or the continued piece of one, begins; the first is 0. own: bool [n], the
+        documents' tokens, told from those put before them. answers: (start, end, whether it is its conversation's last). room: tokens that
+        are still free, at the end.
+    """
+
+    def __init__(self, seq_length):
+        self.tokens, self.own = np.zeros(seq_length, np.int32), np.zeros(seq_length, bool)
+        self.starts, self.answers, self.room = [], [], seq_length
+
+    def put(self, document, position, prefix):
+        """Add a piece of a document (encoding.Encoded) from `position` on, as much as there is room for; returns where it ends.
+
+        Each piece is a text of its own to the base model, so each begins with the tokenizer's `prefix`, a list of fewer than n ids, unless
+        a chat template leaves that out; where the row has no room for more, what fits of it fills the row.
+        """
+        filled = len(self.tokens) - self.room
+        added = (missing_prefix(document.tokens[position:], prefix) if document.prefixed else [])[: self.room]
+        begin = filled + len(added)
+        end = position + min(self.room - len(added), len(document.tokens) - position)
+        self.starts.append(filled)
+        self.tokens[filled:begin] = added
+        self.tokens[begin : begin + end - position] = document.tokens[position:end]
+        self.own[begin : begin + end - position] = True
+        self.answers.extend(answers_within(document.answers, position, end, begin - position))
+        self.room -= len(added) + end - position
+        return end
 
 
 def pack(documents, seq_length, prefix):
-    """Lay documents (encoding.Encoded) end to end and yield each full `Row`.
-
-    Each piece of a document is a text of its own to the base model, so each begins with the tokenizer's `prefix`, a list of fewer than n
-    ids, unless a chat template leaves that out; where a row has no room for more, what fits of it fills the row. What does not fill the
-    last row is dropped.
-    """
-
-    def empty():
-        return Row(np.empty(seq_length, np.int32), [], np.zeros(seq_length, bool), [])
-
-    row, filled = empty(), 0
-    for tokens, answers, prefixed in documents:
+    """Lay documents end to end and yield each full `Row`; what does not fill the last one is dropped."""
+    row = Row(seq_length)
+    for document in documents:
         position = 0
-        while position < len(tokens):
-            row.starts.append(filled)
-            added = missing_prefix(tokens[position:], prefix)[: seq_length - filled] if prefixed else []
-            row.tokens[filled : filled + len(added)] = added
-            filled += len(added)
-            taken = min(seq_length - filled, len(tokens) - position)
-            row.tokens[filled : filled + taken] = tokens[position : position + taken]
-            row.own[filled : filled + taken] = True
-            row.answers.extend(answers_within(answers, position, position + taken, filled - position))
-            filled, position = filled + taken, position + taken
-            if filled == seq_length:
+        while position < len(document.tokens):
+            position = row.put(document, position, prefix)
+            if not row.room:
                 yield row
-                row, filled = empty(), 0
+                row = Row(seq_length)
+
+
+def pack_whole(documents, seq_length, prefix):
+    """Yield `Row`s in which documents are whole where a row can hold them: an answer hangs on all that came before it.
+
+    A document goes to where it leaves the least room of OPEN_ROWS rows. What stays free in a row is padding. Those longer than a row fill
+    rows of their own, up to their last piece.
+    """
+    rows = []
+    for document in documents:
+        position = 0
+        while position < len(document.tokens):
+            need = min(len(prefix) * document.prefixed + len(document.tokens) - position, seq_length)
+            row = min((row for row in rows if row.room >= need), key=lambda row: row.room, default=None)
+            if row is None:
+                row = Row(seq_length)
+                rows.append(row)
+            position = row.put(document, position, prefix)
+            if len(rows) > OPEN_ROWS or not row.room:
+                fullest = min(rows, key=lambda row: row.room)
+                rows.remove(fullest)
+                yield fullest
+    yield from rows
 
 
 def answers_within(answers, begin, end, shift):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from data.manifest import CONVERSATIONS, TEXTS
 from data.parquet import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
-from data.prepare.documents import choose_held_out, missing_prefix, pack
+from data.prepare.documents import choose_held_out, missing_prefix, pack, pack_whole
 from data.progress import progress
 from fms_spec.errors import UserError
 
@@ -67,7 +67,7 @@ def write_rows(folder, split, documents, spool, settings, schema, prefix, counts
     """
     seq_length = settings.seq_length
     limit = settings.max_tokens // seq_length if split == "train" and settings.max_tokens is not None else None
-    used = tokens_used = tokens_packed = answered = 0
+    used = tokens_used = tokens_packed = answered = padding = 0
 
     def taken():
         nonlocal used, tokens_used
@@ -76,18 +76,19 @@ def write_rows(folder, split, documents, spool, settings, schema, prefix, counts
             used, tokens_used = used + 1, tokens_used + len(encoded.tokens)
             yield encoded
 
-    writer = TableWriter(folder, f"rows-{split}", schema, seq_length)
-    rows = islice(pack(taken(), seq_length, prefix), limit)
+    writer, whole = TableWriter(folder, f"rows-{split}", schema, seq_length), "answers" in schema.names
+    rows = islice((pack_whole if whole else pack)(taken(), seq_length, prefix), limit)
     for row in progress(rows, desc=f"pack {split}", unit="row", leave=False):
         tokens_packed += int(row.own.sum())
         answered += sum(end - start for start, end, _ in row.answers)
+        padding += row.room
         if counts is not None:
             np.add.at(counts, row.tokens[row.own], 1)
         answers = [{"start": start, "end": end, "last": last} for start, end, last in row.answers]
-        writer.append((row.tokens, row.starts, answers)[: len(schema)])
+        writer.append((row.tokens, row.starts, answers, row.room)[: len(schema)])
     table = writer.close()
     dropped = tokens_used - tokens_packed
-    table |= {"answer_tokens": answered} if "answers" in schema.names else {}
+    table |= {"answer_tokens": answered, "padding_tokens": padding} if whole else {}
     return {**table, "documents": used, "tokens": table["rows"] * seq_length, "dropped_tail_tokens": dropped}
 
 

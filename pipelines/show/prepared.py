@@ -48,8 +48,8 @@ def said(manifest):
 
 
 def share_of(rows):
-    """Share of the tokens of a table of rows that are answers; all of texts are trained on."""
-    return rows.get("answer_tokens", rows["tokens"]) / max(1, rows["tokens"])
+    """Share of the tokens of a table of rows, without padding, that are answers; all of texts are trained on."""
+    return rows.get("answer_tokens", rows["tokens"]) / max(1, rows["tokens"] - rows.get("padding_tokens", 0))
 
 
 def print_prepared(data_dir, row=None, tokenizer=None):
@@ -81,8 +81,9 @@ def piece_lengths(data_dir, table, seq_length):
     for shard in table["shards"]:
         check_contents(data_dir, shard)
         with pq.ParquetFile(Path(data_dir) / shard["file"]) as file:
-            for batch in file.iter_batches(columns=["document_starts"]):
-                lengths += [np.diff([*starts, seq_length]) for starts in batch.column(0).to_pylist()]
+            for batch in file.iter_batches(columns=[name for name in ("document_starts", "padding") if name in file.schema_arrow.names]):
+                for row in batch.to_pylist():
+                    lengths.append(np.diff([*row["document_starts"], seq_length - row.get("padding", 0)]))
     return np.concatenate(lengths)
 
 
@@ -110,6 +111,8 @@ def shown_row(data_dir, manifest, table, number, backend):
     special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
     texts, stream = [], None
     for token, segment, answer in zip(tokens.tolist(), segments.tolist(), trained.tolist()):
+        if segment < 0:
+            break
         if segment == len(texts):
             texts.append(Text.assemble((f"[document {segment}] ", "bold")))
             stream = DecodeStream(skip_special_tokens=False)
