@@ -185,9 +185,15 @@ CHATS = [{"messages": answered(number)} for number in range(30)]
 
 
 def test_one_command_is_enough_and_the_manifest_says_what_was_left_out_and_by_which_template(tmp_path, tokenizer):
-    rows = [*CHATS, {"messages": []}, {"messages": answered(0)[:1]}, {"messages": [USER, {"role": "assistant", "content": "\n\nyes"}]}]
+    rows = [
+        *CHATS,
+        *CHATS[:2],
+        {"messages": []},
+        {"messages": answered(0)[:1]},
+        {"messages": [USER, {"role": "assistant", "content": "\n\nyes"}]},
+    ]
     manifest = read_manifest(prepared(tmp_path, tokenizer, rows, held_out=3))
-    skipped = {"empty": 1, "without an answer": 1, "which tokens are the assistant's is not sure": 1}
+    skipped = {"copies": 2, "empty": 1, "without an answer": 1, "which tokens are the assistant's is not sure": 1}
     assert manifest["source"]["skipped"] == skipped and manifest["source"]["documents_read"] == 30
     assert manifest["inputs"]["format_version"] == 2 and manifest["inputs"]["prompt_length"] == 1024
     assert manifest["chat_template"]["templates"] == {"default": unmarked(CHATML)}
@@ -289,24 +295,16 @@ def test_a_beginning_of_text_stands_once_before_conversations_and_only_where_the
         out = prepared(tmp_path, folder, CHATS, out=f"{number}", chat_template=str(tmp_path / "t.jinja"), max_tokens=640)
         batch = next(RowReader(out, batch_size=5, seed=0))
         bos = served.convert_tokens_to_ids("<s>")
-        starts = [
-            row[segments == segment][0]
-            for row, segments in zip(batch.tokens, batch.segment_ids)
-            for segment in segments.unique()
-            if segment >= 0
-        ]
-        assert (batch.tokens[batch.segment_ids >= 0] == bos).sum() == (len(starts) if begin else 0)
+        starts = sum(len(segments[segments >= 0].unique()) for segments in batch.segment_ids)
+        assert (batch.tokens[batch.segment_ids >= 0] == bos).sum() == (starts if begin else 0)
         prompts = read_prompts(out).tokens
         assert {served.convert_ids_to_tokens(tokens[0].item()) for tokens in prompts} == {first}
         expected = served.apply_chat_template(answered(3), chat_template=begin + unmarked(CHATML))["input_ids"]
         assert any(expected[: len(tokens)] == tokens.tolist() for tokens in prompts)
 
 
-encoded_documents = st.lists(
-    st.tuples(st.integers(1, 20), st.lists(st.tuples(st.integers(0, 19), st.integers(1, 5)), max_size=3), st.booleans()),
-    min_size=1,
-    max_size=12,
-)
+spans = st.lists(st.tuples(st.integers(0, 19), st.integers(1, 5)), max_size=3)
+encoded_documents = st.lists(st.tuples(st.integers(1, 20), spans, st.booleans()), min_size=1, max_size=12)
 
 
 @given(encoded_documents, st.integers(3, 12), st.sampled_from([[], [900], [900, 901]]), st.sampled_from([0, 2, 64]))

@@ -16,11 +16,14 @@ OPEN_ROWS = 16
 class DocumentSpool:
     """Tokenised documents in an unnamed file, appended in order and read back in any order.
 
-    A shuffle over a corpus larger than memory needs random access; only 49 bytes per document are held in memory. The file
-    vanishes when it is closed or the process ends.
+    A shuffle over a corpus larger than memory needs random access; only 49 bytes per document are held in memory, and about 100 where
+    copies are left out. The file vanishes when it is closed or the process ends.
+
+    copies: whether a document may be there more than once.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, copies=True):
+        self._seen = None if copies else set()
         self._file = tempfile.TemporaryFile(dir=folder)
         self._ends, self._lengths, self._prefixed = array("q", [0]), array("q"), array("b")
         self._files, self._rows, self._digests, self._shortest = array("q"), array("q"), array("Q"), array("l")
@@ -34,8 +37,13 @@ class DocumentSpool:
         self._file.close()
 
     def append(self, encoded, file, row):
-        """Add a document: encoding.Encoded, and where it was read (see sources.Document)."""
+        """Add a document: encoding.Encoded, and where it was read (see sources.Document); returns False for a copy that is left out."""
         raw, answers = encoded.tokens.tobytes(), encoded.answers
+        digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest())
+        if self._seen is not None:
+            if digest in self._seen:
+                return False
+            self._seen.add(digest)
         self._file.write(raw)
         self._file.write(answers.astype(np.int32).tobytes())
         self._ends.append(self._ends[-1] + len(encoded.tokens) + answers.size)
@@ -43,9 +51,10 @@ class DocumentSpool:
         self._prefixed.append(encoded.prefixed)
         self._files.append(file)
         self._rows.append(row)
-        self._digests.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest()))
+        self._digests.append(digest)
         known = answers[answers[:, 0] >= 0, 0]
         self._shortest.append(int(known.min()) if len(known) else -1)
+        return True
 
     def __len__(self):
         return len(self._files)

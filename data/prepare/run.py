@@ -86,7 +86,7 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
 
     tell_sizes(loaded)
     skipped, watch = Skipped(opened), Stopwatch()
-    with watch.measure("all"), writing(out_dir, inputs) as folder, DocumentSpool(folder) as spool:
+    with watch.measure("all"), writing(out_dir, inputs) as folder, DocumentSpool(folder, copies=not template) as spool:
         read_documents(spool, opened, loaded, template, settings, skipped)
         if not len(spool):
             raise UserError(f"source {source}: no documents" + (f"; {skipped}" if skipped.first else ""))
@@ -156,7 +156,9 @@ def read_documents(spool, source, tokenizer, template, settings, skipped):
             tokens, answers, _ = encoded
             if tokenizer.overflows:
                 refuse_unknown(tokens, tokenizer.embedding_size, tokenizer.backend, source.label(document.file, document.row))
-            spool.append(encoded, document.file, document.row)
+            if not spool.append(encoded, document.file, document.row):
+                skipped.add("copies", document)
+                continue
             bar.update(len(tokens))
             length = settings.prompt_length
             promptable = has_prompt(answers[:, 0], length, tokenizer.prefix).any() if template else len(tokens) > length
