@@ -162,3 +162,13 @@ def test_a_tokenizer_without_a_template_and_a_template_that_is_none_end_in_one_l
         with pytest.raises(UserError, match=message) as caught:
             ChatTemplate(tokenizer, tmp_path / "t.jinja")
         assert "t.jinja" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_with_a_template_for_tools_writes_those_conversations_by_it(tmp_path):
+    folder = write_chat_tokenizer(tmp_path / "t", {"default": unmarked(TEMPLATES["chatml"]), "tool_use": unmarked(TEMPLATES["qwen3"])})
+    template = ChatTemplate(load_tokenizer(folder))
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+    for asked in (None, tools):
+        (ids, answers) = encoded(template, ASKED, asked)
+        assert ids == template.served.apply_chat_template(ASKED, tools=asked)["input_ids"] and len(answers) == 1
+    assert "Tools: " in template.write(ASKED, tools)[0] and "Tools: " not in template.write(ASKED, None)[0]

@@ -216,6 +216,9 @@ def test_texts_take_no_template_and_conversations_beside_texts_are_refused(tmp_p
     (tmp_path / "both" / "b.jsonl").write_text(json.dumps(CHATS[0]))
     with pytest.raises(UserError, match="b.jsonl: holds conversations, and .*a.jsonl beside it texts; prepare them apart"):
         open_source(str(tmp_path / "both"))
+    (tmp_path / "a.txt").write_text("w1")
+    with pytest.raises(UserError, match="a.txt: is one text, and --format=alpaca asks for tables"):
+        open_source(str(tmp_path / "a.txt"), format="alpaca")
     with pytest.raises(UserError, match="--format=chat: not known; give one of text, messages, sharegpt"):
         prepared(tmp_path, tokenizer, CHATS, format="chat")
 
@@ -332,3 +335,31 @@ def test_conversations_are_packed_whole_where_a_row_holds_them_and_their_answers
             spans = [token - tokens[0] in range(start, end) for _, start, end in answers.tolist()]
             assert answered[token] == sum(spans) and last[token] == (spans[-1] if spans else 0)
     assert {row.tokens[start] for row in rows for start in row.starts if not row.own[start]} <= {*prefix[:1]}
+
+
+def test_nested_columns_are_read_in_every_spelling_of_arrow(tmp_path):
+    for number, text in enumerate((pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()))):
+        turn = pa.struct({"role": text, "content": text})
+        for many in (pa.list_(turn), pa.large_list(turn)):
+            table = pa.table({"messages": pa.array([TALK, TALK[:2]], many)})
+            pq.write_table(table, tmp_path / f"{number}.parquet")
+            assert contents_in(tmp_path / f"{number}.parquet") == [Conversation(TALK), Conversation(TALK[:2])]
+
+
+def test_a_hub_dataset_of_conversations_is_streamed(tmp_path, tokenizer, monkeypatch):
+    import datasets
+
+    class Builder:
+        hash = "commit"
+
+        def as_streaming_dataset(self, split):
+            return iter(CHATS + [{"messages": [USER, {"role": "robot", "content": "w1"}]}] * with_robot)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: Builder())
+    with_robot = 0
+    manifest = prepare(source="a/b", tokenizer=tokenizer, out_dir=str(tmp_path / "out"), seq_length=64)
+    assert manifest["source"]["documents_read"] == 30 and set(read_prompts(tmp_path / "out").sources) == {f"a/b#{n}" for n in range(30)}
+    with_robot = 1
+    with pytest.raises(UserError, match=r"a/b row 30: messages\[1\].role: 'robot' is none of"):
+        prepare(source="a/b", tokenizer=tokenizer, out_dir=str(tmp_path / "no"), seq_length=64)
+    assert not (tmp_path / "no").exists()

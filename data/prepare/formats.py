@@ -66,6 +66,8 @@ def has_conversations(file, wanted):
         with readable(file):
             return arrow_layout(pq.read_schema(file), wanted, file).format != "text"
     if not table_suffix(file):
+        if wanted.format not in (None, "text"):
+            raise UserError(f"source {file}: is one text, and --format={wanted.format} asks for tables; name those with a pattern")
         return False
     with closing(contents_of(file, wanted)) as contents:
         first = next(contents, None)

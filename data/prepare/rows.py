@@ -240,7 +240,7 @@ def kind(value):
 
 def no_text(where, column, kind):
     """The error for a text column that holds something else."""
-    return UserError(f"{where}: column {column!r} holds {kind}, not strings; name another with --text_column, or make one of strings")
+    return UserError(f"{where}: column {column!r} holds {kind}, not strings; name another with --text_column, or leave it out")
 
 
 def no_column(where, column, names):
