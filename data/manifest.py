@@ -12,7 +12,7 @@ from fms_spec.errors import UserError
 from fms_spec.files import read_json, sha256_of
 from fms_spec.seeds import LARGEST
 
-FORMAT_VERSION = 1
+TEXTS, CONVERSATIONS = VERSIONS = (1, 2)  # of the format: rows of conversations say which tokens are answers, those of texts need not
 MANIFEST = "manifest.json"
 AGAIN = "remove the folder and run scripts.prepare_data again"
 
@@ -45,7 +45,7 @@ class Table(Known):
 
 
 class Inputs(Known):
-    format_version: Literal[FORMAT_VERSION]
+    format_version: Literal[VERSIONS]
     seq_length: Annotated[int, Field(ge=2)]
     prompt_length: Annotated[int, Field(ge=1)]
 
@@ -73,8 +73,8 @@ def read_manifest(data_dir):
     manifest = read_json(path, AGAIN)
     inputs = manifest.get("inputs") if isinstance(manifest, dict) else None
     version = inputs.get("format_version") if isinstance(inputs, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {shown(version)}, this code reads {FORMAT_VERSION}; run scripts.prepare_data again")
+    if version not in VERSIONS:
+        raise UserError(f"{path}: format version {shown(version)}, this code reads up to {VERSIONS[-1]}; run scripts.prepare_data again")
     checked(Manifest, manifest, path, AGAIN)
     return manifest
 

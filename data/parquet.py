@@ -5,7 +5,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.manifest import FORMAT_VERSION
 from fms_spec.files import sha256_of
 
 # A shard holds at most 64 MiB of tokens: a reader keeps one in memory. It is written in row groups of 4 MiB.
@@ -19,30 +18,46 @@ def column(name, kind, description, unit):
     return pa.field(name, kind, nullable=False, metadata={"description": description, "unit": unit})
 
 
-def rows_schema(seq_length, about):
-    """Packed rows; `about`: see metadata_of."""
+ANSWERS = column(
+    "answers",
+    pa.list_(pa.struct({"start": pa.int32(), "end": pa.int32(), "last": pa.bool_()})),
+    "what the assistant wrote, to the token behind the one that ends its turn; whether it is the conversation's last answer",
+    "offset in tokens",
+)
+PADDING = column("padding", pa.int32(), "tokens at the end of the row that are none of a document", "tokens")
+
+
+def rows_schema(seq_length, about, conversations=False):
+    """Packed rows of texts or conversations; `about`: see metadata_of."""
+    what = "conversations as the chat template writes them" if conversations else "documents laid end to end, each with its EOS token"
     return pa.schema(
         [
-            column("tokens", pa.list_(pa.int32(), seq_length), "documents laid end to end, each with its EOS token", "token id"),
+            column("tokens", pa.list_(pa.int32(), seq_length), what, "token id"),
             column(
                 "document_starts",
                 pa.list_(pa.int32()),
                 "where in the row a document, or the continued piece of one, begins; the first is 0",
                 "offset in tokens",
             ),
+            *([ANSWERS, PADDING] if conversations else []),
         ],
         metadata={"description": "packed rows of a corpus", "seq_length": str(seq_length), **about},
     )
 
 
-def prompts_schema(prompt_length, about):
-    """Prompts for continuations; `about`: see metadata_of."""
+def prompts_schema(prompt_length, about, conversations=False):
+    """Prompts for continuations: all of p tokens, or of p at most where they are conversations; `about`: see metadata_of."""
+    tokens = (
+        column("tokens", pa.list_(pa.int32()), "a conversation up to where one of its answers begins", "token id")
+        if conversations
+        else column("tokens", pa.list_(pa.int32(), prompt_length), "a piece of the document from a random offset", "token id")
+    )
     return pa.schema(
         [
             column("prompt_id", pa.int64(), "number of the prompt in this table", "count from 0"),
             column("document", pa.int64(), "number of the document in the order the source was read", "count from 0"),
             column("source", pa.string(), "file within the source, with #row where a file or dataset holds many", "name"),
-            column("tokens", pa.list_(pa.int32(), prompt_length), "a piece of the document from a random offset", "token id"),
+            tokens,
         ],
         metadata={"description": "prompts, one per document that is long enough", "prompt_length": str(prompt_length), **about},
     )
@@ -59,10 +74,10 @@ def token_counts_schema(about):
     )
 
 
-def metadata_of(tokenizer, seq_length, seed):
-    """Table metadata that every file of a prepared folder carries."""
+def metadata_of(tokenizer, seq_length, seed, version):
+    """Table metadata that every file of a prepared folder carries; version: of manifest.VERSIONS."""
     return {
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(version),
         "seq_length": str(seq_length),
         "tokenizer_sha256": tokenizer.sha256,
         "seed": str(seed),

@@ -81,7 +81,7 @@ def load_prompts(path, tokenizer_dir, limit=None):
         raise UserError(f"limit {limit}: must be at least 1")
     if os.path.isdir(path):
         tokenizer, held_out = check_tokenizer(read_manifest(path), tokenizer_dir), read_prompts(path, "held_out").tokens
-        refuse_unknown(held_out, tokenizer.embedding_size, tokenizer.backend, f"prompts {path}")
+        refuse_unknown(torch.cat(held_out), tokenizer.embedding_size, tokenizer.backend, f"prompts {path}")
         prompts = [Prompt(None, tokens) for tokens in held_out]
     else:
         prompts = read_lines(path, tokenizer_dir)

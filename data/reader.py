@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from data.manifest import AGAIN, check_contents, check_seed, check_sizes, read_manifest, reason, table_of
+from data.manifest import AGAIN, CONVERSATIONS, check_contents, check_seed, check_sizes, read_manifest, reason, table_of
 from data.tokenizer import check_tokenizer
 from fms_spec.batch import Batch
 from fms_spec.errors import UserError
@@ -18,11 +19,16 @@ __all__ = ["Prompts", "RowReader", "check_tokenizer", "check_vocabulary", "read_
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompt table. tokens: int64 [p, prompt_length]; ids: int64 [p]; sources: where each document was read."""
+    """A prompt table. tokens: int64 [n], p of them, each with its own n; ids: int64 [p]; sources: where each document was read."""
 
-    tokens: torch.Tensor
+    tokens: list
     ids: torch.Tensor
     sources: list
+
+    @property
+    def longest(self):
+        """Tokens of the longest prompt."""
+        return max(map(len, self.tokens), default=0)
 
     def __len__(self):
         return len(self.sources)
@@ -35,18 +41,23 @@ class RowReader:
     `batch_size` rows and may span shards and epochs.
     """
 
-    def __init__(self, data_dir, split="train", *, batch_size, seed, rows=None):
+    def __init__(self, data_dir, split="train", *, batch_size, seed, rows=None, train_on=None):
         """Check the folder without reading the rows.
 
-        rows: read only so many, drawn from the whole table by the seed, in every epoch the same ones; None reads all.
+        rows: read only so many, drawn from the whole table by the seed, in every epoch the same ones; None reads all. train_on: of
+        conversations "answers", "last_answer" or "all"; None is the first, and all of texts.
 
         Raises:
             UserError: the folder is half-written, lacks the split, has no rows in it, a shard is missing, cut short or not what the
-                manifest says, or the seed is not from 0 to 2^63 - 1.
+                manifest says, the seed is not from 0 to 2^63 - 1, or answers are asked of texts.
         """
         check_seed(seed, f"seed {seed}")
         self.data_dir, self.split, self.batch_size, self.seed = Path(data_dir), split, batch_size, seed
         self.manifest = read_manifest(data_dir)
+        conversations = self.manifest["inputs"]["format_version"] == CONVERSATIONS
+        if train_on not in (None, "all") and not conversations:
+            raise UserError(f"{data_dir}: holds texts, which have no answers to train on; leave data.train_on: {train_on} out")
+        self.train_on = (train_on or "answers") if conversations else "all"
         table = table_of(self.manifest, data_dir, f"rows-{split}")
         if not table["rows"]:
             raise UserError(f"{data_dir}: rows-{split} has no rows (its documents fill none); prepare with a larger --held_out")
@@ -90,8 +101,8 @@ class RowReader:
         while missing:
             pieces.append(self._take(missing))
             missing -= len(pieces[-1][0])
-        tokens, segment_ids, row_ids = (torch.from_numpy(np.concatenate(part)) for part in zip(*pieces))
-        return Batch(tokens, segment_ids, torch.zeros(self.batch_size, dtype=torch.int64), row_ids)
+        tokens, segment_ids, row_ids, *trained = (torch.from_numpy(np.concatenate(part)) for part in zip(*pieces))
+        return Batch(tokens, segment_ids, torch.zeros(self.batch_size, dtype=torch.int64), row_ids, *trained)
 
     def skip(self, count):
         """Pass over `count` batches without reading them."""
@@ -115,7 +126,7 @@ class RowReader:
         self._epoch, self._position = state["epoch"], state["position"]
 
     def _take(self, count):
-        """At most `count` rows from one shard, and move on: tokens int64 [b, n], segment_ids int32 [b, n], row_ids int64 [b]."""
+        """At most `count` rows from one shard, and move on: as `RowShard.rows`, with row_ids int64 [b] for their numbers in it."""
         if self._position == len(self):
             self._epoch, self._position = self._epoch + 1, 0
         order = np.random.default_rng((self.seed, self._epoch)).permutation(len(self.shards))
@@ -126,7 +137,8 @@ class RowReader:
         self._load(shard)
         rows = self._row_order[offset : offset + count]
         self._position += len(rows)
-        return *self._shard.rows(rows), self._first_rows[shard] + rows
+        tokens, segment_ids, *trained = self._shard.rows(rows)
+        return tokens, segment_ids, self._first_rows[shard] + rows, *trained
 
     def _load(self, shard):
         """Have `shard` in memory, and the order of its rows in this epoch."""
@@ -140,21 +152,27 @@ class RowReader:
         if shard not in self._checked:
             check_contents(self.data_dir, self.shards[shard])
             self._checked.add(shard)
-        self._shard = RowShard(self.data_dir / self.shards[shard]["file"], self.shards[shard]["rows"], self.seq_length)
+        self._shard = RowShard(self.data_dir / self.shards[shard]["file"], self.shards[shard]["rows"], self.seq_length, self.train_on)
         self._loaded = shard
 
 
 class RowShard:
-    """One shard in memory."""
+    """One shard in memory. train_on: see `RowReader`."""
 
-    def __init__(self, path, row_count, seq_length):
+    def __init__(self, path, row_count, seq_length, train_on="all"):
         self.tokens = np.empty((row_count, seq_length), np.int32)
+        self.trained = None if train_on == "all" else np.zeros((row_count, seq_length), bool)
+        self.padding = np.zeros(row_count, np.int32)
         starts, lengths, filled = [], [], 0
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):  # group by group, so that the shard is never in memory twice
                 table = file.read_row_group(group)
                 tokens, document_starts = (table.column(name).combine_chunks() for name in ("tokens", "document_starts"))
                 self.tokens[filled : filled + len(table)] = tokens.flatten().to_numpy().reshape(-1, seq_length)
+                if "padding" in table.column_names:
+                    self.padding[filled : filled + len(table)] = table.column("padding").to_numpy()
+                if self.trained is not None:
+                    mark_answers(self.trained[filled : filled + len(table)], table.column("answers"), train_on == "last_answer")
                 starts.append(document_starts.flatten().to_numpy())
                 lengths.append(document_starts.value_lengths().to_numpy())
                 filled += len(table)
@@ -162,11 +180,22 @@ class RowShard:
         self.spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
 
     def rows(self, rows):
-        """tokens int64 [b, n] and segment_ids int32 [b, n] of the rows with these numbers [b]."""
+        """tokens int64 [b, n], segment_ids int32 [b, n] and, if not all are, trained bool [b, n] of the rows with these numbers [b]."""
         begins = np.zeros((len(rows), self.tokens.shape[1]), np.int32)
         for number, (start, end) in enumerate(self.spans[rows]):
             begins[number, self.starts[start + 1 : end]] = 1
-        return self.tokens[rows].astype(np.int64), np.cumsum(begins, axis=1, dtype=np.int32)
+        segment_ids, n = np.cumsum(begins, axis=1, dtype=np.int32), self.tokens.shape[1]
+        segment_ids[np.arange(n) >= n - self.padding[rows, None]] = -1
+        trained = () if self.trained is None else (self.trained[rows],)
+        return self.tokens[rows].astype(np.int64), segment_ids, *trained
+
+
+def mark_answers(trained, answers, last):
+    """Set `trained`, bool [b, n], within the answers of each row, an Arrow column; last: only the last ones of conversations."""
+    for row, spans in zip(trained, answers.to_pylist()):
+        for span in spans:
+            if span["last"] or not last:
+                row[span["start"] : span["end"]] = True
 
 
 def check_footer(path, row_count, seq_length):
@@ -195,10 +224,11 @@ def read_prompts(data_dir, split="train", limit=None):
     if limit is not None and limit > len(table):
         raise UserError(f"{data_dir}: {limit} prompts asked of prompts-{split}, which has {len(table)}; ask for fewer")
     table = table.slice(0, limit)
-    length = int(table.schema.metadata[b"prompt_length"])
-    tokens = table.column("tokens").combine_chunks().flatten().to_numpy().reshape(-1, length).astype(np.int64)
+    column = table.column("tokens").combine_chunks()
+    lengths = pc.list_value_length(column).to_pylist()
+    tokens = torch.from_numpy(column.flatten().to_numpy().astype(np.int64)).split(lengths)
     ids = table.column("prompt_id").to_numpy().astype(np.int64)
-    return Prompts(torch.from_numpy(tokens), torch.from_numpy(ids), table.column("source").to_pylist())
+    return Prompts(list(tokens), torch.from_numpy(ids), table.column("source").to_pylist())
 
 
 def read_token_counts(data_dir):

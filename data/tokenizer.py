@@ -12,9 +12,6 @@ from tokenizers import Tokenizer
 from data.manifest import reason
 from fms_spec.errors import UserError
 
-# Text handed to the tokenizer's threads at once; enough to keep them busy, small against memory.
-BATCH_CHARACTERS = 2**21
-BATCH_DOCUMENTS = 10_000
 # One call on one huge text would use one thread and a hundred bytes of memory per character, so longer documents are encoded in
 # pieces, cut where a line begins. Shorter ones get exactly the tokens that the tokenizer gives the whole text.
 PIECE_CHARACTERS = 2**20
@@ -210,31 +207,3 @@ def cut(text):
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def encode_documents(documents, tokenizer, skipped):
-    """Yield (document, tokens) in order, with the end-of-text token and without the prefix; tokens: int32 array.
-
-    Empty documents and those that are not UTF-8 are told to `skipped` and left out.
-    """
-    batch, characters = [], 0
-    for document in documents:
-        if document.text is None:
-            skipped.add("not UTF-8", document)
-            continue
-        if not document.text.strip():
-            skipped.add("empty", document)
-            continue
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield from encode_batch(batch, tokenizer)
-            batch, characters = [], 0
-    if batch:
-        yield from encode_batch(batch, tokenizer)
-
-
-def encode_batch(batch, tokenizer):
-    """As encode_documents, for a list of documents."""
-    for document, tokens in zip(batch, tokenizer.encode([document.text for document in batch]), strict=True):
-        yield document, np.append(without_prefix(tokens, tokenizer.prefix), np.int32(tokenizer.eos_token_id))

@@ -54,22 +54,32 @@ class Windows:
         return self.states[self.index[: self.counts[head]] + 1 + head]
 
 
-def usable_positions(segment_ids: torch.Tensor, first_states: torch.Tensor, heads: int, greedy: torch.Tensor | None = None) -> torch.Tensor:
+def usable_positions(
+    segment_ids: torch.Tensor, first_states: torch.Tensor, heads: int, greedy: torch.Tensor | None = None,
+    trained: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Where each head has a state and a target: bool [h, b, n].
 
     Args:
         segment_ids: int [b, n], see `attention.document_spans`. first_states: int64 [b], first position whose state may be used.
         greedy: bool [b, n], whether each token is the base model's own best guess. If given, a later head is used only where the
             tokens drafted before its own would have been accepted: nowhere else is it ever asked in greedy decoding.
+        trained: bool [b, n], the tokens that are predicted. If given, x_{t+1} up to a head's target must all be among them: nothing is
+            drafted before the base model has begun an answer, or past its end. States are used whether their own token is or not.
     """
     n = segment_ids.shape[1]
     usable = (segment_ids >= 0) & (torch.arange(n) >= first_states[:, None])
     ahead = F.pad(segment_ids, (0, heads + 1), value=-1)
     accepted = F.pad(greedy, (0, heads + 1)) if greedy is not None else None
+    predicted = F.pad(trained, (0, heads + 1)) if trained is not None else None
+    if predicted is not None:
+        usable = usable & predicted[:, 1 : 1 + n]
     masks = []
     for head in range(heads):
         if accepted is not None and head:
             usable = usable & accepted[:, head + 1 : head + 1 + n]
+        if predicted is not None:
+            usable = usable & predicted[:, head + 2 : head + 2 + n]
         masks.append(usable & (ahead[:, head + 2 : head + 2 + n] == segment_ids))
     return torch.stack(masks)
 

@@ -14,12 +14,14 @@ class Batch:
     first_states: int64 [b], the first position whose hidden state may be used: 0 for corpus rows, the end of the
         prompt for continuations
     row_ids: int64 [b], the row's number in its table; the same in every epoch and run, so a cache may be keyed by it
+    trained: bool [b, n], the tokens that heads are trained to predict; None for all
     """
 
     tokens: torch.Tensor
     segment_ids: torch.Tensor
     first_states: torch.Tensor
     row_ids: torch.Tensor
+    trained: torch.Tensor | None = None
 
 
 def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -123,6 +123,8 @@ def draft_shape(parsed):
 def read_words(argument_class, words, overrides):
     """(flags, each as --name=value; key.path=value words) of a command line, of which nothing is left over.
 
+    A first word without a flag is the value of the one that the class's FIRST names, if it names any.
+
     Raises:
         UserError: a flag that `argument_class` lacks (names the nearest one it has), without its value or given twice, a required one not
         given, or a word that is none of these.
@@ -130,7 +132,9 @@ def read_words(argument_class, words, overrides):
     parameters, words = inspect.signature(argument_class).parameters, list(words)
     if "--help" in words or "-h" in words:
         return words, []
-    given, settings = {}, []
+    given, settings, first = {}, [], getattr(argument_class, "FIRST", None)
+    if first and words and not FLAG.match(words[0]):
+        words[0] = f"--{first}={words[0]}"
     while words:
         word = words.pop(0)
         if not FLAG.match(word):

@@ -34,6 +34,7 @@ class BaseModelSection(Section):
 
 class DataSection(Section):
     dir: Place  # written by scripts.prepare_data
+    train_on: Literal["answers", "last_answer", "all"] | None = None  # phase 1, of conversations; None: their answers, and all of texts
     rows: Count | None = None  # phase 1 reads only so many rows, drawn once; None reads all
     prompts: Count | None = None  # phase 2 continues only so many prompts; None continues all
     continuations: Place | None = None  # phase 2's Parquet shards; None puts them beside the run's outputs

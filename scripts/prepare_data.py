@@ -1,4 +1,4 @@
-"""Turn text into packed rows and prompts: python -m scripts.prepare_data --source=text/ --tokenizer=model/ --out_dir=prepared/"""
+"""Turn texts or conversations into rows and prompts: python -m scripts.prepare_data --source=text --tokenizer=model --out_dir=prepared"""
 
 from dataclasses import asdict
 
@@ -13,13 +13,15 @@ class Arguments:
 
     Args:
         source: a folder (recursive, without hidden files), a glob, a file, or a Hub dataset name[:config[:split]]. Files are texts, or
-            tables with a document in each row: .jsonl, .ndjson, .json, .csv and .tsv, also packed as .gz, .bz2, .xz or .zst,
-            .parquet, .arrow and .feather. A folder has texts or tables, and of tables in splits its train split is read.
+            tables with a text or a conversation in each row: .jsonl, .ndjson, .json, .csv and .tsv, also packed as .gz, .bz2, .xz or
+            .zst, .parquet, .arrow and .feather. A folder has texts or tables, and of tables in splits its train split is read.
         tokenizer: the base model's folder or Hub name; each piece of a document in a row, and each prompt, begins as it begins a text.
         out_dir: where to write; nothing of another set is ever overwritten.
         seq_length: tokens of a packed row.
         text_column: the column of tables and datasets that holds the text.
-        prompt_length: tokens of a prompt for continuations.
+        format: what rows hold: text, messages (OpenAI), sharegpt, ultrachat, alpaca or prompt_completion; told by their columns otherwise.
+        chat_template: a Jinja file that conversations are written by; the tokenizer's own template otherwise.
+        prompt_length: tokens of a prompt for continuations, 64 by default; of conversations the most there may be, 1024 by default.
         held_out: how many documents to keep out of training, for evaluation.
         max_tokens: stop after so many packed tokens; reads no more of the source than that takes.
         seed: decides the order, the held-out documents and the prompts.
@@ -31,7 +33,9 @@ class Arguments:
     out_dir: str
     seq_length: int = 4096
     text_column: str = "text"
-    prompt_length: int = 64
+    format: str | None = None
+    chat_template: str | None = None
+    prompt_length: int | None = None
     held_out: int = 0
     max_tokens: int | None = None
     seed: Seed = 0

@@ -15,7 +15,7 @@ SETTINGS = {"base_model": "abc", "engine": "transformers", "sampling": {"tempera
 
 def some_prompts(count=10, length=3):
     return Prompts(
-        torch.arange(count * length).reshape(count, length),
+        list(torch.arange(count * length).reshape(count, length)),
         torch.arange(count) + 100,
         [f"file#{number}" for number in range(count)],
     )

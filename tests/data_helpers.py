@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
+from data.prepare.encoding import NO_ANSWERS, Encoded
 from data.prepare.run import prepare
 from data.reader import read_manifest
 
@@ -43,6 +45,11 @@ def write_corpus(folder, documents):
 def distinct_documents(count, length):
     """Documents that differ, each of `length` tokens."""
     return [[(number // 50 + position * (number % 50 + 1)) % 50 for position in range(length)] for number in range(count)]
+
+
+def as_text(tokens):
+    """A text of these tokens, as it comes out of the tokenizer."""
+    return Encoded(np.array(tokens, np.int32), NO_ANSWERS, True)
 
 
 def prepare_small(tmp_path, documents=None, out="prepared", template=None, **settings):

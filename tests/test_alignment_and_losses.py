@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fms_spec import losses as losses_module
@@ -157,6 +159,35 @@ def test_later_heads_are_asked_only_where_the_drafts_before_would_have_been_acce
         for t in range(10):
             drafted = range(t + 2, t + 2 + head)  # heads before this one drafted these
             assert usable[head, t] == (t + 2 + head < 10 and all(greedy[0, place] for place in drafted))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(1, 4))
+def test_a_head_is_trained_where_all_tokens_up_to_its_target_are_of_one_answer(trained, heads):
+    segments = torch.zeros(1, len(trained), dtype=torch.int32)
+    usable = usable_positions(segments, torch.tensor([0]), heads, trained=torch.tensor([trained]))[:, 0]
+    for head in range(heads):
+        for t in range(len(trained)):
+            predicted = trained[t + 1 : t + 3 + head]
+            assert usable[head, t] == (len(predicted) == head + 2 and all(predicted))
+
+
+def test_targets_that_are_masked_give_no_loss_and_the_state_before_an_answer_is_seen():
+    speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10)
+    states, tokens, segments, first = row([[0] * 20])
+    trained = torch.zeros(1, 20, dtype=torch.bool)
+    trained[:, 8:15] = True
+
+    def losses():
+        positions = choose_positions(usable_positions(segments, first, HEADS, trained=trained))
+        windows = make_windows(states, tokens, positions, HEADS)
+        counts = torch.tensor(positions.counts, dtype=torch.float32)
+        return head_losses(speculator, windows, BareBase(), LossWeights(1.0, 1.0, 0.0, (1.0,) * HEADS, 1.0), counts)
+
+    before = losses()
+    states[0, :7], states[0, 15:], tokens[0, :8], tokens[0, 15:] = 7.0, 7.0, 0, 0
+    torch.testing.assert_close(losses(), before, rtol=0, atol=0)
+    states[0, 7] = 7.0
+    assert not torch.equal(losses()[0], before[0])
 
 
 def test_drawn_positions_are_some_of_the_usable_ones_and_the_same_for_the_same_seed():

@@ -4,11 +4,12 @@ import hashlib
 import json
 
 import pytest
-from data_helpers import BOS, EOS, distinct_documents, pieces_of, prepare_small, rows_of, write_tokenizer
+from data_helpers import BOS, EOS, as_text, distinct_documents, pieces_of, prepare_small, rows_of, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from data.continuations.shard import lists_of
 from data.prepare.documents import pack
 from data.reader import read_manifest, read_prompts, read_token_counts
 from data.tokenizer import load_tokenizer
@@ -22,11 +23,12 @@ documents_of_tokens = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=
 
 @given(documents_of_tokens, st.integers(3, 9), st.sampled_from([[0], [0, 1]]))
 def test_packing_begins_every_piece_with_the_prefix_fills_the_rows_and_loses_nothing(documents, seq_length, prefix):
-    rows = list(pack(documents, seq_length, prefix))
+    rows = list(pack(map(as_text, documents), seq_length, prefix))
     flat = [token for document in documents for token in document]
-    kept = [token for tokens, _, own in rows for token in tokens[own].tolist()]
+    kept = [token for row in rows for token in row.tokens[row.own].tolist()]
     assert kept == flat[: len(kept)] and len(flat) - len(kept) < seq_length
-    for tokens, starts, own in rows:
+    for row in rows:
+        tokens, starts, own = row.tokens, row.starts, row.own
         assert len(tokens) == seq_length and starts[0] == 0 and starts == sorted(set(starts))
         for start, end in zip(starts, [*starts[1:], seq_length]):
             piece, added = tokens[start:end].tolist(), (~own[start:end]).tolist()
@@ -51,13 +53,13 @@ def test_a_piece_continued_in_the_next_row_begins_with_the_prefix_too(tmp_path):
 def test_prompts_begin_with_the_prefix_once_and_have_their_length_in_all(tmp_path):
     documents = [[*range(10)], [BOS, *range(20, 24)], [1, 2, 3], [30, BOS, BOS, 31]]
     prompts = read_prompts(prepare_small(tmp_path, documents, template=TEMPLATE, seq_length=8, prompt_length=4))
-    found = dict(zip(prompts.sources, prompts.tokens.tolist()))
+    found = dict(zip(prompts.sources, lists_of(prompts.tokens)))
     assert found.keys() == {"0000.txt", "0001.txt", "0003.txt"}
     first = found["0000.txt"][1]
     assert found["0000.txt"] == [BOS, first, first + 1, first + 2]
     assert found["0001.txt"] == [BOS, 20, 21, 22] and found["0003.txt"] == [BOS, 30, BOS, BOS]
     offsets = {
-        read_prompts(prepare_small(tmp_path, documents, template=TEMPLATE, out=f"{seed}", seq_length=8, seed=seed)).tokens[0, 1].item()
+        read_prompts(prepare_small(tmp_path, documents, template=TEMPLATE, out=f"{seed}", seq_length=8, seed=seed)).tokens[0][1].item()
         for seed in range(4)
     }
     assert len(offsets) > 1

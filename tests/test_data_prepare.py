@@ -10,14 +10,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import EOS, WORDS, distinct_documents, pieces_of, prepare_small, rows_of, write_corpus, write_tokenizer
+from data_helpers import EOS, WORDS, as_text, distinct_documents, pieces_of, prepare_small, rows_of, write_corpus, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.parquet
+import data.prepare.encoding
 import data.prepare.sources
 import data.tokenizer
 import scripts.prepare_data
+from data.continuations.shard import lists_of
 from data.prepare.documents import pack
 from data.prepare.run import prepare
 from data.reader import read_manifest, read_prompts, read_token_counts
@@ -41,16 +43,16 @@ documents_of_tokens = st.lists(st.lists(st.integers(0, 49), min_size=1, max_size
 
 @given(documents_of_tokens, st.integers(2, 9))
 def test_packing_keeps_every_token_in_order_and_starts_mark_the_documents(documents, seq_length):
-    rows = list(pack(documents, seq_length, []))
+    rows = list(pack(map(as_text, documents), seq_length, []))
     flat = [token for document in documents for token in document]
     kept = len(flat) // seq_length * seq_length
-    assert [token for tokens, _, _ in rows for token in tokens.tolist()] == flat[:kept]
-    assert all(own.all() for _, _, own in rows)
+    assert [token for row in rows for token in row.tokens.tolist()] == flat[:kept]
+    assert all(row.own.all() for row in rows)
     begins = {0}
     for document in documents:
         begins.add(max(begins) + len(document))
     expected = [[at for at in range(seq_length) if at == 0 or row * seq_length + at in begins] for row in range(len(rows))]
-    assert [starts for _, starts, _ in rows] == expected
+    assert [row.starts for row in rows] == expected
 
 
 @settings(max_examples=15, deadline=None)
@@ -105,7 +107,7 @@ def test_prompts_are_pieces_of_their_document_without_its_end(tmp_path):
     documents = [[*range(10)], [1, 2, 3], [*range(20, 50)]]
     prompts = read_prompts(prepare_small(tmp_path, documents, seq_length=8))
     assert prompts.ids.tolist() == [0, 1] and sorted(prompts.sources) == ["0000.txt", "0002.txt"]
-    for tokens, source in zip(prompts.tokens.tolist(), prompts.sources):
+    for tokens, source in zip(lists_of(prompts.tokens), prompts.sources):
         assert tokens == list(range(tokens[0], tokens[0] + 4))
         assert (tokens[0] < 10) == (source == "0000.txt")
 
@@ -127,7 +129,7 @@ def test_large_tables_are_cut_into_shards(tmp_path, monkeypatch):
 
 
 def test_max_tokens_bounds_the_rows_and_reads_no_more_than_it_needs(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.tokenizer, "BATCH_DOCUMENTS", 1)
+    monkeypatch.setattr(data.prepare.encoding, "BATCH_DOCUMENTS", 1)
     out = prepare_small(tmp_path, max_tokens=100, held_out=2)
     manifest = read_manifest(out)
     assert manifest["tables"]["rows-train"]["tokens"] == 96
@@ -197,7 +199,7 @@ def test_a_hub_dataset_is_packed_in_stream_order_and_read_no_further_than_needed
             return iter({"text": f"{WORDS[number]} w0 w0"} for number in range(50))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: Builder() if (name, config) == ("a/b", "c") else None)
-    monkeypatch.setattr(data.tokenizer, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(data.prepare.encoding, "BATCH_DOCUMENTS", 4)
     out = tmp_path / "out"
     prepare(
         source="a/b:c:validation",
@@ -241,11 +243,11 @@ def test_an_interrupted_run_leaves_nothing_and_a_killed_one_is_written_over(tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("data.prepare.run.write_token_counts", interrupt)
+        patched.setattr("data.prepare.tables.write_token_counts", interrupt)
         prepare_small(tmp_path, out="killed")
     assert not (tmp_path / "killed").exists()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("data.prepare.run.write_token_counts", interrupt)
+        patched.setattr("data.prepare.tables.write_token_counts", interrupt)
         patched.setattr("data.prepare.folder.remove_ours", lambda *_, **__: None)  # a kill cleans up nothing
         prepare_small(tmp_path, out="killed")
     assert sorted(os.listdir(tmp_path / "killed")) == [

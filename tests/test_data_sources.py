@@ -27,7 +27,7 @@ TEXTS = ["w1 w2 w3", "w4 w5 w6", "w7 w8 w9"]
 def texts_in(source, text_column="text"):
     """The texts that a source gives, in the order of their labels."""
     opened = open_source(str(source), text_column)
-    found = [(opened.label(document.file, document.row), document.text) for document in opened.documents(np.random.default_rng(0))]
+    found = [(opened.label(document.file, document.row), document.content) for document in opened.documents(np.random.default_rng(0))]
     return [text for _, text in sorted(found)]
 
 
@@ -206,18 +206,16 @@ def test_a_malformed_table_is_named_by_file_and_place(tmp_path, name, content, m
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations", "turns"])
-def test_conversations_are_refused_in_one_line_whichever_column_is_asked(tmp_path, column):
+def test_a_column_of_conversations_is_no_text_and_the_texts_beside_it_are_read_when_named(tmp_path, column):
     chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     rows = [{"prompt": "w1", column: chat}]
-    write_all(tmp_path, a__jsonl=json.dumps(rows[0]), b__json=json.dumps(rows), c__json=json.dumps([{"talk": chat}]))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
-    for name in ("a.jsonl", "b.json", "d.parquet"):
-        for asked in ("text", column):
-            message = refused(tmp_path / name, asked)
-            assert f"holds conversations (column '{column}'), which aren't read yet; make one text of each" in message
-            assert message.endswith("the others are prompt")
+    write_all(tmp_path, a__jsonl=json.dumps(rows[0]), b__json=json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.json", "c.parquet"):
+        assert f"column '{column}' holds list" in refused(tmp_path / name, column)
         assert texts_in(tmp_path / name, "prompt") == ["w1"]
-    assert "holds conversations (column 'talk')" in refused(tmp_path / "c.json", "talk")
+        if column == "turns":
+            assert "conversations are read from messages, conversations, data, " in refused(tmp_path / name)
 
 
 def test_links_that_lead_nowhere_are_named_and_linked_folders_are_read_once(tmp_path, capsys):
@@ -260,7 +258,7 @@ def test_columns_apart_by_semicolons_are_not_read_as_one(tmp_path):
 def test_a_mark_before_a_text_is_not_of_the_text_and_tells_the_set_from_one_that_had_it(tmp_path):
     (tmp_path / "a").write_bytes(b"w1 w2")
     (tmp_path / "b").write_bytes(b"\xef\xbb\xbfw1 w2")
-    texts = [next(open_source(str(tmp_path / name), "text").documents(np.random.default_rng(0))).text for name in "ab"]
+    texts = [next(open_source(str(tmp_path / name), "text").documents(np.random.default_rng(0))).content for name in "ab"]
     assert texts == ["w1 w2", "w1 w2"]
     marked = open_source(str(tmp_path / "b"), "text").fingerprint()
     assert marked != hashlib.sha256(f"b\0{sha256_of(tmp_path / 'b')}\n".encode()).hexdigest()

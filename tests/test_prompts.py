@@ -85,8 +85,9 @@ def test_a_line_separator_within_a_text_does_not_end_its_line(tmp_path, plain_to
 def test_a_prepared_folder_gives_its_held_out_prompts(data_dir, model_dir):
     held_out = read_prompts(data_dir, "held_out").tokens
     prompts = load_prompts(data_dir, model_dir)
-    assert torch.equal(torch.stack([prompt.tokens([]) for prompt in prompts]), held_out) and len(prompts) == 3
-    assert [prompt.tokens([]).tolist() for prompt in load_prompts(data_dir, model_dir, limit=2)] == held_out[:2].tolist()
+    assert all(torch.equal(prompt.tokens([]), tokens) for prompt, tokens in zip(prompts, held_out)) and len(prompts) == 3
+    two = load_prompts(data_dir, model_dir, limit=2)
+    assert [prompt.encoded.tolist() for prompt in two] == [tokens.tolist() for tokens in held_out[:2]]
     assert {(prompt.category, prompt.turns) for prompt in prompts} == {(None, 1)}
 
 

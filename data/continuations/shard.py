@@ -71,16 +71,20 @@ def readable(path, read):
 
 
 def shard_bytes(prompt_ids, prompts, continuations, finish_reasons, made_by):
-    """One shard as the bytes of a Parquet file: prompt_ids int64 [p], prompts int64 [p, length], the rest as in `Claim.write`."""
+    """One shard as the bytes of a Parquet file: prompt_ids int64 [p], prompts a list of p int64 [length], the rest as in `Claim.write`."""
     if not len(prompt_ids) == len(continuations) == len(finish_reasons):
         raise ValueError(f"{len(prompt_ids)} prompts, {len(continuations)} continuations, {len(finish_reasons)} finish reasons")
     if not set(finish_reasons) <= set(FINISH_REASONS):
         raise ValueError(f"finish reasons are {FINISH_REASONS}, got {sorted(set(finish_reasons))}")
-    continued = [continuation.tolist() for continuation in continuations]
-    columns = [prompt_ids.tolist(), prompts.tolist(), continued, list(finish_reasons)]
+    columns = [prompt_ids.tolist(), lists_of(prompts), lists_of(continuations), list(finish_reasons)]
     arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA)]
     table = pa.Table.from_arrays(arrays, schema=SCHEMA)
     about = {"made_by": json.dumps(made_by, sort_keys=True), "rows_sha256": rows_sha256(table)}
     file = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(about), file, compression="zstd")
     return file.getvalue()
+
+
+def lists_of(tensors):
+    """1-D tensors as lists of ints."""
+    return [tensor.tolist() for tensor in tensors]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.continuations.shard import REWRITE, read_made_by, read_shard, shard_bytes
+from data.continuations.shard import REWRITE, lists_of, read_made_by, read_shard, shard_bytes
 from data.manifest import MANIFEST, Count, Known, Shard, check_seed, checked, shown
 from data.parquet import shard_entry
 from fms_spec.errors import UserError, first_difference
@@ -59,7 +59,10 @@ class ContinuationStore:
         if shard_prompts < 1:
             raise UserError(f"shard_prompts {shard_prompts}: must be at least 1")
         self.out_dir, self.prompts, self.shard_prompts, self.seed = Path(out_dir), prompts, shard_prompts, seed
-        digest = hashlib.sha256(prompts.ids.numpy().tobytes() + prompts.tokens.numpy().tobytes()).hexdigest()
+        parts, lengths = [prompts.ids, *prompts.tokens], {len(tokens) for tokens in prompts.tokens}
+        if len(lengths) > 1:  # otherwise their number and all their tokens tell where each ends
+            parts.append(torch.tensor([len(tokens) for tokens in prompts.tokens]))
+        digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
         made_by = {**settings, "seed": seed, "shard_prompts": shard_prompts, "prompts_sha256": digest}
         self.made_by = json.loads(json.dumps(made_by))  # as it will be read back: tuples are lists
         self._prompt_order = np.random.default_rng(seed).permutation(len(prompts))
@@ -79,9 +82,9 @@ class ContinuationStore:
         return self.path(index).exists()
 
     def block(self, index):
-        """Prompt tokens int64 [p, length] and ids int64 [p] of shard `index`."""
+        """Prompts, a list of p int64 [length], and ids int64 [p] of shard `index`."""
         chosen = torch.from_numpy(self._prompt_order[index * self.shard_prompts : (index + 1) * self.shard_prompts])
-        return self.prompts.tokens[chosen], self.prompts.ids[chosen]
+        return [self.prompts.tokens[number] for number in chosen], self.prompts.ids[chosen]
 
     def read(self, index):
         """The useful rows of a shard: a list of (prompt_id, prompt int64 [length], continuation int64 [m]), as numpy arrays.
@@ -185,7 +188,7 @@ class ContinuationStore:
         path, (prompts, ids) = self.path(index), self.block(index)
         table, made_by = read_shard(path)
         self._refuse_others(path, made_by)
-        if table.column("prompt_id").to_pylist() != ids.tolist() or table.column("prompt").to_pylist() != prompts.tolist():
+        if table.column("prompt_id").to_pylist() != ids.tolist() or table.column("prompt").to_pylist() != lists_of(prompts):
             raise UserError(f"{path}: holds other prompts than shard {index} of these; {REWRITE}")
         return table
 

@@ -1,8 +1,8 @@
 """Writing shards of continuations with whichever engine, beside any number of other writers.
 
-An engine has `wants_more` (room for another shard), `submit(index, prompts int64 [p, length])`, `step()`, which returns the shards finished
-in it as (index, list of p 1-D int64 tensors, list of p finish reasons), `idle` (nothing is submitted), `use(base_model)`, which gives it
-the `BaseModel` to decode with before anything is submitted, if it wants one, and `close()`.
+An engine has `wants_more` (room for another shard), `submit(index, list of p prompts, int64 [length])`, `step()`, which returns the
+shards finished in it as (index, list of p 1-D int64 tensors, list of p finish reasons), `idle` (nothing is submitted), `use(base_model)`,
+which gives it the `BaseModel` to decode with before anything is submitted, if it wants one, and `close()`.
 """
 
 import json

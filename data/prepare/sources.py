@@ -1,24 +1,26 @@
-"""Where documents come from: texts and tables on this machine (see data.prepare.formats), or a dataset of the Hugging Face Hub."""
+"""Where documents come from: files on this machine (see data.prepare.formats), or a dataset of the Hugging Face Hub."""
 
 import glob
 import hashlib
 import os
 from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from data.manifest import reason
 from data.prepare.finding import find_files
-from data.prepare.formats import UNREAD, check_table, checked_text, has_mark, table_suffix, texts_of
+from data.prepare.formats import UNREAD, contents_of, has_conversations, has_mark, table_suffix
+from data.prepare.rows import Conversation, Wanted, layout_of
 from data.progress import progress
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
 
 
 class Document(NamedTuple):
-    """One document as read: `text` is None where the bytes are not UTF-8; `row` is -1 where the file is the document."""
+    """One document as read: `content` is None where the bytes are not UTF-8; `row` is -1 where the file is the document."""
 
-    text: str | None
+    content: str | Conversation | None
     file: int
     row: int
 
@@ -29,29 +31,33 @@ class Skipped:
     def __init__(self, source):
         self.source, self.counts, self.first = source, Counter(), None
 
-    def add(self, why, document):
-        """Count a document; `why`: "empty" or "not UTF-8"."""
+    def add(self, why, document, detail=""):
+        """Count a document; `why`: in a few words that are the same for all of a kind. detail: more about this one."""
         self.counts[why] += 1
-        self.first = self.first or f"{self.source.label(document.file, document.row)} ({why})"
+        self.first = self.first or f"{self.source.label(document.file, document.row)} ({why}{detail and ': ' + detail})"
 
     def __str__(self):
         counts = ", ".join(f"{count} {why}" for why, count in sorted(self.counts.items()))
         return f"skipped {self.counts.total()} documents ({counts}), the first is {self.first}"
 
 
-def open_source(source, text_column):
+def open_source(source, text_column="text", format=None):
     """A folder (searched recursively, hidden files left out), a glob, one file, or a Hub dataset name[:config[:split]].
 
+    text_column, format: see rows.Wanted.
+
     Raises:
-        UserError: nothing is there, or nothing that can be read (see data.prepare.finding), or a table has no `text_column`.
+        UserError: nothing is there, or nothing that can be read (see data.prepare.finding), or a table has neither texts nor
+            conversations, or some have texts and others conversations.
     """
+    wanted = Wanted(text_column, format)
     path = os.path.expanduser(source)
     if os.path.isdir(path) or os.path.isfile(path) or glob.has_magic(path):
-        return FileSource(*find_files(path, source), text_column)
+        return FileSource(*find_files(path, source), wanted)
     local = path.startswith((".", os.sep)) or path.count("/") > 1 or path.lower().endswith((*UNREAD, ".txt"))
     if local or table_suffix(path):
         raise UserError(f"source {source}: no such file or folder")
-    return HubSource(source, text_column)
+    return HubSource(source, wanted)
 
 
 class FileSource:
@@ -59,12 +65,17 @@ class FileSource:
 
     finite = True
 
-    def __init__(self, files, root, text_column):
-        self.files, self.root, self.text_column = files, root, text_column
+    def __init__(self, files, root, wanted):
+        self.files, self.root, self.wanted = files, root, wanted
+        kinds = {}  # whether they are conversations -> the first such file
         for file in files:
             if not os.access(file, os.R_OK):
                 raise UserError(f"source {file}: cannot be read (permission denied)")
-            check_table(file, text_column)
+            kinds.setdefault(has_conversations(file, wanted), file)
+        if {True, False} <= kinds.keys():
+            mend = "prepare them apart, each with a pattern"
+            raise UserError(f"source {kinds[True]}: holds conversations, and {kinds[False]} beside it texts; {mend}")
+        self.conversations = True in kinds
 
     def fingerprint(self):
         """sha256 over every file's name within the source and its contents: the same wherever the source lies."""
@@ -78,7 +89,7 @@ class FileSource:
     def documents(self, generator):
         """Yield every Document, visiting the files in an order drawn from the numpy `generator`."""
         for index in generator.permutation(len(self.files)).tolist():
-            yield from (Document(text, index, row) for row, text in texts_of(self.files[index], self.text_column))
+            yield from (Document(content, index, row) for row, content in contents_of(self.files[index], self.wanted))
 
     def label(self, file, row):
         """The document's name: the path within the source, and `#row` (from 0) where a file holds many."""
@@ -92,18 +103,22 @@ class HubSource:
 
     finite = False
 
-    def __init__(self, source, text_column):
+    def __init__(self, source, wanted):
         self.name, self.config, self.split = (*source.split(":"), "", "")[:3]
-        self.config, self.split, self.text_column = self.config or None, self.split or "train", text_column
+        self.config, self.split = self.config or None, self.split or "train"
         if source.count(":") > 2:
             raise UserError(f"source {source}: a dataset is given as name, name:config or name:config:split")
         import datasets
 
         try:
             self.builder = datasets.load_dataset_builder(self.name, self.config)
-            self.stream = self.builder.as_streaming_dataset(split=self.split)
+            rows = iter(self.builder.as_streaming_dataset(split=self.split))
+            first = list(islice(rows, 1))
         except Exception as error:  # the library raises its own kinds, OSError and ValueError, for one and the same mistake
             raise UserError(f"source {source}: no such file or folder here, nor a dataset on the Hub ({reason(error)})") from None
+        self.stream = chain(first, rows)
+        self.layout = layout_of(list(first[0]), wanted, f"source {source}") if first else None
+        self.conversations = bool(first) and self.layout.format != "text"
 
     def fingerprint(self):
         """The dataset's commit on the Hub, with its config and split."""
@@ -114,7 +129,7 @@ class HubSource:
         row = 0
         try:
             for row, example in enumerate(self.stream):
-                yield Document(checked_text(example, self.text_column, f"{self.name} row {row}"), 0, row)
+                yield Document(self.layout.read(example, f"{self.name} row {row}"), 0, row)
         except UserError:
             raise
         except Exception as error:  # from whichever network or file library the stream uses

@@ -87,7 +87,7 @@ class EmbeddedEngine:
         return self.idle
 
     def submit(self, index, prompts):
-        """Take the prompts of shard `index`, int64 [p, length]."""
+        """Take the prompts of shard `index`, a list of p int64 [length]."""
         self._submitted = index, prompts
 
     def step(self):

@@ -9,7 +9,8 @@ from pathlib import Path
 from data.continuations.store import ContinuationStore
 from data.continuations.supply import Ahead, Alongside, Awaited, GroupInline, Inline
 from data.reader import check_tokenizer, check_vocabulary, read_manifest
-from fms_spec.model_config import read_config, resolve_base_model
+from fms_spec.errors import UserError
+from fms_spec.model_config import read_config, read_eos_token_ids, resolve_base_model
 from fms_spec.weights import fingerprint
 from pipelines.generate.engines import check_context, describe_generation, make_engine
 from pipelines.generate.group_engine import GroupEngine
@@ -26,14 +27,25 @@ def open_store(out_dir, data_dir, prompts, base_model, settings, seed):
 
     Raises:
         UserError: no such base model, another tokenizer, tokens that the model lacks, texts over the context, a setting out of range, or
-            shards of other settings.
+            shards of other settings, or the model doesn't stop at what ends an answer.
     """
     path = resolve_base_model(base_model.name)
-    check_tokenizer(read_manifest(data_dir), path)
+    tokenizer = check_tokenizer(read_manifest(data_dir), path)
+    check_stops(read_manifest(data_dir), path, tokenizer)
     check_vocabulary(data_dir, read_config(path).vocab_size)
-    check_context(path, prompts.tokens.shape[1], settings.max_new_tokens)
+    check_context(path, prompts.longest, settings.max_new_tokens)
     described = describe_generation(settings, fingerprint(path), base_model.dtype)
     return ContinuationStore(out_dir, prompts, shard_prompts=settings.batch_size, settings=described, seed=seed)
+
+
+def check_stops(manifest, path, tokenizer):
+    """Raise UserError where answers of conversations end with no token at which the base model stops: it would go on to the other side."""
+    ends = {int(token) for token in manifest.get("chat_template", {}).get("answers_end_with", {})}
+    stops = read_eos_token_ids(path, read_config(path))
+    if ends and not ends & stops:
+        names, known = (", ".join(tokenizer.backend.id_to_token(token) or str(token) for token in sorted(some)) for some in (ends, stops))
+        mend = "add it to eos_token_id in its generation_config.json, or prepare with its own chat template"
+        raise UserError(f"base model {path}: stops at {known or 'no token'}, and answers end with {names} in the data; {mend}")
 
 
 def open_supply(config, store, out_dir, processes):
@@ -52,7 +64,7 @@ def open_supply(config, store, out_dir, processes):
     if size > 1:
         engine = GroupEngine(settings, config.seed)
         return GroupInline(Inline(store, rows, lambda: engine, processes.count // size), engine)
-    make = partial(make_engine, settings, config.base_model, store.prompts.tokens.shape[1], config.seed, shared=True)
+    make = partial(make_engine, settings, config.base_model, store.prompts.longest, config.seed, shared=True)
     return Inline(store, rows, make, processes.count)
 
 

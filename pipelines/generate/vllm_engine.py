@@ -59,7 +59,7 @@ class VLLMEngine:
         self.asleep, self.lent = False, 0  # lent: bytes of the GPU that it gave back to sleep, and wants again
         self.stepped = False  # whether it has run once since it was started
         device_settings(self.path, dtype, self.length, settings.memory_share)  # refuses before the run's first step
-        self.prompts, self.results, self.waiting = {}, {}, set()  # by shard: [p, length], {row: (tokens, reason)}; (shard, row) in flight
+        self.prompts, self.results, self.waiting = {}, {}, set()  # by shard: p prompts, {row: (tokens, reason)}; (shard, row) in flight
 
     def use(self, base_model):
         """vLLM's processes load one of their own."""
@@ -74,7 +74,7 @@ class VLLMEngine:
         return self.idle or len(self.waiting) < QUEUED * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
 
     def submit(self, index, prompts):
-        """Hand over the prompts of a shard: int64 [p, length]."""
+        """Hand over the prompts of a shard: a list of p int64 [length]."""
         self.prompts[index], self.results[index] = prompts, {}
         self.waiting |= {(index, row) for row in range(len(prompts))}
         if self.llm is None:

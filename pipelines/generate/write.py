@@ -30,7 +30,7 @@ def write_continuations(parsed):
     indices = shard_numbers(parsed.shards, store.shard_count, parsed.shard_prompts)
     missing = [index for index in indices if not store.has(index)]
     if missing:
-        engine = make_engine(settings, base_model, prompts.tokens.shape[1], parsed.seed)
+        engine = make_engine(settings, base_model, prompts.longest, parsed.seed)
         if settings.engine == "embedded":
             engine.use(BaseModel(base_model.name, dtype=base_model.dtype, backend=base_model.backend))
         try:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from data.prompts import load_prompts
 from data.reader import RowReader, check_tokenizer, read_manifest, read_prompts
 from fms_spec.base_model import BaseModel
@@ -66,6 +68,9 @@ def run_continuations(parsed):
     path = resolve_base_model(parsed.base_model)
     check_tokenizer(read_manifest(parsed.prompts), path)
     prompts = read_prompts(parsed.prompts).tokens
+    if len(set(map(len, prompts))) > 1:
+        raise UserError(f"--prompts={parsed.prompts}: its prompts are of unequal lengths, which this benchmark's ways don't all take")
+    prompts = torch.stack(prompts)
     check_context(path, prompts.shape[1], parsed.max_tokens)
     sampling = {"temperature": parsed.temperature, "top_k": parsed.top_k}
     settings = GenerationSection(max_new_tokens=parsed.max_tokens, memory_share=0.5, **sampling)  # the other ways share the GPU

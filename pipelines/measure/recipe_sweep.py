@@ -110,7 +110,7 @@ def share_states(trainer, config, directory, name):
         what is written after them; continuations, the same texts once more for their states.
     """
     rows, prompts = read_data(config)
-    length = prompts.tokens.shape[1] + config.generation.max_new_tokens
+    length = prompts.longest + config.generation.max_new_tokens
     readers = {
         "phase1": (RowReader(config.data.dir, batch_size=FILL_ROWS, seed=config.seed, rows=config.data.rows), len(rows), "rows"),
         "phase2": (Continuations(trainer.supply.store, FILL_ROWS), len(prompts), name),

@@ -124,7 +124,7 @@ def rest(base_model, shape, rows, rounds):
                 marks.mark("data")
                 states = base_model.hidden_states(batch.tokens, batch.segment_ids)
                 marks.mark("base_model")
-                positions = choose_positions(usable_positions(batch.segment_ids, batch.first_states, shape.heads))
+                positions = choose_positions(usable_positions(batch.segment_ids, batch.first_states, shape.heads, trained=batch.trained))
                 windows = make_windows(states, batch.tokens, positions, shape.heads)
                 loss, losses = head_losses(speculator, windows, base_model, weights, counts_of(windows))
                 loss.backward()

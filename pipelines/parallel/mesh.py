@@ -100,7 +100,7 @@ def gathered(speculator):
 
 
 def own_prompts(prompts, base_model, processes):
-    """This process's share of prompts int64 [p, length] that each is to be continued once: [p', length]."""
+    """This process's share of prompts, a list, each of which is to be continued once."""
     if isinstance(base_model, TensorParallelBaseModel):  # a group decodes as one; that all its processes count it changes no mean
         return prompts[base_model.copy :: base_model.copies]
     return prompts[processes.rank :: processes.count]

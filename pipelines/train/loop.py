@@ -220,7 +220,7 @@ class Trainer:
             index = number * self.processes.count + self.processes.rank
             generator = torch.Generator().manual_seed(mixed(self.config.seed, self.step, index))
             greedy = greedy if settings.loss.only_accepted else None
-            usable = usable_positions(batch.segment_ids, batch.first_states, heads, greedy)
+            usable = usable_positions(batch.segment_ids, batch.first_states, heads, greedy, batch.trained)
             chosen.append(choose_positions(usable, settings.positions, generator))
         return chosen
 

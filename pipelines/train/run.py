@@ -19,6 +19,7 @@ from pipelines.parallel.mesh import load_base_model, own_prompts
 from pipelines.parallel.processes import Processes
 from pipelines.plan.feasible import check_sizes
 from pipelines.plan.plan import Sizes
+from pipelines.show.prepared import summary_of
 from pipelines.train.build import build_speculator
 from pipelines.train.compiled import check_compiler
 from pipelines.train.device_metrics import DeviceMetrics
@@ -52,6 +53,8 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None, ba
         processes.wait_for_all()  # before anyone writes there
 
         rows, prompts = read_data(config)
+        if processes.main:
+            print("\n".join([*summary_of(config.data.dir), f"phase 1 trains on: {rows.train_on}"]))
         check_sizes(config, sizes_of(rows, prompts), processes.count)
         folder = config.data.continuations or out_dir / "continuations"
         store = open_store(folder, config.data.dir, prompts, config.base_model, config.generation, config.seed)
@@ -98,12 +101,13 @@ def inputs_of(config):
 
 def read_data(config):
     """(phase 1's `RowReader`, phase 2's `Prompts`) of a config."""
-    rows = RowReader(config.data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=config.data.rows)
+    data = config.data
+    rows = RowReader(data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=data.rows, train_on=data.train_on)
     return rows, read_prompts(config.data.dir, limit=config.data.prompts)
 
 
 def sizes_of(rows, prompts):
-    return Sizes(rows.seq_length, prompts.tokens.shape[1], len(rows), len(prompts))
+    return Sizes(rows.seq_length, prompts.longest, len(rows), len(prompts))
 
 
 def claim(out_dir, config, processes, inputs, base_model, speculator, sizes):
@@ -126,7 +130,7 @@ def make_trainer(config, out_dir, processes, base_model, speculator, supply, row
         validation = partial(Validation, base_model, own, config.validation.max_new_tokens, config.speculator.n_predict)
     asked = config.phase1.loss.only_accepted or config.phase2.loss.only_accepted
     best_tokens = partial(speculator.best_base_tokens, base_model) if asked else None
-    length = prompts.tokens.shape[1] + config.generation.max_new_tokens
+    length = prompts.longest + config.generation.max_new_tokens
     tables = {"phase1": (rows.table_rows, rows.seq_length, len(rows)), "phase2": (len(prompts), length, len(prompts))}
     kept = {phase: out_dir / "hidden_states" / phase if config.hidden_state_cache else None for phase in tables}
     states = {phase: HiddenStates(base_model, best_tokens, kept[phase], *table) for phase, table in tables.items()}

@@ -1,0 +1,258 @@
+"""What a row of a table holds, told by its columns or named: a text, or a conversation in one of the spellings that are in use."""
+
+import difflib
+import json
+import re
+from functools import partial
+from typing import Any, NamedTuple
+
+from data.manifest import reason
+from fms_spec.errors import UserError, shown
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
+SHOWN_COLUMNS = 500  # characters of a message: a table without a header has a text for a name
+# Columns of each format: those that tell it, and those that are read where they are there.
+FORMATS = {
+    "text": ((), ()),  # of the column that is named
+    "messages": (("messages",), ("tools",)),
+    "sharegpt": (("conversations",), ("system", "tools")),
+    "ultrachat": (("data",), ()),
+    "alpaca": (("instruction", "output"), ("input", "system")),
+    "prompt_completion": (("prompt", "completion"), ("tools",)),
+}
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+SPEAKERS = ROLES | {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+
+
+class Conversation(NamedTuple):
+    """Messages as chat templates take them, {"role", "content", …}, and the tools that the assistant may call, None for none."""
+
+    messages: list
+    tools: list | None = None
+
+
+class Wanted(NamedTuple):
+    """What a source's rows are to be read as. format: of FORMATS, None to be told by their columns."""
+
+    text_column: str = "text"
+    format: str | None = None
+
+
+class Layout(NamedTuple):
+    """How a table's rows are read. columns: those it needs; read: function of (row, where it stands) giving a text, "" for null, None for
+    one that UTF-8 cannot spell, or a `Conversation`."""
+
+    format: str
+    columns: list
+    read: Any
+
+
+def check_format(name):
+    """Raise UserError for a --format that isn't known."""
+    if name is not None and name not in FORMATS:
+        raise UserError(f"--format={name}: not known; give one of {', '.join(FORMATS)}, or leave it out to tell it by the columns")
+
+
+def layout_of(names, wanted, where):
+    """The `Layout` of a table with columns of these names.
+
+    Raises:
+        UserError: they are of no format, or of several, or lack those of the one that is wanted; names `where`.
+    """
+    column = wanted.text_column
+    needed = {name: (column,) if name == "text" else FORMATS[name][0] for name in FORMATS}
+    if wanted.format or column != "text":
+        found = [wanted.format or "text"]
+        missing = [name for name in needed[found[0]] if name not in names]
+        if missing:
+            raise no_column(where, missing[0], names)
+    else:
+        found = [name for name, columns in needed.items() if all(column in names for column in columns)]
+    if not found:
+        raise no_column(where, column, names)
+    if len(found) > 1:
+        raise UserError(f"{where}: its columns are those of {' and of '.join(found)}; say which with --format={found[0]} or another")
+    (name,) = found
+    columns = [*needed[name], *(other for other in FORMATS[name][1] if other in names)]
+    twice = [column for column in columns if names.count(column) > 1]
+    if twice:
+        raise UserError(f"{where}: two columns {twice[0]!r}")
+    return Layout(name, columns, partial(text_of, column=column) if name == "text" else READERS[name])
+
+
+def text_of(row, where, column):
+    """The text of one row."""
+    if column not in row:
+        raise no_column(where, column, list(row))
+    text = row[column]
+    if isinstance(text, bytes):
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            return None
+    if text is not None and not isinstance(text, str):
+        raise no_text(where, column, type(text).__name__)
+    return None if text and not text.isascii() and LONE_SURROGATE.search(text) else text or ""
+
+
+def messages_of(row, where, column="messages"):
+    """OpenAI's messages, or ShareGPT's turns, in whichever column."""
+    turns = json_list(field_of(row, column, where), column, where)
+    messages = [message_of(turn, f"{where}: {column}[{number}]") for number, turn in enumerate(turns)]
+    system = row.get("system") and [{"role": "system", "content": text_field(row, "system", where)}]
+    return Conversation((system or []) + messages, tools_of(row, where))
+
+
+def ultrachat_of(row, where):
+    """Texts by turns of the user and of the assistant."""
+    texts = json_list(field_of(row, "data", where), "data", where)
+    for number, text in enumerate(texts):
+        checked(text, f"{where}: data[{number}]")
+    return Conversation([{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)])
+
+
+def alpaca_of(row, where):
+    """An instruction, with what it is about below it where there is that, and the answer."""
+    asked = [text_field(row, name, where) for name in ("instruction", "input") if name == "instruction" or row.get(name)]
+    turns = [("system", text_field(row, "system", where))] if row.get("system") else []
+    turns += [("user", "\n\n".join(asked)), ("assistant", text_field(row, "output", where))]
+    return Conversation([{"role": role, "content": text} for role, text in turns])
+
+
+def prompt_completion_of(row, where):
+    """A prompt and its completion, each a text or a list of messages."""
+    messages = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = field_of(row, column, where)
+        if isinstance(value, list):
+            messages += [message_of(turn, f"{where}: {column}[{number}]") for number, turn in enumerate(value)]
+        else:
+            messages.append({"role": role, "content": text_field(row, column, where)})
+    return Conversation(messages, tools_of(row, where))
+
+
+READERS = {
+    "messages": messages_of,
+    "sharegpt": partial(messages_of, column="conversations"),
+    "ultrachat": ultrachat_of,
+    "alpaca": alpaca_of,
+    "prompt_completion": prompt_completion_of,
+}
+
+
+def message_of(turn, where):
+    """One message {"role", "content", …} of a turn in OpenAI's spelling, whose other fields are kept, or in ShareGPT's."""
+    names, roles = (("from", "value"), SPEAKERS) if isinstance(turn, dict) and "from" in turn else (("role", "content"), ROLES)
+    if not isinstance(turn, dict) or names[0] not in turn:
+        raise UserError(f'{where}: {kind(turn)}, not a message with "role" and "content", or "from" and "value"')
+    role = roles.get(turn[names[0]]) if isinstance(turn[names[0]], str) else None
+    if role is None:
+        raise UserError(f"{where}.{names[0]}: {shown(turn[names[0]])} is none of {', '.join(roles)}")
+    rest = {} if names[0] == "from" else {name: value for name, value in turn.items() if name not in names and value is not None}
+    if "tool_calls" in rest:
+        calls = json_list(rest["tool_calls"], "tool_calls", where, separator=".")
+        rest["tool_calls"] = [call_of(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    if role == "assistant" and turn.get(names[1]) is None:  # it called tools, or only thought
+        return {"role": role, "content": ""} | rest
+    if names[1] not in turn:
+        raise UserError(f"{where}.{names[1]}: missing")
+    return {"role": role, "content": content_of(turn[names[1]], f"{where}.{names[1]}")} | rest
+
+
+def content_of(content, where):
+    """A message's text, or the texts of its parts, one after the other."""
+    if not isinstance(content, list):
+        return checked(content, where)
+    texts = []
+    for number, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise UserError(f"{where}[{number}].type: {shown(part['type'])}, and only text is read")
+        texts.append(checked(part.get("text") if isinstance(part, dict) else part, f"{where}[{number}]"))
+    return "".join(texts)
+
+
+def call_of(call, where):
+    """A tool call with its arguments as the object that templates take; OpenAI's own files have it spelt as JSON."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(f'{where}: {kind(call)}, not a call with a function\'s "name"')
+    if isinstance(function.get("arguments"), str):
+        arguments = function | {"arguments": parsed(function["arguments"], f"{where}: its arguments")}
+        return call | {"function": arguments} if "function" in call else arguments
+    return call
+
+
+def tools_of(row, where):
+    """The row's tools, None where it has none."""
+    tools = row.get("tools") or None
+    if tools is None:
+        return None
+    tools = json_list(tools, "tools", where)
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise UserError(f"{where}: tools[{number}]: {kind(tool)}, not the JSON schema of a function")
+    return tools or None
+
+
+def field_of(row, column, where):
+    if column not in row:
+        raise no_column(where, column, list(row))
+    return row[column]
+
+
+def text_field(row, column, where):
+    return checked(field_of(row, column, where), f"{where}: {column}")
+
+
+def checked(text, where):
+    """A text, refused where it is something else."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {kind(text)}, not a text")
+    return text
+
+
+def json_list(value, column, where, separator=": "):
+    """A list, which tables without nested columns spell as JSON."""
+    where = f"{where}{separator}{column}"
+    value = parsed(value, where) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise UserError(f"{where}: {kind(value)}, not a list")
+    return value
+
+
+def parsed(content, where):
+    """The JSON value that a text or bytes spell."""
+    try:
+        return json.loads(content)
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a line of JSON ({reason(error)}); mend or remove the line") from None
+
+
+def kind(value):
+    """What a JSON value is, in a word."""
+    words = {type(None): "nothing", dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+    return words.get(type(value), "a number")
+
+
+def no_text(where, column, kind):
+    """The error for a text column that holds something else."""
+    return UserError(f"{where}: column {column!r} holds {kind}, not strings; name another with --text_column, or leave it out")
+
+
+def no_column(where, column, names):
+    """The error for an absent column, with the nearest one there is."""
+    near = difflib.get_close_matches(column, names, n=1)
+    hint = f"did you mean --text_column={near[0]}? " if near else ""
+    known = ", ".join(" and ".join(needed) for needed, _ in FORMATS.values() if needed)
+    has = f"It has: {listed(names)} (choose with --text_column; conversations are read from {known})"
+    return UserError(f"{where}: no column {column!r}; {hint}{has}")
+
+
+def listed(names):
+    """Names of columns, on one line and not too long."""
+    text = " ".join(", ".join(names).split())
+    return text if len(text) <= SHOWN_COLUMNS else text[:SHOWN_COLUMNS] + "…"

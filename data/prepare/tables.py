@@ -1,0 +1,131 @@
+"""The tables of a prepared folder, written from tokenised documents: rows, prompts, token counts."""
+
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.manifest import CONVERSATIONS, TEXTS
+from data.parquet import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
+from data.prepare.documents import choose_held_out, missing_prefix, pack, pack_whole
+from data.progress import progress
+from fms_spec.errors import UserError
+
+# Each random choice has a stream of its own, so that e.g. asking for prompts of another length does not reorder the rows.
+READING, HOLDING_OUT, SHUFFLING, PROMPTING = range(4)
+
+
+def write_tables(folder, spool, source, tokenizer, settings):
+    """Write the tables of every split and the token counts; returns the manifest's entries."""
+    length, chats, prefix = settings.prompt_length, source.conversations, tokenizer.prefix
+    promptable = has_prompt(spool.shortest_prompts, length, prefix) if chats else spool.lengths > length  # it has an end-of-text token
+    try:
+        held_out, train = choose_held_out(spool, promptable, settings.held_out, settings.generator(HOLDING_OUT))
+    except ValueError as error:
+        what, more = (f"a prompt of at most {length} tokens", "raise") if chats else (f"the {length} tokens of a prompt", "lower")
+        mend = f"lower --held_out or {more} --prompt_length"
+        raise UserError(f"--held_out={settings.held_out}: {error} {what}; {mend}") from None
+    about = metadata_of(tokenizer, settings.seq_length, settings.seed, CONVERSATIONS if chats else TEXTS)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    splits = {"train": train, "held_out": held_out} if settings.held_out else {"train": train}
+    tables = {}
+    for number, (split, documents) in enumerate(splits.items()):
+        if source.finite:
+            documents = settings.generator(SHUFFLING, number).permutation(documents)
+        schema = rows_schema(settings.seq_length, about, chats)
+        rows = write_rows(folder, split, documents, spool, settings, schema, prefix, counts if split == "train" else None)
+        if split == "train" and rows["rows"] == 0:
+            tokens = int(spool.lengths[documents].sum())
+            if not tokens:
+                mend = "lower --held_out; copies of held-out documents are left out of training"
+                raise UserError(f"--held_out={settings.held_out}: no document is left to train on; {mend}")
+            raise UserError(f"only {tokens} tokens to train on, less than one row of --seq_length={settings.seq_length}; lower it")
+        tables[f"rows-{split}"] = rows
+        used = documents[: rows["documents"]]
+        schema, draw = prompts_schema(length, about, chats), settings.generator(PROMPTING, number)
+        prompts = write_prompts(folder, split, used, spool, source, length, schema, prefix, draw)
+        if prompts["rows"] == 0 and chats:
+            raise UserError(f"--prompt_length={length}: no conversation comes to an answer within so many tokens; raise it")
+        if prompts["rows"] == 0:
+            longest = int(spool.lengths[used].max()) - 1
+            raise UserError(f"--prompt_length={length}: no document is so long, the longest has {longest} tokens; lower it")
+        tables[f"prompts-{split}"] = prompts
+    tables["token_counts"] = write_token_counts(folder, counts, about)
+    return tables
+
+
+def has_prompt(lengths, limit, prefix):
+    """Whether prompts of these lengths, -1 for none, are within `limit` with the prefix before them: bool, in the shape of `lengths`."""
+    return (lengths >= 0) & (lengths + len(prefix) <= limit)
+
+
+def write_rows(folder, split, documents, spool, settings, schema, prefix, counts):
+    """Pack `documents` (numbers, in order) into rows. Returns the table's entry.
+
+    To `counts` [vocabulary], if given, the documents' own tokens are added: a prefix is never predicted.
+    """
+    seq_length = settings.seq_length
+    limit = settings.max_tokens // seq_length if split == "train" and settings.max_tokens is not None else None
+    used = tokens_used = tokens_packed = answered = padding = 0
+
+    def taken():
+        nonlocal used, tokens_used
+        for document in documents:
+            encoded = spool[document]
+            used, tokens_used = used + 1, tokens_used + len(encoded.tokens)
+            yield encoded
+
+    writer, whole = TableWriter(folder, f"rows-{split}", schema, seq_length), "answers" in schema.names
+    rows = islice((pack_whole if whole else pack)(taken(), seq_length, prefix), limit)
+    for row in progress(rows, desc=f"pack {split}", unit="row", leave=False):
+        tokens_packed += int(row.own.sum())
+        answered += sum(end - start for start, end, _ in row.answers)
+        padding += row.room
+        if counts is not None:
+            np.add.at(counts, row.tokens[row.own], 1)
+        answers = [{"start": start, "end": end, "last": last} for start, end, last in row.answers]
+        writer.append((row.tokens, row.starts, answers, row.room)[: len(schema)])
+    table = writer.close()
+    dropped = tokens_used - tokens_packed
+    table |= {"answer_tokens": answered, "padding_tokens": padding} if whole else {}
+    return {**table, "documents": used, "tokens": table["rows"] * seq_length, "dropped_tail_tokens": dropped}
+
+
+def write_prompts(folder, split, documents, spool, source, length, schema, prefix, generator):
+    """Draw one prompt from each document that has one. Returns the table's entry."""
+    writer = TableWriter(folder, f"prompts-{split}", schema, length)
+    for document in documents.tolist():
+        tokens, answers, prefixed = spool[document]
+        draw = conversation_prompt if source.conversations else text_prompt
+        prompt = draw(tokens, answers, length, prefix if prefixed else [], generator)
+        if prompt is not None:
+            writer.append((writer.rows, document, source.label(*spool.origin(document)), prompt))
+    return writer.close()
+
+
+def text_prompt(tokens, _, length, prefix, generator):
+    """A piece of a text that is long enough even without the prefix, otherwise None.
+
+    The offset is random because the beginnings of files are licence headers, all alike. The end-of-text token is left out: a
+    continuation of it would be another document.
+    """
+    if len(tokens) - 1 < length:
+        return None
+    offset = int(generator.integers(len(tokens) - length))
+    piece = tokens[offset : offset + length]
+    return [*missing_prefix(piece, prefix), *piece][:length]
+
+
+def conversation_prompt(tokens, answers, limit, prefix, generator):
+    """A conversation up to where one of its answers begins, any within `limit`; None where none is."""
+    ends = answers[has_prompt(answers[:, 0], limit, prefix), 0]
+    return [*prefix, *tokens[: ends[generator.integers(len(ends))]]] if len(ends) else None
+
+
+def write_token_counts(folder, counts, about):
+    """Write token frequencies, one file for the whole vocabulary. Returns the table's entry."""
+    path = folder / "token_counts.parquet"
+    columns = [pa.array(np.arange(len(counts), dtype=np.int32)), pa.array(counts)]
+    pq.write_table(pa.Table.from_arrays(columns, schema=token_counts_schema(about)), path, compression="zstd")
+    return {"rows": len(counts), "shards": [shard_entry(path, len(counts))]}

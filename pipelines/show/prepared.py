@@ -1,0 +1,121 @@
+"""A prepared folder, to be looked at before it is trained on: in a few lines, and row by row with what is trained on in colour."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tokenizers.decoders import DecodeStream
+
+from data.manifest import CONVERSATIONS, check_contents, read_manifest, table_of
+from data.reader import RowShard, read_prompts
+from data.tokenizer import check_tokenizer
+from fms_spec.errors import UserError
+from pipelines.show.console import show
+
+BAR = 40  # characters of a histogram's longest bar
+SHOWN_ROWS = 3
+ANSWER, MARK, OTHER = "green", "bold cyan", "dim"  # what is trained on; special tokens, which mark the roles; the rest
+
+
+def summary_of(data_dir):
+    """What a folder holds, in three lines or four."""
+    manifest = read_manifest(data_dir)
+    source, rows, prompts = manifest["source"], manifest["tables"]["rows-train"], manifest["tables"]["prompts-train"]
+    skipped = ", ".join(f"{count} {why}" for why, count in sorted(source["skipped"].items())) or "nothing"
+    kind = "conversations" if has_answers(manifest) else "texts"
+    lines = [
+        f"{data_dir}: {source['documents_read']:,} {kind} of {source['name']}, {source['tokens_read']:,} tokens; left out: {skipped}",
+        f"rows to train on: {rows['rows']:,} of {manifest['inputs']['seq_length']:,} tokens, {share_of(rows):.1%} of them {said(manifest)}",
+        f"prompts: {prompts['rows']:,}; held out: {manifest['tables'].get('prompts-held_out', {'rows': 0})['rows']:,}",
+    ]
+    if has_answers(manifest):
+        template = manifest["chat_template"]
+        origin = "the tokenizer's own" if template["from"] == "tokenizer" else template["from"]
+        dated = f", with the date {template['date']}" if "date" in template else ""
+        lines.append(f"chat template: {origin} (sha256 {template['sha256'][:12]}){dated}")
+    return lines
+
+
+def has_answers(manifest):
+    return manifest["inputs"]["format_version"] == CONVERSATIONS
+
+
+def said(manifest):
+    return "answers" if has_answers(manifest) else "trained on"
+
+
+def share_of(rows):
+    """Share of the tokens of a table of rows, without padding, that are answers; all of texts are trained on."""
+    return rows.get("answer_tokens", rows["tokens"]) / max(1, rows["tokens"] - rows.get("padding_tokens", 0))
+
+
+def print_prepared(data_dir, row=None, tokenizer=None):
+    """Print the summary, lengths and first rows of a folder, or one of its rows. tokenizer: where it is now, if it has moved.
+
+    Raises:
+        UserError: the folder is not whole, there is no such row, or its tokenizer isn't to be had.
+    """
+    manifest, console = read_manifest(data_dir), Console(highlight=False, soft_wrap=True)
+    table = table_of(manifest, data_dir, "rows-train")
+    if row is not None and row >= table["rows"]:
+        raise UserError(f"--row={row}: {data_dir} has rows 0 to {table['rows'] - 1}")
+    backend = check_tokenizer(manifest, tokenizer or manifest["tokenizer"]["name"]).backend
+    for line in summary_of(data_dir) if row is None else []:
+        console.print(line, markup=False)
+    if row is None:
+        show(histogram(piece_lengths(data_dir, table, manifest["inputs"]["seq_length"]), "tokens of a document's piece in a row"))
+        show(histogram(np.array(list(map(len, read_prompts(data_dir).tokens))), "tokens of a prompt"))
+    for number in range(min(SHOWN_ROWS, table["rows"])) if row is None else [row]:
+        console.print(Text(f"\nrow {number}", style="bold"))
+        for document in shown_row(data_dir, manifest, table, number, backend):
+            console.print(document)
+    console.print(Text.assemble("\n", ("trained on", ANSWER), ", ", ("special tokens", MARK), ", ", ("seen, and not trained on", OTHER)))
+
+
+def piece_lengths(data_dir, table, seq_length):
+    """Tokens between the starts of documents, and to the ends of rows: int64 [pieces]."""
+    lengths = []
+    for shard in table["shards"]:
+        check_contents(data_dir, shard)
+        with pq.ParquetFile(Path(data_dir) / shard["file"]) as file:
+            for batch in file.iter_batches(columns=[name for name in ("document_starts", "padding") if name in file.schema_arrow.names]):
+                for row in batch.to_pylist():
+                    lengths.append(np.diff([*row["document_starts"], seq_length - row.get("padding", 0)]))
+    return np.concatenate(lengths)
+
+
+def histogram(lengths, title):
+    """A table of how many lengths there are up to each power of two."""
+    table = Table("up to", "", "count", title=f"{title}: median {np.median(lengths):,.0f}, longest {lengths.max():,}")
+    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(powers)
+    for power in range(powers.min(), len(counts)):
+        table.add_row(f"{2**power:,}", "█" * -(-counts[power] * BAR // counts.max()), f"{counts[power]:,}")
+    return table
+
+
+def shown_row(data_dir, manifest, table, number, backend):
+    """A row's documents, each as a `Text`."""
+    for shard in table["shards"]:
+        if number < shard["rows"]:
+            break
+        number -= shard["rows"]
+    check_contents(data_dir, shard)
+    train_on = "answers" if has_answers(manifest) else "all"
+    read = RowShard(Path(data_dir) / shard["file"], shard["rows"], manifest["inputs"]["seq_length"], train_on)
+    tokens, segments, *trained = (part[0] for part in read.rows(np.array([number])))
+    trained = trained[0] if trained else np.ones(len(tokens), bool)
+    special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+    texts, stream = [], None
+    for token, segment, answer in zip(tokens.tolist(), segments.tolist(), trained.tolist()):
+        if segment < 0:
+            break
+        if segment == len(texts):
+            texts.append(Text.assemble((f"[document {segment}] ", "bold")))
+            stream = DecodeStream(skip_special_tokens=False)
+        style = ANSWER if answer else MARK if token in special else OTHER
+        texts[-1].append(stream.step(backend, token) or "", style)
+    return texts

@@ -1,0 +1,134 @@
+"""Training on conversations: what is masked, resumed, validated and continued, on a folder with a chat template's base model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from chat_templates import unmarked
+from conftest import FAMILIES, INNER, POINTERS, tiny_speculator, write_config, write_model
+from test_training import losses, weights_of
+
+from data.continuations.shard import read_shard
+from data.prepare.run import prepare
+from data.reader import read_manifest, read_prompts
+from fms_spec.alignment import choose_positions, make_windows, usable_positions
+from fms_spec.errors import UserError
+from fms_spec.losses import LossWeights
+from pipelines.show.prepared import summary_of
+from pipelines.train.run import train
+from scripts.inspect_data import Arguments
+
+TEMPLATE = unmarked("""{%- for m in messages -%}
+{{ ('w1' if m.role == 'user' else 'w2') + ' ' + m.content + ' <eos> ' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'w2 ' }}{% endif -%}""")
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("chat") / "base")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory, chat_model):
+    """Forty conversations of one to three questions, prepared."""
+    folder = tmp_path_factory.mktemp("chats")
+    generator = torch.Generator().manual_seed(0)
+    text = lambda: " ".join(f"w{word}" for word in torch.randint(3, 94, (7,), generator=generator).tolist())  # noqa: E731
+    with open(folder / "chats.jsonl", "w") as file:
+        for number in range(40):
+            roles = ["user", "assistant"] * (1 + number % 3)
+            file.write(json.dumps({"messages": [{"role": role, "content": text()} for role in roles]}) + "\n")
+    prepare(source=str(folder / "chats.jsonl"), tokenizer=str(chat_model), out_dir=str(folder / "data"), seq_length=64, held_out=4)
+    return folder / "data"
+
+
+@pytest.fixture
+def chat_config(tmp_path, chat_model, chats):
+    return lambda **changes: write_config(tmp_path / "run.yaml", chat_model, chats, **changes)
+
+
+def test_fewer_positions_are_trained_on_the_less_is_asked_for(tmp_path, chat_config):
+    tokens = {}
+    for asked in ("all", "answers", "last_answer"):
+        trainer = train(chat_config(**{"data.train_on": asked, "phase1.positions": "null"}), tmp_path / asked)
+        tokens[asked] = trainer.tokens
+    assert tokens["all"] > 1.2 * tokens["answers"] > 1.2 * tokens["last_answer"]
+    trainer = train(chat_config(**{"phase1.positions": "null"}), tmp_path / "default")
+    assert trainer.tokens == tokens["answers"]
+
+
+def test_a_run_on_conversations_resumed_has_the_bits_of_one_that_was_not_stopped_and_a_cache_changes_nothing(tmp_path, chat_config):
+    train(chat_config(), tmp_path / "whole")
+    train(chat_config(hidden_state_cache="true"), tmp_path / "cached")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cached")
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(max((tmp_path / "part" / "checkpoints").iterdir()))
+    train(chat_config(), tmp_path / "part", resume=True)
+    assert weights_of(tmp_path / "part", tmp_path) == weights_of(tmp_path / "whole", tmp_path)
+    with pytest.raises(UserError, match="holds a run with another data.train_on"):
+        train(chat_config(**{"data.train_on": "all"}), tmp_path / "part", resume=True)
+
+
+def test_phase_2_continues_conversations_of_unequal_lengths_up_to_the_end_of_the_turn(tmp_path, chat_config, chats):
+    train(chat_config(**{"generation.max_new_tokens": 60}), tmp_path / "run")
+    prompts = {number: tokens.tolist() for number, tokens in enumerate(read_prompts(chats).tokens)}
+    found = 0
+    for path in (tmp_path / "run" / "continuations").glob("continuations-*.parquet"):
+        for row in read_shard(path)[0].to_pylist():
+            assert row["prompt"] == prompts[row["prompt_id"]] and row["prompt"][-1] == 4  # w2, which an answer follows
+            assert (row["continuation"][-1] == 0) == (row["finish_reason"] == "stop") and 0 not in row["continuation"][:-1]
+            found += 1
+    assert found and len({len(tokens) for tokens in prompts.values()}) > 1
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *POINTERS, INNER])
+def test_a_batch_without_a_token_to_predict_gives_no_loss_and_no_gradient(tiny_models, family):
+    base_model = tiny_models.get(0)
+    speculator = tiny_speculator(base_model, family)
+    tokens, segments = torch.randint(0, 8, (2, 12)), torch.zeros(2, 12, dtype=torch.int32)
+    trained = torch.zeros(2, 12, dtype=torch.bool)
+    states = base_model.hidden_states(tokens, segments)
+    positions = choose_positions(usable_positions(segments, torch.zeros(2, dtype=torch.int64), 4, trained=trained), 5)
+    windows = make_windows(states, tokens, positions, 4, segments if speculator.context_width else None)
+    loss, parts = speculator.losses(windows, base_model, LossWeights(1.0, 1.0, 0.0, (1.0,) * 4, 1.0), torch.zeros(4))
+    loss.backward()
+    assert loss == 0 and not parts.any() and all(not weight.grad.any() for weight in speculator.parameters() if weight.grad is not None)
+
+
+def test_a_run_says_in_four_lines_what_it_is_trained_on(tmp_path, chat_config, chats, capsys, data_dir):
+    train(chat_config(), tmp_path / "run")
+    printed = capsys.readouterr().out
+    for line in summary_of(chats):
+        assert line in printed
+    assert "phase 1 trains on: answers" in printed and "40 conversations of " in printed and "left out: nothing" in printed
+    assert "chat template: the tokenizer's own (sha256 " in printed
+    assert "100.0% of them trained on" in " ".join(summary_of(data_dir)) and len(summary_of(data_dir)) == 3
+
+
+def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_colour(tmp_path, chats, data_dir, monkeypatch, capsys):
+    from pipelines.show.prepared import print_prepared
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for folder in (chats, data_dir):
+        print_prepared(folder)
+        printed = capsys.readouterr().out
+        assert "row 0" in printed and "row 2" in printed and "row 3" not in printed
+        assert "tokens of a document's piece in a row: median" in printed and "tokens of a prompt" in printed
+    print_prepared(chats, row=3)
+    printed = capsys.readouterr().out
+    assert "row 3" in printed and "row 0" not in printed and "\x1b[32m" in printed and "\x1b[2m" in printed
+    with pytest.raises(UserError, match=f"--row=9999: .*has rows 0 to {read_manifest(chats)['tables']['rows-train']['rows'] - 1}"):
+        print_prepared(chats, row=9999)
+    assert Arguments(data="x").row is None
+
+
+def test_a_base_model_that_does_not_stop_where_answers_end_is_refused_before_it_writes_any(tmp_path, chat_config, chat_model):
+    shutil.copytree(chat_model, tmp_path / "other")
+    (tmp_path / "other" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    with pytest.raises(UserError, match="stops at w5, and answers end with <eos> in the data; add it to eos_token_id"):
+        train(chat_config(**{"base_model.name": tmp_path / "other"}), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
