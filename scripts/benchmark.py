@@ -80,6 +80,7 @@ class Serving:
         prompts: a folder from scripts.prepare_data with held-out documents, or a .jsonl file.
         limit: use only the first so many of `prompts`, of each category.
         max_new_tokens: decode at most so many tokens after each prompt.
+        lookahead: tokens that are drafted; what the speculator was trained for by default.
         dtype: bfloat16, float16 or float32.
         out: also append the lines to this file.
     """
@@ -89,6 +90,7 @@ class Serving:
     prompts: str
     limit: int | None = None
     max_new_tokens: Annotated[int, Field(ge=2)] = 64
+    lookahead: int | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     out: str | None = None
 

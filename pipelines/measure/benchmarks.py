@@ -83,7 +83,7 @@ def run_serving(parsed):
     need_vllm("this benchmark")
     check_speculator(parsed.speculator, parsed.base_model)
     prompts = load_prompts(parsed.prompts, resolve_base_model(parsed.base_model), parsed.limit)
-    lines = benchmark_serving(parsed.base_model, parsed.speculator, prompts, parsed.max_new_tokens, parsed.dtype)
+    lines = benchmark_serving(parsed.base_model, parsed.speculator, prompts, parsed.max_new_tokens, parsed.dtype, parsed.lookahead)
     write_lines("serving", lines, parsed.out)
 
 

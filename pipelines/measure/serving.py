@@ -9,6 +9,7 @@ from itertools import chain
 
 import torch
 
+from fms_spec.draft_shape import DraftShape
 from fms_spec.hub import local_directory
 from fms_spec.loading import load_for_decoding
 from fms_spec.model_config import context_length, read_config, read_eos_token_ids, resolve_base_model
@@ -21,13 +22,17 @@ from pipelines.timer import texts_in_turn
 LOOKUP = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}  # as our own prompt lookup: its longest match is 3
 
 
-def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
+def benchmark_serving(name, speculator, prompts, new_tokens, dtype, lookahead=None):
     """One JSON value for each method, as an iterator; batch 1, greedy, speeds with reading the prompt, texts against plain vLLM's.
 
     Args:
-        prompts: as for `samples.decode_in_turn`, of which those over the context are left out.
+        prompts: as for `samples.decode_in_turn`, of which those over the context are left out. lookahead: tokens that are drafted, all
+        that the speculator was trained for by default.
+
+    Raises:
+        UserError: as `load_for_decoding`.
     """
-    load = partial(load_for_decoding, name, speculator)
+    load = partial(load_for_decoding, name, speculator, DraftShape(lookahead))
     lines, tokens, ours = our_decoding(load, prompts, new_tokens, dtype)
     free_memory()
     # The last with the speculator: a process has one set of vLLM's counters, those of the engine it started last.
@@ -58,11 +63,11 @@ def benchmark_serving(name, speculator, prompts, new_tokens, dtype):
 
 def our_decoding(load, prompts, new_tokens, dtype):
     """(list of int64 [n] that were continued, tokens drafted, acceptance as JSON values) of our own decoding with a chain."""
-    base_model, speculator, proposer = load(dtype=dtype)
+    base_model, _, proposer = load(dtype=dtype)
     samples = decode_in_turn(base_model, prompts, {"plain": None, "speculator": proposer}, new_tokens)
-    values = figures(samples, "speculator", speculator.n_predict)
+    values = figures(samples, "speculator", proposer.lookahead)
     ours = {f"our_{name}": values[name] for name in ("acceptance_length", "acceptance_per_position")}
-    return [sample.prompt_tokens for sample in samples if sample.kind == "plain"], speculator.n_predict, ours
+    return [sample.prompt_tokens for sample in samples if sample.kind == "plain"], proposer.lookahead, ours
 
 
 def serve(name, speculator, lines, new_tokens, tokens, dtype):
