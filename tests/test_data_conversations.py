@@ -291,7 +291,7 @@ def test_a_beginning_of_text_stands_once_before_conversations_and_only_where_the
     from transformers import AutoTokenizer
 
     served = AutoTokenizer.from_pretrained(folder)
-    served.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    served.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     served.save_pretrained(folder)
     for number, (begin, first) in enumerate((("", "<|im_start|>"), ("{{ bos_token }}", "<s>"))):
         (tmp_path / "t.jinja").write_text(begin + unmarked(CHATML))
