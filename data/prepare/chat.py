@@ -226,7 +226,7 @@ def with_probe(calls):
 def read_template(path):
     """The text of a template file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"--chat_template={path}: can't be read ({problem}); give a file with a Jinja template") from None

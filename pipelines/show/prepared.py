@@ -25,6 +25,7 @@ def summary_of(data_dir):
     manifest = read_manifest(data_dir)
     source, rows, prompts = manifest["source"], manifest["tables"]["rows-train"], manifest["tables"]["prompts-train"]
     skipped = ", ".join(f"{count} {why}" for why, count in sorted(source["skipped"].items())) or "nothing"
+    skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source else ""
     kind = "conversations" if has_answers(manifest) else "texts"
     lines = [
         f"{data_dir}: {source['documents_read']:,} {kind} of {source['name']}, {source['tokens_read']:,} tokens; left out: {skipped}",
