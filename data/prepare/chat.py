@@ -88,7 +88,7 @@ class ChatTemplate:
     def identity(self, path):
         """What the manifest records of it; path: of the file that it is from, None for the tokenizer's."""
         dated = {"date": self.date.isoformat()} if self.date else {}
-        about = {"from": path or "tokenizer", "sha256": self.sha256, "templates": self.templates}
+        about = {"origin": path or "tokenizer", "sha256": self.sha256, "templates": self.templates}
         return about | {"answers_end_with": dict(sorted(self.ends.items()))} | dated
 
     def write(self, messages, tools, prompt=False, marks=False):

@@ -34,7 +34,7 @@ def summary_of(data_dir):
     ]
     if has_answers(manifest):
         template = manifest["chat_template"]
-        origin = "the tokenizer's own" if template["from"] == "tokenizer" else template["from"]
+        origin = "the tokenizer's own" if template["origin"] == "tokenizer" else template["origin"]
         dated = f", with the date {template['date']}" if "date" in template else ""
         lines.append(f"chat template: {origin} (sha256 {template['sha256'][:12]}){dated}")
     return lines
