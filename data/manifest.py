@@ -55,10 +55,32 @@ class TokenizerIdentity(Known):
     sha256: Sha256
 
 
+class Source(Known):
+    name: str
+    documents_read: Count
+    tokens_read: Count
+    skipped: dict[str, Count]
+
+
+class ChatTemplateIdentity(Known):
+    """Of conversations alone. answers_end_with: token id -> how many answers."""
+
+    origin: str
+    sha256: Sha256
+    answers_end_with: dict[Annotated[str, StringConstraints(pattern=r"^\d+$")], Count]
+
+
 class Manifest(Known):
     inputs: Inputs
+    source: Source
+    chat_template: ChatTemplateIdentity | None = None
     tokenizer: TokenizerIdentity
     tables: dict[str, Table]
+
+    @model_validator(mode="after")
+    def template_of_conversations(self):
+        assert (self.inputs.format_version == CONVERSATIONS) == (self.chat_template is not None), "conversations have a chat template"
+        return self
 
 
 def read_manifest(data_dir):

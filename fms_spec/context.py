@@ -8,7 +8,6 @@ over whole packed rows in training, in a cache that is accepted and dropped with
 known to a context: engines hand a draft the tokens from the second on (vLLM shows it x_{t+1} beside h_t), and one slot is nothing.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +37,15 @@ class Context:
         """t of each of `count` positions, count / b for each sequence: int64 [count]."""
         return (self.end - 1).repeat_interleave(count // len(self.end))
 
-    def laid(self, count: int) -> Iterator[tuple[slice, "Laid"]]:
-        """`count` positions, all of them at once."""
+    def blocks(self, count: int) -> list[slice]:
+        """Which of `count` positions attend together: all of them."""
+        return [slice(0, count)]
+
+    def lay(self, rows: slice) -> "Laid":
+        """The positions of a block."""
         texts, slots = self.tokens.shape
         hidden = torch.arange(slots, device=self.end.device) >= self.end[:, None]
-        yield slice(count), Laid(self.kept, hidden.repeat_interleave(count // len(self.end), 0).view(texts, -1, slots))
+        return Laid(self.kept, hidden.repeat_interleave(rows.stop // len(self.end), 0).view(texts, -1, slots))
 
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         """query . kept, fp32 [m, n], -inf where a position doesn't look; query [m, w], m / b positions for each sequence."""
@@ -93,15 +96,17 @@ class Text:
         """t of the first `count` positions within their documents: int64 [count]."""
         return self.at[:count]
 
-    def laid(self, count: int) -> Iterator[tuple[slice, "Laid"]]:
-        """The first `count` positions, `ATTENDED` at a time."""
+    def blocks(self, count: int) -> list[slice]:
+        """Which of the first `count` positions attend together: `ATTENDED` at a time."""
+        return [slice(start, min(start + ATTENDED, count)) for start in range(0, count, ATTENDED)]
+
+    def lay(self, rows: slice) -> "Laid":
+        """The positions of a block."""
         assert self.kept is not None
-        for start in range(0, count, ATTENDED):
-            rows = slice(start, min(start + ATTENDED, count))
-            block = self.block(rows, rows.stop - start)
-            slot = torch.arange(block.low, block.high, device=block.begin.device)
-            hidden = (slot < block.begin[:, None]) | (slot >= block.end[:, None])
-            yield rows, Laid(block.of_slots(self.kept), block.by_row(hidden), block)
+        block = self.block(rows, rows.stop - rows.start)
+        slot = torch.arange(block.low, block.high, device=block.begin.device)
+        hidden = (slot < block.begin[:, None]) | (slot >= block.end[:, None])
+        return Laid(block.of_slots(self.kept), block.by_row(hidden), block)
 
     def block(self, rows: slice, count: int) -> "Block":
         """The first `count` positions of `rows` beside the slots that any of them sees."""
@@ -118,7 +123,7 @@ class Text:
         return Block(begin, end, number, cell, used, int(each.max()), self.length, *bounds)
 
 
-Seen = Context | Text  # what positions see, in decoding and in training: its `before`, `places` and `laid`
+Seen = Context | Text  # what positions see, in decoding and in training: its `before`, `places`, `blocks` and `lay`
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ Each template is written here twice in one: with its `generation` blocks it mark
 import re
 
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = """<s> </s> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <bos> <start_of_turn>
+SPECIAL = """<unk> <s> </s> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <bos> <start_of_turn>
 <end_of_turn> [INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] <|start|> <|end|> <|message|> <|channel|> <|call|> <|return|>
 <|user|> <|assistant|> <|endoftext|>""".split()
 PLAIN_ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # tokens of their own, and not special
@@ -145,21 +145,27 @@ WITH_TOOLS = ("llama3", "dated", "mistral", "qwen3", "channels")
 THINKING = ("qwen3", "channels")
 
 
-def write_chat_tokenizer(folder, template=None):
-    """A byte-level BPE whose merges stand across the edges of turns, so that a boundary in the text need not be one of tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s+(?!\S)| ?\S+|\s+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+def write_chat_tokenizer(folder, template=None, pieces=False):
+    """A BPE whose merges stand across the edges of turns, so that a boundary in the text need not be one of tokens.
+
+    Of bytes, or of pieces of text with a blank before each part between special tokens, as SentencePiece has them.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if pieces else None))
+    split = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s+(?!\S)|[ ▁]?[^\s▁]+|[\s▁]+"), "isolated")
+    steps = [split] if pieces else [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if pieces:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.post_processor, tokenizer.decoder = processors.ByteLevel(trim_offsets=False), decoders.ByteLevel()
+    alphabet = [] if pieces else pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     text = 'assistant\n\n\nyes no maybe hello world user model: {"name": "look", "arguments": {}}\n\n the answer is 42.\n  \n'
     tokenizer.train_from_iterator([text] * 20, trainer)
+    if pieces:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
     tokenizer.add_tokens(PLAIN_ADDED)
-    served = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    served = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     if template:
         served.chat_template = template
     served.save_pretrained(folder)

@@ -14,9 +14,9 @@ from data.tokenizer import load_tokenizer
 from fms_spec.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(write_chat_tokenizer(tmp_path_factory.mktemp("chat")))
+@pytest.fixture(scope="module", params=[False, True], ids=["bytes", "pieces"])
+def tokenizer(tmp_path_factory, request):
+    return load_tokenizer(write_chat_tokenizer(tmp_path_factory.mktemp("chat"), pieces=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,11 @@ def test_the_word_that_stands_in_for_answers_is_not_taken_for_one_that_is_there(
     messages = [ASKED[0], {"role": "assistant", "content": "Qzx"}]
     assert encoded(templates["chatml", False], messages) == "which tokens are the assistant's is not sure"
     assert not isinstance(encoded(templates["chatml", True], messages), str)
+
+
+def test_an_answer_that_ends_with_a_special_token_of_its_own_is_ended_by_the_templates(templates):
+    for text in ("yes<|im_end|>", "yes <s>", "<|eot_id|>"):
+        assert compare(templates, "chatml", [ASKED[0], {"role": "assistant", "content": text}, *ASKED]) == [True, False]
 
 
 def test_tools_reach_the_template(templates):

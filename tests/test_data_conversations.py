@@ -195,6 +195,7 @@ def test_one_command_is_enough_and_the_manifest_says_what_was_left_out_and_by_wh
     manifest = read_manifest(prepared(tmp_path, tokenizer, rows, held_out=3))
     skipped = {"copies": 2, "empty": 1, "without an answer": 1, "which tokens are the assistant's is not sure": 1}
     assert manifest["source"]["skipped"] == skipped and manifest["source"]["documents_read"] == 30
+    assert manifest["source"]["first_skipped"] == "chats.jsonl#32 (empty)"
     assert manifest["inputs"]["format_version"] == 2 and manifest["inputs"]["prompt_length"] == 1024
     assert manifest["chat_template"]["templates"] == {"default": unmarked(CHATML)}
     assert 0 < manifest["tables"]["rows-train"]["answer_tokens"] < manifest["tables"]["rows-train"]["tokens"]
@@ -291,7 +292,7 @@ def test_a_beginning_of_text_stands_once_before_conversations_and_only_where_the
     from transformers import AutoTokenizer
 
     served = AutoTokenizer.from_pretrained(folder)
-    served.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    served.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     served.save_pretrained(folder)
     for number, (begin, first) in enumerate((("", "<|im_start|>"), ("{{ bos_token }}", "<s>"))):
         (tmp_path / "t.jinja").write_text(begin + unmarked(CHATML))

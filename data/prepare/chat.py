@@ -69,7 +69,8 @@ class ChatTemplate:
         self.ends = Counter()  # how many answers end with each token
         self.backend = Tokenizer.from_str(tokenizer.backend.to_str())
         self.backend.post_processor = processors.Sequence([])  # it may cut the spaces off a token's place in the text
-        self.special = {token for token, added in self.backend.get_added_tokens_decoder().items() if added.special}
+        added = self.backend.get_added_tokens_decoder().items()
+        self.special = {token for token, one in added if one.special} - {self.served.unk_token_id}  # which parts of words may be
         self.ids_of = lru_cache(maxsize=1024)(lambda text: self.backend.encode(text, add_special_tokens=False).ids)
 
     def check_syntax(self, name):
@@ -87,7 +88,7 @@ class ChatTemplate:
     def identity(self, path):
         """What the manifest records of it; path: of the file that it is from, None for the tokenizer's."""
         dated = {"date": self.date.isoformat()} if self.date else {}
-        about = {"from": path or "tokenizer", "sha256": self.sha256, "templates": self.templates}
+        about = {"origin": path or "tokenizer", "sha256": self.sha256, "templates": self.templates}
         return about | {"answers_end_with": dict(sorted(self.ends.items()))} | dated
 
     def write(self, messages, tools, prompt=False, marks=False):
@@ -181,7 +182,7 @@ class ChatTemplate:
         answers = []
         for start, end in rendered.answers:
             first = self.between(start, offsets) if rendered.marked else prompts.get(start)
-            last = self.end_token(end, rendered.text, ids, offsets)
+            last = self.end_token(end, rendered, ids, offsets)
             if first is None or last is None or first >= last:
                 return LeftOut(UNSURE)
             answers.append((-1 if prompts.get(start) is None else first, first, last))
@@ -206,14 +207,14 @@ class ChatTemplate:
         alone = text[offsets[begin, 0] if begin else 0 : place]
         return token if self.ids_of(alone) == ids[begin:token] else None
 
-    def end_token(self, place, text, ids, offsets):
+    def end_token(self, place, rendered, ids, offsets):
         """The number behind the special token that ends a turn whose text ends at a character; None where there is none."""
         token = int(np.searchsorted(offsets[:, 0], place))
-        if token and ids[token - 1] in self.special and offsets[token - 1, 1] == place:  # the template's mark holds it
+        if rendered.marked and token and ids[token - 1] in self.special and offsets[token - 1, 1] == place:  # the mark holds it
             return token
         while token < len(ids) and ids[token] not in self.special:
             token += 1
-        return token + 1 if token < len(ids) and not text[place : offsets[token, 0]].strip() else None
+        return token + 1 if token < len(ids) and not rendered.text[place : offsets[token, 0]].strip() else None
 
 
 def with_probe(calls):
@@ -225,7 +226,7 @@ def with_probe(calls):
 def read_template(path):
     """The text of a template file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"--chat_template={path}: can't be read ({problem}); give a file with a Jinja template") from None

@@ -98,6 +98,7 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
                 "documents_read": len(spool),
                 "tokens_read": spool.token_count,
                 "skipped": dict(skipped.counts),
+                **({"first_skipped": skipped.first} if template and skipped.first else {}),
             },
             "tokenizer": loaded.identity(),
             **({"chat_template": template.identity(chat_template)} if template else {}),

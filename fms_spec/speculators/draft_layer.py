@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fms_spec.attention import attend
-from fms_spec.context import Laid, Seen
+from fms_spec.context import Seen
 from fms_spec.kv_cache import fold_mask
 
 
@@ -66,16 +66,17 @@ class Attention(nn.Module):
         """x [m, inputs] at places int64 [m], drafted [m, i, w] of each one's own tokens, itself the last: [m, d]."""
         query = rotary.turned(self.q_proj(x).unflatten(-1, (self.heads, -1)), places)
         parts = [query[:0].flatten(1)]  # a later head may have no position
-        for rows, laid in seen.laid(len(query)):
-            own = None if drafted is None else drafted[rows]
-            if torch.is_grad_enabled():  # the masks, and each block's copy of what is kept, are made again rather than held
-                parts.append(checkpoint(self.attended, query[rows], own, laid, use_reentrant=False, preserve_rng_state=False))
+        for rows in seen.blocks(len(query)):
+            inputs = query[rows], None if drafted is None else drafted[rows], seen, rows
+            if torch.is_grad_enabled():  # a block's mask, and its copy of what is kept, are made again rather than held
+                parts.append(checkpoint(self.attended, *inputs, use_reentrant=False, preserve_rng_state=False))
             else:
-                parts.append(self.attended(query[rows], own, laid))
+                parts.append(self.attended(*inputs))
         return self.o_proj(torch.cat(parts))
 
-    def attended(self, query: torch.Tensor, drafted: torch.Tensor | None, laid: Laid) -> torch.Tensor:
-        """query [c, h, a] -> [c, h a]."""
+    def attended(self, query: torch.Tensor, drafted: torch.Tensor | None, seen: Seen, rows: slice) -> torch.Tensor:
+        """Of a block of positions: query [c, h, a], drafted [c, i, w] -> [c, h a]."""
+        laid = seen.lay(rows)
         kept, hidden = laid.kept.to(query.dtype), laid.hidden
         if drafted is not None:
             texts, each, _ = hidden.shape

@@ -25,6 +25,7 @@ def summary_of(data_dir):
     manifest = read_manifest(data_dir)
     source, rows, prompts = manifest["source"], manifest["tables"]["rows-train"], manifest["tables"]["prompts-train"]
     skipped = ", ".join(f"{count} {why}" for why, count in sorted(source["skipped"].items())) or "nothing"
+    skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source else ""
     kind = "conversations" if has_answers(manifest) else "texts"
     lines = [
         f"{data_dir}: {source['documents_read']:,} {kind} of {source['name']}, {source['tokens_read']:,} tokens; left out: {skipped}",
@@ -33,7 +34,7 @@ def summary_of(data_dir):
     ]
     if has_answers(manifest):
         template = manifest["chat_template"]
-        origin = "the tokenizer's own" if template["from"] == "tokenizer" else template["from"]
+        origin = "the tokenizer's own" if template["origin"] == "tokenizer" else template["origin"]
         dated = f", with the date {template['date']}" if "date" in template else ""
         lines.append(f"chat template: {origin} (sha256 {template['sha256'][:12]}){dated}")
     return lines
