@@ -260,7 +260,7 @@ class Speculator(nn.Module):
         state, seen = (self.start(hidden), ()) if text is None else (self.start(hidden, text.before), (text,))
         for head, count in enumerate(counts):
             state = self.advance(first(state, count), tokens[:count, head], head, *seen)
-            yield *self.output(state, head), self.point(state, head) if self.copies else None
+            yield *self.output(state, head), self.point(state, head) if text and self.copies else None
 
     def to_tokens(self, drafts: torch.Tensor) -> torch.Tensor:
         """Token of each entry of `logits`: int64, any shape; -1 stays -1."""
