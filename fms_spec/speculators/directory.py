@@ -131,6 +131,12 @@ def read_speculator(directory: Path | str, config: dict[str, Any]) -> Speculator
     """
     with torch.device("meta"):  # memory is taken for what the files hold, whatever the config may say
         speculator = from_config(config)
+    read_weights(speculator, directory, config)
+    return speculator.eval().requires_grad_(False)
+
+
+def read_weights(speculator: Speculator, directory: Path | str, config: dict[str, Any]) -> None:
+    """Give a speculator the weights of a directory, as fp32; `config` is its config.json. Raises UserError as `read_speculator`."""
     tensors: dict[str, torch.Tensor] = {}
     for file in check_weights(directory, config):
         try:
@@ -145,7 +151,6 @@ def read_speculator(directory: Path | str, config: dict[str, Any]) -> Speculator
         if not tensors[key].isfinite().all():
             raise UserError(f"speculator {directory}: tensor {key} holds values that are not finite; take another checkpoint")
     speculator.load_published_state(tensors)
-    return speculator.eval().requires_grad_(False)
 
 
 def check_weights(directory: Path | str, config: dict[str, Any]) -> list[Path]:

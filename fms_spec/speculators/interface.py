@@ -60,6 +60,7 @@ class Settings(Section):
 
     family: str
     n_predict: int = Field(3, ge=1, le=64)
+    init_from: str | None = Field(None, exclude_if=lambda name: name is None)  # heads to go on from; none: a run is recorded as before
 
 
 @dataclass(frozen=True)

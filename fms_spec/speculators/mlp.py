@@ -75,7 +75,7 @@ class MLPSpeculator(Speculator):
 
     @classmethod
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
-        sizes = settings.model_dump(exclude={"family", "pointer"})
+        sizes = settings.model_dump(exclude={"family", "pointer", "init_from"})
         pointer_width = settings.pointer.width if settings.pointer else 0
         return cls(base_model.width, base_model.vocab_size, pointer_width=pointer_width, **sizes)
 

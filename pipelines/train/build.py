@@ -1,19 +1,47 @@
-"""From a config to an untrained speculator."""
+"""From a config to the speculator that a run begins with."""
 
 import torch
 
 from data.reader import RowReader, read_token_counts
+from fms_spec.errors import UserError, first_difference, shown
+from fms_spec.hub import local_directory
+from fms_spec.model_config import read_config, resolve_base_model
+from fms_spec.speculators.directory import check_speculator, from_config, read_weights
 from fms_spec.speculators.interface import Corpus
 from fms_spec.speculators.registry import FAMILIES
 from pipelines.parallel.distributed_base_model import DistributedBaseModel
 from pipelines.parallel.mesh import distribute_speculator
+from pipelines.plan.feasible import model_sizes
 from pipelines.train.compiled import compile_base_model, compile_heads
 
 
-def build_speculator(config, base_model, processes):
-    """An attached speculator with fp32 weights drawn from the config's seed, shared and compiled as the config says.
+def check_init(config):
+    """Refuse a `speculator.init_from` that doesn't fit, before anything is loaded.
 
-    From here on the base model gives the states that it reads.
+    Raises:
+        UserError: as `check_speculator`, or heads that the config's own settings don't make.
+    """
+    settings, name = config.speculator, config.base_model.name
+    if settings.init_from is None:
+        return
+    given, what = check_speculator(settings.init_from, name), f"speculator.init_from {settings.init_from}"
+    family, base = FAMILIES[settings.family], model_sizes(read_config(resolve_base_model(name)))
+    if given["model_type"] != family.model_type:
+        raise UserError(f"{what}: a {given['model_type']}, and speculator.family is {settings.family}; set the family that it is of")
+    with torch.device("meta"):
+        made, theirs = family.build(settings, base), from_config(given)
+    values = [heads.saved_config() for heads in (made, theirs)]
+    free = {"max_position_embeddings"} | ({"n_predict"} if made.distinct_heads == theirs.distinct_heads else set())
+    difference = first_difference(*({key: value for key, value in each.items() if key not in free} for each in values))
+    if difference:
+        key, ours, other = difference
+        raise UserError(f"{what}: its {key} is {shown(other)}, and the config's speculator section makes {shown(ours)}; make them alike")
+
+
+def build_speculator(config, base_model, processes, fresh=True):
+    """An attached speculator with fp32 weights, drawn from the config's seed or read, shared and compiled as the config says.
+
+    From here on the base model gives the states that it reads. fresh: whether the run begins; else its checkpoint has the weights.
 
     Raises:
         UserError: settings that don't fit the base model.
@@ -23,6 +51,9 @@ def build_speculator(config, base_model, processes):
     corpus = Corpus(read_token_counts(config.data.dir), sample_states(config, base_model, family.sample_rows))
     torch.manual_seed(config.seed)
     speculator = family.build(config.speculator, base_model, corpus)
+    if config.speculator.init_from and fresh:
+        path = local_directory("speculator", config.speculator.init_from)
+        read_weights(speculator, path, check_speculator(path, base_model.name))
     speculator.to(base_model.device)
     speculator.attach(base_model)
     distribute_speculator(speculator, config, processes)

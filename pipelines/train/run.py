@@ -20,7 +20,8 @@ from pipelines.parallel.processes import Processes
 from pipelines.plan.feasible import check_sizes
 from pipelines.plan.plan import Sizes
 from pipelines.show.prepared import summary_of
-from pipelines.train.build import build_speculator
+from pipelines.train.build import build_speculator, check_init
+from pipelines.train.checkpoint import checkpoints
 from pipelines.train.compiled import check_compiler
 from pipelines.train.device_metrics import DeviceMetrics
 from pipelines.train.disk_space import check_space
@@ -56,11 +57,14 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None, ba
         if processes.main:
             print("\n".join([*summary_of(config.data.dir), f"phase 1 trains on: {rows.train_on}"]))
         check_sizes(config, sizes_of(rows, prompts), processes.count)
+        fresh = not checkpoints(out_dir / "checkpoints")
+        if fresh:
+            check_init(config)
         folder = config.data.continuations or out_dir / "continuations"
         store = open_store(folder, config.data.dir, prompts, config.base_model, config.generation, config.seed)
         with closing(open_supply(config, store, out_dir, processes)) as supply:  # before anything large is loaded: it may not be to be had
             base_model = base_model or load_base_model(config, processes)
-            speculator = build_speculator(config, base_model, processes)
+            speculator = build_speculator(config, base_model, processes, fresh)
             claim(out_dir, config, processes, inputs, base_model, speculator, sizes_of(rows, prompts))
             trainer = make_trainer(config, out_dir, processes, base_model, speculator, supply, rows, prompts)
             go_through(trainer, before, profiled)
