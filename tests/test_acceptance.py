@@ -46,7 +46,7 @@ def test_the_evaluator_without_decoding_gives_what_decoding_accepts(small_model,
     prompts = torch.randint(1, 12, (4, length), generator=torch.Generator().manual_seed(seed))
     decoded, _ = decode(small_model, list(prompts), DecodingOptions(max_new_tokens=new_tokens), proposer)
     expected = [list(result.accepted) for result in decoded]
-    validation = Validation(small_model, prompts, new_tokens, 3)
+    validation = Validation(small_model, list(prompts), new_tokens, 3)
     assert validation.accepted(proposer) == expected
 
 
