@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from chat_templates import unmarked
-from conftest import FAMILIES, INNER, POINTERS, tiny_speculator, write_config, write_model
+from conftest import EVERY, tiny_speculator, write_config, write_model
 from test_training import losses, weights_of
 
 from data.continuations.shard import read_shard
@@ -85,7 +85,20 @@ def test_phase_2_continues_conversations_of_unequal_lengths_up_to_the_end_of_the
     assert found and len({len(tokens) for tokens in prompts.values()}) > 1
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *POINTERS, INNER])
+def test_held_out_conversations_that_validation_finds_no_room_for_are_told_before_the_run_is_there(
+    tmp_path, chat_config, chat_model, chats
+):
+    source, data = str(chats.parent / "chats.jsonl"), tmp_path / "data"
+    prepare(source=source, tokenizer=str(chat_model), out_dir=str(data), seq_length=64, held_out=4, seed=10)
+    length = max(map(len, read_prompts(data, "held_out").tokens[-2:]))
+    assert length > read_prompts(data, limit=4).longest
+    changes = {"data.dir": data, "data.prompts": 4, "validation.max_new_tokens": 256 - 3 - length + 1}
+    with pytest.raises(UserError, match=f"validation.max_new_tokens .*: with prompts of {length} tokens and 3 heads that is over"):
+        train(chat_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("family", EVERY)
 def test_a_batch_without_a_token_to_predict_gives_no_loss_and_no_gradient(tiny_models, family):
     base_model = tiny_models.get(0)
     speculator = tiny_speculator(base_model, family)
