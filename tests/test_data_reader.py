@@ -190,6 +190,16 @@ def test_a_reader_of_some_rows_reads_the_same_ones_in_every_epoch(prepared):
         RowReader(prepared, batch_size=1, seed=3, rows=whole + 1)
 
 
+def test_some_rows_come_from_all_over_the_table(prepared):
+    whole, drawn = next(RowReader(prepared, batch_size=52, seed=0)), set()
+    tokens_of = dict(zip(whole.row_ids.tolist(), whole.tokens.tolist()))
+    for seed in range(20):
+        batch = next(RowReader(prepared, batch_size=2, seed=seed, rows=2))
+        assert [tokens_of[row] for row in batch.row_ids.tolist()] == batch.tokens.tolist()
+        drawn.update(batch.row_ids.tolist())
+    assert len(drawn) > 20  # of 52 in 6 shards, two at a time
+
+
 def test_only_so_many_prompts_are_read_and_not_more_than_there_are(prepared):
     whole = read_prompts(prepared)
     some = read_prompts(prepared, limit=5)
