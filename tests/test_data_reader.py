@@ -124,6 +124,7 @@ SHARD = ("tables", "rows-train", "shards", 0)
         (("tables",), None), (("tables",), []), (("inputs",), []), (("tokenizer",), None), (("tables", "rows-train"), []),
         ((*SHARD, "sha256"), None), ((*SHARD, "rows"), 20), ((*SHARD, "rows"), -1), ((*SHARD, "rows"), "42"), ((*SHARD, "bytes"), 1.5),
         (("tables", "rows-train", "rows"), 10**12), (("inputs", "seq_length"), "16"), (("inputs", "seq_length"), 0),
+        (("tables", "rows-train", "tokens"), None),
         ((*SHARD, "file"), "../rows-train-00000.parquet"), ((*SHARD, "file"), "/rows-train-00000.parquet"),
     ],
 )  # fmt: skip

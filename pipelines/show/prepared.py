@@ -23,7 +23,7 @@ ANSWER, MARK, OTHER = "green", "bold cyan", "dim"  # what is trained on; special
 def summary_of(data_dir):
     """What a folder holds, in three lines or four."""
     manifest = read_manifest(data_dir)
-    source, rows, prompts = manifest["source"], manifest["tables"]["rows-train"], manifest["tables"]["prompts-train"]
+    source, rows, prompts = manifest["source"], *(table_of(manifest, data_dir, name) for name in ("rows-train", "prompts-train"))
     skipped = ", ".join(f"{count} {why}" for why, count in sorted(source["skipped"].items())) or "nothing"
     skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source else ""
     kind = "conversations" if has_answers(manifest) else "texts"
