@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from chat_templates import unmarked
+from chat_templates import unmarked, write_chat_tokenizer
 from conftest import EVERY, tiny_speculator, write_config, write_model
 from test_training import losses, weights_of
 
@@ -15,7 +15,7 @@ from data.reader import read_manifest, read_prompts
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights
-from pipelines.show.prepared import summary_of
+from pipelines.show.prepared import print_prepared, summary_of
 from pipelines.train.run import train
 from scripts.inspect_data import Arguments
 
@@ -123,8 +123,6 @@ def test_a_run_says_in_four_lines_what_it_is_trained_on(tmp_path, chat_config, c
 
 
 def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_colour(tmp_path, chats, data_dir, monkeypatch, capsys):
-    from pipelines.show.prepared import print_prepared
-
     monkeypatch.setenv("FORCE_COLOR", "1")
     for folder in (chats, data_dir):
         print_prepared(folder)
@@ -137,6 +135,15 @@ def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_
     with pytest.raises(UserError, match=f"--row=9999: .*has rows 0 to {read_manifest(chats)['tables']['rows-train']['rows'] - 1}"):
         print_prepared(chats, row=9999)
     assert Arguments(data="x").row is None
+
+
+def test_what_a_terminal_would_obey_is_shown_and_not_handed_on(tmp_path, capsys):
+    tokenizer = write_chat_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("yes \x1b[2J no" * 9)
+    prepare(source=str(tmp_path / "text.txt"), tokenizer=tokenizer, out_dir=str(tmp_path / "data"), seq_length=32, prompt_length=4)
+    print_prepared(tmp_path / "data")
+    printed = capsys.readouterr().out
+    assert "yes ␛[2J no" in printed and "\x1b[2J" not in printed
 
 
 def test_a_base_model_that_does_not_stop_where_answers_end_is_refused_before_it_writes_any(tmp_path, chat_config, chat_model):

@@ -118,5 +118,5 @@ def shown_row(data_dir, manifest, table, number, backend):
             texts.append(Text.assemble((f"[document {segment}] ", "bold")))
             stream = DecodeStream(skip_special_tokens=False)
         style = ANSWER if answer else MARK if token in special else OTHER
-        texts[-1].append(stream.step(backend, token) or "", style)
+        texts[-1].append((stream.step(backend, token) or "").replace("\x1b", "␛"), style)  # a terminal would obey it
     return texts
