@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from fms_spec.errors import UserError
 from fms_spec.files import read_json, sha256_of
@@ -35,8 +35,13 @@ class Shard(Known):
 
 
 class Table(Known):
+    """tokens: of rows; answer_tokens, padding_tokens: of conversations' alone."""
+
     rows: Count
     shards: list[Shard]
+    tokens: Count | None = None
+    answer_tokens: Count | None = None
+    padding_tokens: Count | None = None
 
     @model_validator(mode="after")
     def rows_add_up(self):
@@ -76,6 +81,12 @@ class Manifest(Known):
     chat_template: ChatTemplateIdentity | None = None
     tokenizer: TokenizerIdentity
     tables: dict[str, Table]
+
+    @field_validator("tables")
+    @classmethod
+    def rows_say_their_tokens(cls, tables):
+        assert all(table.tokens is not None for name, table in tables.items() if name.startswith("rows-")), "rows have a number of tokens"
+        return tables
 
     @model_validator(mode="after")
     def template_of_conversations(self):

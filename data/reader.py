@@ -126,7 +126,7 @@ class RowReader:
         self._epoch, self._position = state["epoch"], state["position"]
 
     def _take(self, count):
-        """At most `count` rows from one shard, and move on: as `RowShard.rows`, with row_ids int64 [b] for their numbers in it."""
+        """At most `count` rows from one shard, and move on: as `RowShard.rows`, with row_ids int64 [b], their numbers in the table."""
         if self._position == len(self):
             self._epoch, self._position = self._epoch + 1, 0
         order = np.random.default_rng((self.seed, self._epoch)).permutation(len(self.shards))
@@ -135,10 +135,10 @@ class RowReader:
         shard = int(order[index])
         offset = self._position - int(ends[index] - self._sizes[shard])
         self._load(shard)
-        rows = self._row_order[offset : offset + count]
-        self._position += len(rows)
-        tokens, segment_ids, *trained = self._shard.rows(rows)
-        return tokens, segment_ids, self._first_rows[shard] + rows, *trained
+        row_ids = self._read[shard][self._row_order[offset : offset + count]]
+        self._position += len(row_ids)
+        tokens, segment_ids, *trained = self._shard.rows(row_ids - self._first_rows[shard])
+        return tokens, segment_ids, row_ids, *trained
 
     def _load(self, shard):
         """Have `shard` in memory, and the order of its rows in this epoch."""

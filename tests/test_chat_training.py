@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from chat_templates import unmarked
-from conftest import FAMILIES, INNER, POINTERS, tiny_speculator, write_config, write_model
+from chat_templates import unmarked, write_chat_tokenizer
+from conftest import EVERY, tiny_speculator, write_config, write_model
 from test_training import losses, weights_of
 
 from data.continuations.shard import read_shard
@@ -15,7 +15,7 @@ from data.reader import read_manifest, read_prompts
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights
-from pipelines.show.prepared import summary_of
+from pipelines.show.prepared import print_prepared, summary_of
 from pipelines.train.run import train
 from scripts.inspect_data import Arguments
 
@@ -85,7 +85,20 @@ def test_phase_2_continues_conversations_of_unequal_lengths_up_to_the_end_of_the
     assert found and len({len(tokens) for tokens in prompts.values()}) > 1
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *POINTERS, INNER])
+def test_held_out_conversations_that_validation_finds_no_room_for_are_told_before_the_run_is_there(
+    tmp_path, chat_config, chat_model, chats
+):
+    source, data = str(chats.parent / "chats.jsonl"), tmp_path / "data"
+    prepare(source=source, tokenizer=str(chat_model), out_dir=str(data), seq_length=64, held_out=4, seed=10)
+    length = max(map(len, read_prompts(data, "held_out").tokens[-2:]))
+    assert length > read_prompts(data, limit=4).longest
+    changes = {"data.dir": data, "data.prompts": 4, "validation.max_new_tokens": 256 - 3 - length + 1}
+    with pytest.raises(UserError, match=f"validation.max_new_tokens .*: with prompts of {length} tokens and 3 heads that is over"):
+        train(chat_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("family", EVERY)
 def test_a_batch_without_a_token_to_predict_gives_no_loss_and_no_gradient(tiny_models, family):
     base_model = tiny_models.get(0)
     speculator = tiny_speculator(base_model, family)
@@ -110,8 +123,6 @@ def test_a_run_says_in_four_lines_what_it_is_trained_on(tmp_path, chat_config, c
 
 
 def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_colour(tmp_path, chats, data_dir, monkeypatch, capsys):
-    from pipelines.show.prepared import print_prepared
-
     monkeypatch.setenv("FORCE_COLOR", "1")
     for folder in (chats, data_dir):
         print_prepared(folder)
@@ -124,6 +135,15 @@ def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_
     with pytest.raises(UserError, match=f"--row=9999: .*has rows 0 to {read_manifest(chats)['tables']['rows-train']['rows'] - 1}"):
         print_prepared(chats, row=9999)
     assert Arguments(data="x").row is None
+
+
+def test_what_a_terminal_would_obey_is_shown_and_not_handed_on(tmp_path, capsys):
+    tokenizer = write_chat_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("yes \x1b[2J no" * 9)
+    prepare(source=str(tmp_path / "text.txt"), tokenizer=tokenizer, out_dir=str(tmp_path / "data"), seq_length=32, prompt_length=4)
+    print_prepared(tmp_path / "data")
+    printed = capsys.readouterr().out
+    assert "yes ␛[2J no" in printed and "\x1b[2J" not in printed
 
 
 def test_a_base_model_that_does_not_stop_where_answers_end_is_refused_before_it_writes_any(tmp_path, chat_config, chat_model):

@@ -54,6 +54,8 @@ def contents_in(source, format=None):
             Conversation([USER, CALL], TOOLS),
         ),
         ({"messages": json.dumps(TALK)}, Conversation(TALK)),
+        ({"messages": TALK, "system": "w0"}, Conversation([SYSTEM, *TALK])),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": []}]}, Conversation(TALK[:2])),
         (
             {"messages": [USER | {"content": [{"type": "text", "text": "w"}, {"type": "text", "text": "1"}]}, ASSISTANT]},
             Conversation(TALK[:2]),
@@ -222,6 +224,8 @@ def test_texts_take_no_template_and_conversations_beside_texts_are_refused(tmp_p
         open_source(str(tmp_path / "a.txt"), format="alpaca")
     with pytest.raises(UserError, match="--format=chat: not known; give one of text, messages, sharegpt"):
         prepared(tmp_path, tokenizer, CHATS, format="chat")
+    with pytest.raises(UserError, match="--text_column=body: --format=messages reads columns of its own; leave one of the two out"):
+        prepared(tmp_path, tokenizer, CHATS, format="messages", text_column="body")
 
 
 def read(folder, train_on=None):
@@ -345,6 +349,20 @@ def test_nested_columns_are_read_in_every_spelling_of_arrow(tmp_path):
             table = pa.table({"messages": pa.array([TALK, TALK[:2]], many)})
             pq.write_table(table, tmp_path / f"{number}.parquet")
             assert contents_in(tmp_path / f"{number}.parquet") == [Conversation(TALK), Conversation(TALK[:2])]
+
+
+def test_a_hub_dataset_gives_no_nulls_in_the_place_of_fields_that_a_turn_has_not(monkeypatch):
+    import datasets
+
+    class Builder:
+        def as_streaming_dataset(self, split):
+            calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "w1", "to": None}}}]
+            turns = [USER | {"tool_calls": None}, CALL | {"tool_calls": calls}, RESULT, ASSISTANT | {"tool_call_id": None}]
+            return iter([{"messages": turns, "tools": [TOOLS[0] | {"strict": None}]}, {"messages": TALK, "tools": None}])
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: Builder())
+    contents = [document.content for document in open_source("a/b").documents(None)]
+    assert contents == [Conversation([USER, CALL, RESULT, ASSISTANT], TOOLS), Conversation(TALK)]
 
 
 def test_a_hub_dataset_of_conversations_is_streamed(tmp_path, tokenizer, monkeypatch):

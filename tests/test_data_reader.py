@@ -124,6 +124,7 @@ SHARD = ("tables", "rows-train", "shards", 0)
         (("tables",), None), (("tables",), []), (("inputs",), []), (("tokenizer",), None), (("tables", "rows-train"), []),
         ((*SHARD, "sha256"), None), ((*SHARD, "rows"), 20), ((*SHARD, "rows"), -1), ((*SHARD, "rows"), "42"), ((*SHARD, "bytes"), 1.5),
         (("tables", "rows-train", "rows"), 10**12), (("inputs", "seq_length"), "16"), (("inputs", "seq_length"), 0),
+        (("tables", "rows-train", "tokens"), None),
         ((*SHARD, "file"), "../rows-train-00000.parquet"), ((*SHARD, "file"), "/rows-train-00000.parquet"),
     ],
 )  # fmt: skip
@@ -188,6 +189,16 @@ def test_a_reader_of_some_rows_reads_the_same_ones_in_every_epoch(prepared):
     assert len(reader) == whole - 2 == len(epochs[0]) and epochs[0] == epochs[1] == epochs[2]
     with pytest.raises(UserError, match="ask for fewer"):
         RowReader(prepared, batch_size=1, seed=3, rows=whole + 1)
+
+
+def test_some_rows_come_from_all_over_the_table(prepared):
+    whole, drawn = next(RowReader(prepared, batch_size=52, seed=0)), set()
+    tokens_of = dict(zip(whole.row_ids.tolist(), whole.tokens.tolist()))
+    for seed in range(20):
+        batch = next(RowReader(prepared, batch_size=2, seed=seed, rows=2))
+        assert [tokens_of[row] for row in batch.row_ids.tolist()] == batch.tokens.tolist()
+        drawn.update(batch.row_ids.tolist())
+    assert len(drawn) > 20  # of 52 in 6 shards, two at a time
 
 
 def test_only_so_many_prompts_are_read_and_not_more_than_there_are(prepared):

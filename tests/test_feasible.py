@@ -36,6 +36,12 @@ def test_sizes_that_cannot_be_are_refused_by_name(config_file, changes, message)
         check_sizes(config_file(**changes), SIZES, memory=1e9)
 
 
+def test_validations_own_prompts_may_be_longer_than_those_that_are_continued(config_file):
+    with pytest.raises(UserError, match="validation.max_new_tokens 20: with prompts of 234 tokens and 3 heads that is over the context"):
+        check_sizes(config_file(), replace(SIZES, held_out_length=234))
+    check_sizes(config_file(), replace(SIZES, held_out_length=233))
+
+
 def test_hidden_states_over_the_memory_are_refused_and_shared_heads_count_in_parts(config_file):
     with pytest.raises(UserError, match="phase1.batch_size or accumulate"):
         check_sizes(config_file(), SIZES, memory=6 * 64 * 32 * 4 - 1)

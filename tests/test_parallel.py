@@ -48,13 +48,20 @@ WAYS = {
 ATTENDING = {"speculator": "{family: eagle3, n_predict: 3, draft_vocab_size: 64, base_layers: [0, 1]}", "phase1.loss.smooth_l1": 0.0}
 
 
+TEMPLATE = "{% for message in messages %}{{ message.content + ' <eos> ' }}{% endfor %}"
+
+
 def settings(count, **changes):
     return {**STEP, "phase1.accumulate": 4 // count, "phase2.accumulate": 4 // count, **changes}
 
 
+def attending_to(place, data, count):
+    return settings(count, **ATTENDING, **{"data.dir": place / data})
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, model_dir):
-    """A folder with prepared data of forty documents and run.yaml."""
+    """A folder with prepared data of forty documents, and of conversations whose first rows hold no answer, and run.yaml."""
     directory = tmp_path_factory.mktemp("parallel")
     (directory / "corpus").mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -63,6 +70,17 @@ def place(tmp_path_factory, model_dir):
         (directory / "corpus" / f"{i:02}.txt").write_text(" ".join(f"w{word}" for word in words))
     data = directory / "data"
     prepare(source=str(directory / "corpus"), tokenizer=str(model_dir), out_dir=str(data), seq_length=64, prompt_length=8, held_out=3)
+    (directory / "chat.jinja").write_text(TEMPLATE)
+    with open(directory / "chats.jsonl", "w") as file:
+        for _ in range(20):
+            asked, said = (
+                " ".join(f"w{word}" for word in torch.randint(0, 94, (count,), generator=generator).tolist()) for count in (90, 20)
+            )
+            file.write(json.dumps({"prompt": asked, "completion": said}) + "\n")
+    prepare(
+        source=str(directory / "chats.jsonl"), tokenizer=str(model_dir), out_dir=str(directory / "chats"), seq_length=64, held_out=3,
+        chat_template=str(directory / "chat.jinja"),
+    )  # fmt: skip
     write_config(directory / "run.yaml", model_dir, data)
     return directory
 
@@ -110,7 +128,7 @@ def shared(place):
         4: job(place, "moved", **settings(4, **early, **WAYS[4]["shard"])),
         2: job(place, "moved", resume=True, **settings(2, **early)),
     }
-    attending = {4: [], 2: [job(place, "attending", **settings(2, **ATTENDING, **WAYS[2]["shard"]))]}
+    attending = {4: [], 2: [job(place, f"{data}-2", **attending_to(place, data, 2), **WAYS[2]["shard"]) for data in ("data", "chats")]}
     for count in (4, 2):
         jobs = [job(place, f"{way}{count}", **settings(count, **changes)) for way, changes in WAYS[count].items()]
         code, output = run_jobs(place, count, [moved[count], *attending[count], *jobs])
@@ -132,9 +150,10 @@ def test_any_number_of_processes_in_every_way_of_sharing_trains_as_one_does_over
         assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), f"{key} at step {step}"
 
 
-def test_heads_that_attend_to_the_text_train_in_parts_as_whole(place, shared):
-    train(load_config(place / "run.yaml", job(place, "whole", **settings(1, **ATTENDING))["overrides"]), place / "whole", resume=False)
-    for (step, key, value), (_, _, expected) in zip(figures(shared, "attending"), figures(place, "whole"), strict=True):
+@pytest.mark.parametrize("data", ["data", "chats"])
+def test_heads_that_attend_to_the_text_train_in_parts_as_whole_be_there_rows_without_an_answer(place, shared, data):
+    train(load_config(place / "run.yaml", job(place, data, **attending_to(place, data, 1))["overrides"]), place / f"{data}-1", resume=False)
+    for (step, key, value), (_, _, expected) in zip(figures(shared, f"{data}-2"), figures(place, f"{data}-1"), strict=True):
         assert value == pytest.approx(expected, rel=1e-5, abs=1e-7), f"{key} at step {step}"
 
 

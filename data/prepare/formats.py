@@ -180,14 +180,17 @@ def arrow_contents(file, wanted):
 def batch_contents(batches, layout, file):
     """(row from 0, content) of Arrow batches one after the other."""
     rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(rows):
-        if layout.format != "text":
-            row = {name: without_nulls(value) for name, value in row.items()}
+    for number, row in enumerate(arrow_rows(rows, layout.format != "text")):
         yield number, layout.read(row, f"{file} row {number + 1}")
 
 
+def arrow_rows(rows, nested):
+    """Rows as they were before Arrow had them, which gives every struct of nested columns the fields of all others: nulls are left out."""
+    return ({name: without_nulls(value) for name, value in row.items()} for row in rows) if nested else rows
+
+
 def without_nulls(value):
-    """A nested value without the fields that are null: Arrow gives every struct the fields of all others."""
+    """A nested value without the fields that are null."""
     if isinstance(value, dict):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value

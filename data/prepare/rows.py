@@ -14,7 +14,7 @@ SHOWN_COLUMNS = 500  # characters of a message: a table without a header has a t
 # Columns of each format: those that tell it, and those that are read where they are there.
 FORMATS = {
     "text": ((), ()),  # of the column that is named
-    "messages": (("messages",), ("tools",)),
+    "messages": (("messages",), ("system", "tools")),
     "sharegpt": (("conversations",), ("system", "tools")),
     "ultrachat": (("data",), ()),
     "alpaca": (("instruction", "output"), ("input", "system")),
@@ -49,10 +49,12 @@ class Layout(NamedTuple):
     read: Any
 
 
-def check_format(name):
-    """Raise UserError for a --format that isn't known."""
+def check_format(name, text_column):
+    """Raise UserError for a --format that isn't known, or has no text for --text_column to name."""
     if name is not None and name not in FORMATS:
         raise UserError(f"--format={name}: not known; give one of {', '.join(FORMATS)}, or leave it out to tell it by the columns")
+    if name not in (None, "text") and text_column != "text":
+        raise UserError(f"--text_column={text_column}: --format={name} reads columns of its own; leave one of the two out")
 
 
 def layout_of(names, wanted, where):
@@ -152,8 +154,9 @@ def message_of(turn, where):
         raise UserError(f"{where}.{names[0]}: {shown(turn[names[0]])} is none of {', '.join(roles)}")
     rest = {} if names[0] == "from" else {name: value for name, value in turn.items() if name not in names and value is not None}
     if "tool_calls" in rest:
-        calls = json_list(rest["tool_calls"], "tool_calls", where, separator=".")
-        rest["tool_calls"] = [call_of(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
+        calls = json_list(rest.pop("tool_calls"), "tool_calls", where, separator=".")
+        called = [call_of(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
+        rest |= {"tool_calls": called} if called else {}  # templates that ask whether the field is there take none for one
     if role == "assistant" and turn.get(names[1]) is None:  # it called tools, or only thought
         return {"role": role, "content": ""} | rest
     if names[1] not in turn:

@@ -62,9 +62,9 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
     """
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
         raise UserError(f"--workers={workers}: must be from 1 to {MOST_WORKERS}")
-    check_format(format)
-    use_threads(workers)
     settings = Settings(**settings)
+    check_format(format, settings.text_column)
+    use_threads(workers)
     opened = open_source(source, settings.text_column, format)
     if settings.prompt_length is None:
         settings = replace(settings, prompt_length=PROMPT_LENGTH[opened.conversations])
@@ -93,13 +93,7 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
         tables = write_tables(folder, spool, opened, loaded, settings)
         manifest = {
             "inputs": inputs,
-            "source": {
-                "name": source,
-                "documents_read": len(spool),
-                "tokens_read": spool.token_count,
-                "skipped": dict(skipped.counts),
-                **({"first_skipped": skipped.first} if template and skipped.first else {}),
-            },
+            "source": about_source(source, spool, skipped, template),
             "tokenizer": loaded.identity(),
             **({"chat_template": template.identity(chat_template)} if template else {}),
             "tables": tables,
@@ -110,6 +104,12 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
     rate = spool.token_count / watch.seconds["all"]
     print(f"{out_dir}: {summary(manifest)}; {rate:,.0f} tokens/s")
     return manifest
+
+
+def about_source(source, spool, skipped, template):
+    """What the manifest records of what was read and left out."""
+    read = {"documents_read": len(spool), "tokens_read": spool.token_count, "skipped": dict(skipped.counts)}
+    return {"name": source} | read | ({"first_skipped": skipped.first} if template and skipped.first else {})
 
 
 def chat_template_of(opened, tokenizer, source, path):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from data.manifest import reason
 from data.prepare.finding import find_files
-from data.prepare.formats import UNREAD, contents_of, has_conversations, has_mark, table_suffix
+from data.prepare.formats import UNREAD, arrow_rows, contents_of, has_conversations, has_mark, table_suffix
 from data.prepare.rows import Conversation, Wanted, layout_of
 from data.progress import progress
 from fms_spec.errors import UserError
@@ -128,7 +128,7 @@ class HubSource:
         """Yield every Document in stream order; `generator` has no say."""
         row = 0
         try:
-            for row, example in enumerate(self.stream):
+            for row, example in enumerate(arrow_rows(self.stream, self.conversations)):
                 yield Document(self.layout.read(example, f"{self.name} row {row}"), 0, row)
         except UserError:
             raise

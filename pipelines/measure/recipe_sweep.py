@@ -109,7 +109,7 @@ def share_states(trainer, config, directory, name):
         {what: tokens that pass through the base model}, whether this variant or one before it paid for them: rows; generation, prompts and
         what is written after them; continuations, the same texts once more for their states.
     """
-    rows, prompts = read_data(config)
+    rows, prompts, _ = read_data(config)
     length = prompts.longest + config.generation.max_new_tokens
     readers = {
         "phase1": (RowReader(config.data.dir, batch_size=FILL_ROWS, seed=config.seed, rows=config.data.rows), len(rows), "rows"),

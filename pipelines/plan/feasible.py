@@ -46,10 +46,11 @@ def check_sizes(config, sizes, processes=1, memory=None):
             raise UserError(f"speculator.n_predict {heads}: the last head finds no token in {phase}'s texts; take fewer, or {longer}")
         states = read * length * width * DTYPES[config.base_model.dtype].itemsize
         check_memory(states, memory, f"holding the hidden states of a step's {read:,} {what}", f"lower {phase}.batch_size or accumulate")
-    needed = sizes.prompt_length + config.validation.max_new_tokens + heads
+    longest = sizes.held_out_length or sizes.prompt_length
+    needed = longest + config.validation.max_new_tokens + heads
     if config.validation.prompts and needed > context_length(base):
         raise UserError(
-            f"validation.max_new_tokens {config.validation.max_new_tokens}: with prompts of {sizes.prompt_length} tokens and {heads} heads "
+            f"validation.max_new_tokens {config.validation.max_new_tokens}: with prompts of {longest} tokens and {heads} heads "
             f"that is over the context of {config.base_model.name}, {context_length(base)}; lower it"
         )
     shards = 1 if config.parallel.speculator == "replicate" else processes

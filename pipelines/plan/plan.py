@@ -22,12 +22,14 @@ WHOLE = ("framework", "base: layers", "base: embeddings", "kept", "KV cache")  #
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the prepared data decides: tokens of a row and of a prompt; rows and prompts that are read, None where not known."""
+    """What the prepared data decides: tokens of a row and of the longest prompt; rows and prompts that are read, None where not known;
+    tokens of validation's longest prompt, None for as many."""
 
     seq_length: int = 4096
     prompt_length: int = 64
     rows: int | None = None
     prompts: int | None = None
+    held_out_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Plan:
         if self.config.validation.prompts:
             settings = self.config.validation
             rows = -(-settings.prompts // self.ranks.count)
-            moments["validation"] = self.decoding(rows, settings.max_new_tokens + self.config.speculator.n_predict)
+            length = self.sizes.held_out_length or self.sizes.prompt_length
+            moments["validation"] = self.decoding(rows, length, settings.max_new_tokens + self.config.speculator.n_predict)
         held = max(self.states(phase) for phase in self.phases)
         moments["optimiser"]["hidden states"] = held
         for name, parts in moments.items():
@@ -160,9 +163,9 @@ class Plan:
         """Parts of writing continuations in the trainer's own process."""
         settings = self.config.generation
         if settings.engine == "vllm":  # in processes of its own; on a GPU it takes what is free, and no less than this
-            base, cache = self.run.base_model, self.decoding(1, settings.max_new_tokens)["KV cache"]
+            base, cache = self.run.base_model, self.decoding(1, self.sizes.prompt_length, settings.max_new_tokens)["KV cache"]
             return {"vLLM": GPU_OVERHEAD + base.layer_bytes + base.other_bytes + cache if self.device.heap == 1 else 0}
-        return self.decoding(self.decoded_rows(), settings.max_new_tokens)
+        return self.decoding(self.decoded_rows(), self.sizes.prompt_length, settings.max_new_tokens)
 
     def decoded_rows(self):
         """Prompts that one process decodes together; processes that split a model by layers share a batch."""
@@ -170,8 +173,8 @@ class Plan:
         rows = min(size, self.sizes.prompts or size)
         return rows if self.config.parallel.base_model == "tensor" else -(-rows // self.base_shards)
 
-    def decoding(self, rows, new_tokens):
-        prefill, step, cache = self.run.decode(sampling_of(self.config.generation), rows, self.sizes.prompt_length, new_tokens)
+    def decoding(self, rows, prompt_length, new_tokens):
+        prefill, step, cache = self.run.decode(sampling_of(self.config.generation), rows, prompt_length, new_tokens)
         groups = self.base_shards if self.config.parallel.base_model == "tensor" else 1
         return {"KV cache": cache // groups, "activations": max(prefill.peak, step.peak)}
 

@@ -23,7 +23,7 @@ ANSWER, MARK, OTHER = "green", "bold cyan", "dim"  # what is trained on; special
 def summary_of(data_dir):
     """What a folder holds, in three lines or four."""
     manifest = read_manifest(data_dir)
-    source, rows, prompts = manifest["source"], manifest["tables"]["rows-train"], manifest["tables"]["prompts-train"]
+    source, rows, prompts = manifest["source"], *(table_of(manifest, data_dir, name) for name in ("rows-train", "prompts-train"))
     skipped = ", ".join(f"{count} {why}" for why, count in sorted(source["skipped"].items())) or "nothing"
     skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source else ""
     kind = "conversations" if has_answers(manifest) else "texts"
@@ -118,5 +118,5 @@ def shown_row(data_dir, manifest, table, number, backend):
             texts.append(Text.assemble((f"[document {segment}] ", "bold")))
             stream = DecodeStream(skip_special_tokens=False)
         style = ANSWER if answer else MARK if token in special else OTHER
-        texts[-1].append(stream.step(backend, token) or "", style)
+        texts[-1].append((stream.step(backend, token) or "").replace("\x1b", "␛"), style)  # a terminal would obey it
     return texts

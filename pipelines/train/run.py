@@ -53,10 +53,11 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None, ba
             check_out_dir(out_dir, config, resume, processes.count, inputs)
         processes.wait_for_all()  # before anyone writes there
 
-        rows, prompts = read_data(config)
+        rows, prompts, held_out = read_data(config)
+        sizes = sizes_of(rows, prompts, held_out)
         if processes.main:
             print("\n".join([*summary_of(config.data.dir), f"phase 1 trains on: {rows.train_on}"]))
-        check_sizes(config, sizes_of(rows, prompts), processes.count)
+        check_sizes(config, sizes, processes.count)
         fresh = not checkpoints(out_dir / "checkpoints")
         if fresh:
             check_init(config)
@@ -65,8 +66,8 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None, ba
         with closing(open_supply(config, store, out_dir, processes)) as supply:  # before anything large is loaded: it may not be to be had
             base_model = base_model or load_base_model(config, processes)
             speculator = build_speculator(config, base_model, processes, fresh)
-            claim(out_dir, config, processes, inputs, base_model, speculator, sizes_of(rows, prompts))
-            trainer = make_trainer(config, out_dir, processes, base_model, speculator, supply, rows, prompts)
+            claim(out_dir, config, processes, inputs, base_model, speculator, sizes)
+            trainer = make_trainer(config, out_dir, processes, base_model, speculator, supply, rows, prompts, held_out)
             go_through(trainer, before, profiled)
     return trainer
 
@@ -104,14 +105,15 @@ def inputs_of(config):
 
 
 def read_data(config):
-    """(phase 1's `RowReader`, phase 2's `Prompts`) of a config."""
+    """(phase 1's `RowReader`, phase 2's `Prompts`, list of validation's prompts, int64 [n] each) of a config."""
     data = config.data
     rows = RowReader(data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=data.rows, train_on=data.train_on)
-    return rows, read_prompts(config.data.dir, limit=config.data.prompts)
+    held_out = read_prompts(data.dir, "held_out").tokens[-config.validation.prompts :] if config.validation.prompts else []
+    return rows, read_prompts(data.dir, limit=data.prompts), held_out
 
 
-def sizes_of(rows, prompts):
-    return Sizes(rows.seq_length, prompts.longest, len(rows), len(prompts))
+def sizes_of(rows, prompts, held_out):
+    return Sizes(rows.seq_length, prompts.longest, len(rows), len(prompts), max(map(len, held_out), default=None))
 
 
 def claim(out_dir, config, processes, inputs, base_model, speculator, sizes):
@@ -125,11 +127,10 @@ def claim(out_dir, config, processes, inputs, base_model, speculator, sizes):
     processes.wait_for_all()
 
 
-def make_trainer(config, out_dir, processes, base_model, speculator, supply, rows, prompts):
+def make_trainer(config, out_dir, processes, base_model, speculator, supply, rows, prompts, held_out):
     """The `Trainer` of these parts, at its first step."""
     validation = None
-    if config.validation.prompts:
-        held_out = read_prompts(config.data.dir, "held_out").tokens[-config.validation.prompts :]
+    if held_out:
         own = own_prompts(held_out, base_model, processes)
         validation = partial(Validation, base_model, own, config.validation.max_new_tokens, config.speculator.n_predict)
     asked = config.phase1.loss.only_accepted or config.phase2.loss.only_accepted
@@ -140,7 +141,7 @@ def make_trainer(config, out_dir, processes, base_model, speculator, supply, row
     states = {phase: HiddenStates(base_model, best_tokens, kept[phase], *table) for phase, table in tables.items()}
     sources = {"phase1": rows, "phase2": Continuations(supply.store, config.phase2.batch_size)}
     batches = {phase: DistributedBatches(source, processes.rank, processes.count) for phase, source in sources.items()}
-    device_metrics = DeviceMetrics(config, sizes_of(rows, prompts), processes, base_model.device)
+    device_metrics = DeviceMetrics(config, sizes_of(rows, prompts, held_out), processes, base_model.device)
     return Trainer(config, base_model, speculator, batches, supply, states, out_dir, device_metrics, validation, processes)
 
 
