@@ -228,7 +228,7 @@ class Eagle3Speculator(Speculator):
                 raise UserError(f"speculator tensor d2t: the file says {shape}, the config {list(draft_ids.shape)}; export it again")
             draft_ids += d2t
             draft_vocabulary.check_ids(draft_ids, self.vocab_size, "d2t")
-        if t2d is not None and not torch.equal(t2d.nonzero()[:, 0], draft_ids):
+        if t2d is not None and not torch.equal(t2d.flatten().nonzero()[:, 0], draft_ids):
             raise UserError("speculator tensor t2d: it names other tokens than d2t; export it again")
         super().load_published_state(tensors | {"draft_ids": draft_ids})
 
