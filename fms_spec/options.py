@@ -60,5 +60,5 @@ class DecodingOptions:
         if longest + self.max_new_tokens + lookahead > base_model.context_length:
             raise UserError(
                 f"a prompt of {longest} tokens, {self.max_new_tokens} new ones and candidates {lookahead} deep are over the context of "
-                f"{base_model.name}, {base_model.context_length}; shorten the prompt, or lower the number of new tokens or the lookahead"
+                f"{base_model.name}, {base_model.context_length}; shorten the prompt, or lower how many tokens are new, lookahead or lookup"
             )

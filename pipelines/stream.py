@@ -8,6 +8,7 @@ from data.tokenizer import encode_prompt, refuse_unknown, served_tokenizer
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import Decoding
+from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.lookup import PromptLookup
@@ -40,14 +41,13 @@ def stream(parsed):
 
 def load(parsed):
     """(base model, proposer or None)."""
-    settings = {"dtype": parsed.dtype, "backend": parsed.backend}
+    settings, shape = {"dtype": parsed.dtype, "backend": parsed.backend}, draft_shape(parsed)
     if parsed.speculator not in (None, "prompt_lookup"):
-        base_model, _, proposer = load_for_decoding(parsed.base_model, parsed.speculator, draft_shape(parsed), **settings)
+        base_model, _, proposer = load_for_decoding(parsed.base_model, parsed.speculator, shape, **settings)
         return base_model, proposer
-    if parsed.top_k_per_head is not None or parsed.nodes is not None or (parsed.lookahead and not parsed.speculator):
-        raise UserError(
-            "lookahead, top_k_per_head and nodes shape a speculator's candidates; give --speculator (prompt_lookup takes a lookahead)"
-        )
+    if shape != DraftShape(parsed.lookahead if parsed.speculator else None):
+        flags = "lookahead, top_k_per_head, nodes, min_probability and lookup"
+        raise UserError(f"{flags} shape a speculator's candidates; give --speculator (prompt_lookup takes a lookahead)")
     base_model = BaseModel(parsed.base_model, **settings)
     base_model.pack()
     return base_model, PromptLookup(4 if parsed.lookahead is None else parsed.lookahead) if parsed.speculator else None

@@ -16,7 +16,7 @@ class Decode:
 
     Args:
         base_model: directory or hub name.
-        speculator: directory written by scripts.export, or a published MLP speculator.
+        speculator: directory written by scripts.export, or a published MLP, EAGLE-3 or Medusa speculator.
         prompts: a folder from scripts.prepare_data with held-out documents, or a .jsonl file.
         spec_bench: another .jsonl file, compared with `transformers` prompt lookup category by category.
         limit: use only the first so many of `prompts`, of each category.
@@ -76,7 +76,7 @@ class Serving:
 
     Args:
         base_model: directory or hub name.
-        speculator: directory written by scripts.export, or a published MLP speculator.
+        speculator: directory written by scripts.export, or a published MLP, EAGLE-3 or Medusa speculator.
         prompts: a folder from scripts.prepare_data with held-out documents, or a .jsonl file.
         limit: use only the first so many of `prompts`, of each category.
         max_new_tokens: decode at most so many tokens after each prompt.

@@ -14,7 +14,7 @@ class Arguments:
     Args:
         base_model: directory or hub name.
         prompt: text to be continued.
-        speculator: directory written by scripts.export, or a published MLP speculator, or prompt_lookup; plain decoding by default.
+        speculator: directory written by scripts.export, a published MLP, EAGLE-3 or Medusa speculator, or prompt_lookup; none by default.
         chat: take the prompt as a user's turn and apply the base model's chat template.
         max_new_tokens: at most so many tokens.
         min_new_tokens: no end of text, and no stop string, before so many.

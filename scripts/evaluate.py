@@ -17,7 +17,7 @@ class Arguments:
 
     Args:
         base_model: directory or hub name of the base model the speculator was trained for.
-        speculator: directory written by scripts.export, or a published MLP speculator.
+        speculator: directory written by scripts.export, or a published MLP, EAGLE-3 or Medusa speculator.
         prompts: a folder from scripts.prepare_data with held-out documents, or a .jsonl file with a "prompt" text, or chat "turns", a line.
         out: also write the report here, as JSON, and a plot beside it, as PNG.
         limit: use only the first so many prompts of each category.

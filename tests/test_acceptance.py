@@ -43,8 +43,8 @@ def test_acceptance_is_counted_as_vllm_counts_it():
 )  # fmt: skip
 def test_the_evaluator_without_decoding_gives_what_decoding_accepts(small_model, seed, shape, length, new_tokens, family):
     proposer = shape.proposer(heads(small_model, seed, family))
-    prompts = torch.randint(1, 12, (4, length), generator=torch.Generator().manual_seed(seed))
-    decoded, _ = decode(small_model, list(prompts), DecodingOptions(max_new_tokens=new_tokens), proposer)
+    prompts = list(torch.randint(1, 12, (4, length), generator=torch.Generator().manual_seed(seed)))
+    decoded, _ = decode(small_model, prompts, DecodingOptions(max_new_tokens=new_tokens), proposer)
     expected = [list(result.accepted) for result in decoded]
     validation = Validation(small_model, list(prompts), new_tokens, 3)
     assert validation.accepted(proposer) == expected

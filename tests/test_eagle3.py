@@ -94,9 +94,10 @@ class Reference:
             g, seen = torch.cat([g, (normed if self.normed_output else x)[None]]), torch.cat([seen, token[None]])
 
 
-def windows_of(rows):
+def windows_of(rows, first=0):
+    """Of all positions from number `first` of each row on."""
     tokens, segments, states = rows
-    positions = choose_positions(usable_positions(segments, torch.zeros(len(tokens), dtype=torch.int64), STEPS))
+    positions = choose_positions(usable_positions(segments, torch.full((len(tokens),), first), STEPS))
     return make_windows(states, tokens, positions, STEPS, segments)
 
 
@@ -142,6 +143,13 @@ def test_a_later_step_without_positions_trains_nothing_and_costs_nothing(model, 
     windows = replace(windows, counts=[*windows.counts[:2], 0])
     found = head_losses(speculator, windows, model, WEIGHTS, torch.tensor(windows.counts, dtype=torch.float32))[1]
     assert found[2] == 0 and found[:2].all()
+
+
+def test_a_micro_batch_without_positions_gives_every_weight_a_gradient_of_zero_which_processes_add_up(model, rows):
+    speculator, windows = heads_of(model, "published"), windows_of(rows, first=20)
+    assert windows.counts == [0] * STEPS
+    head_losses(speculator, windows, model, WEIGHTS, torch.ones(STEPS))[0].backward()
+    assert all(value.grad is not None and not value.grad.any() for value in speculator.parameters())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -105,6 +105,13 @@ WRONG = {
     "heads that don't divide": ({"num_key_value_heads": 3}, None, "num_key_value_heads is 3: Input is no divisor of .*, 4"),
     "a width of its own": ({"target_hidden_size": 64}, None, "target_hidden_size is 64: Input is another width than hidden_size, 32"),
     "positions that hang on the length": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, None, "rope_scaling is .*llama3"),
+    "positions that lack a number": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None, "can't be built .*low_freq_factor"),
+    "positions that turn by a word": ({"rope_theta": "fast"}, None, "its layer can't be built"),
+    "a norm of a word": ({"rms_norm_eps": "small"}, None, "its layer can't be built .*rms_norm_eps"),
+    "heads of an odd width": ({"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": None}, None, "heads of 1 coord.* pairs"),
+    "a sliding window": ({"layer_types": ["sliding_attention"], "sliding_window": 4}, None, "layer_types.0 is 'sliding_attention'"),
+    "positions of half a head": ({"partial_rotary_factor": 0.5}, None, "partial_rotary_factor is 0.5"),
+    "scaled logits": ({"logit_scale": 0.5}, None, "logit_scale is 0.5"),
     "quantised": ({"quantization_config": {"bits": 4}}, None, "quantization_config is"),
     "no fc": ({}, lambda all: all.pop("fc.weight"), r"tensor fc.weight: the file says missing, the config \[32, 64\]"),
     "no d2t": ({}, lambda all: all.pop("d2t"), r"tensor d2t: the file says missing, the config \[12\]"),
@@ -112,6 +119,7 @@ WRONG = {
     "d2t of ids": ({}, lambda all: all["d2t"].mul_(-1), "tensor d2t: no ascending tokens"),
     "d2t of fractions": ({}, lambda all: all.update(d2t=all["d2t"].float()), "tensor d2t is torch.float32"),
     "t2d of others": ({}, lambda all: all["t2d"].logical_not_(), "tensor t2d: it names other tokens than d2t"),
+    "t2d of one value": ({}, lambda all: all.update(t2d=torch.tensor(True)), "tensor t2d: it names other tokens than d2t"),
     "another lm_head": ({}, lambda all: all.update({"lm_head.weight": torch.zeros(11, 32)}), r"lm_head.weight: the file says \[11, 32\]"),
     "a tensor too many": ({}, lambda all: all.update(more=torch.zeros(1)), r"tensor more: the file says \[1\], the config not expected"),
 }  # fmt: skip
@@ -157,6 +165,13 @@ def test_heads_start_from_the_base_models_lm_head_and_if_asked_from_its_last_lay
     assert not torch.equal(other["layers.0.mlp.down_proj.weight"], own["layers.0.mlp.down_proj.weight"])
 
 
+def test_heads_start_from_the_whole_layer_where_a_process_holds_some_of_its_heads(model, monkeypatch):
+    whole = built(model, init="last_layer").layer.self_attn.o_proj.weight
+    monkeypatch.setattr(model, "query_heads", model.query_heads // 2)
+    monkeypatch.setattr(model, "kv_groups", model.kv_groups // 2)
+    assert torch.equal(built(model, init="last_layer").layer.self_attn.o_proj.weight, whole)
+
+
 def test_heads_that_start_as_induction_heads_copy_before_they_are_trained(tmp_path):
     sizes = dict(vocab_size=96, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     model = BaseModel(str(write_model(tmp_path / "base", **sizes)), dtype="float32", device="cpu")
@@ -192,3 +207,10 @@ def test_heads_that_start_as_induction_heads_copy_before_they_are_trained(tmp_pa
 def test_settings_that_do_not_fit_the_base_model_are_refused_in_one_line(model, settings, message):
     with pytest.raises(UserError, match=message):
         built(model, **settings)
+
+
+def test_heads_too_narrow_to_copy_are_refused_in_one_line(tmp_path):
+    sizes = dict(vocab_size=WORDS, num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True)
+    model = BaseModel(str(write_model(tmp_path / "base", **sizes)), dtype="float32", device="cpu")
+    with pytest.raises(UserError, match="no rotary pair of heads of 4 coordinates turns slowly enough"):
+        built(model, init="induction")

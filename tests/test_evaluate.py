@@ -182,3 +182,27 @@ def test_against_a_vllm_that_cannot_serve_is_one_line_before_anything_is_read(mo
     with pytest.raises(UserError, match=f"--against=vllm needs vLLM: .*{found[1]}") as caught:
         evaluate(Arguments(base_model="nowhere", speculator="nowhere", prompts="nowhere", against="vllm"))
     assert "\n" not in str(caught.value)
+
+
+def test_an_evaluation_that_looks_up_first_sets_the_heads_own_chain_beside_vllm(place, tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "w1 w2 w3 w1 w2 w3"}))
+    asked, known = [], []
+
+    def serve(base_model, speculator, lines, new_tokens, tokens, dtype):
+        asked.append(tokens)
+        return [[1] * new_tokens for _ in lines], {"acceptance_length": 1.0, "acceptance_per_position": [0.0] * tokens}
+
+    def suggest(base_model, speculator, texts):
+        known.extend(len(tokens) - prompt_length - new_tokens for _, tokens, prompt_length, new_tokens in texts)
+        return []
+
+    for name, stand_in in (("need_vllm", lambda _: None), ("installed_vllm", lambda: ("0.32.0", None)), ("serve", serve)):
+        monkeypatch.setattr(f"pipelines.measure.evaluate.{name}", stand_in)
+    monkeypatch.setattr("pipelines.measure.evaluate.suggest", suggest)
+    words = dict(base_model=str(place / "base_model"), speculator=str(place / "speculator"), prompts=str(tmp_path / "prompts.jsonl"))
+    shape = dict(lookup=10, min_probability=0.1, lookahead=2)
+    evaluate(Arguments(**words, **shape, max_new_tokens=8, dtype="float32", against="vllm", out=str(tmp_path / "report.json")))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert asked == [report["against"]["num_speculative_tokens"]] == [2] and len(report["against"]["chain_acceptance_per_position"]) == 2
+    assert (report["lookahead"], report["lookup"], report["min_probability"]) == (10, 10, 0.1)
+    assert known == [10]  # tokens behind each text, as many as the deepest candidates that are compared

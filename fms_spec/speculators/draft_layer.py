@@ -65,13 +65,16 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, places: torch.Tensor, rotary: Rotary, drafted: torch.Tensor | None, seen: Seen) -> torch.Tensor:
         """x [m, inputs] at places int64 [m], drafted [m, i, w] of each one's own tokens, itself the last: [m, d]."""
         query = rotary.turned(self.q_proj(x).unflatten(-1, (self.heads, -1)), places)
-        parts = [query[:0].flatten(1)]  # a later head may have no position
+        parts = []
         for rows in seen.blocks(len(query)):
             inputs = query[rows], None if drafted is None else drafted[rows], seen, rows
             if torch.is_grad_enabled():  # a block's mask, and its copy of what is kept, are made again rather than held
                 parts.append(checkpoint(self.attended, *inputs, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self.attended(*inputs))
+        if not parts:  # of a head without a position: zeros as gradients, for processes add up those of the same weights
+            assert seen.kept is not None
+            parts = [query.flatten(1), seen.kept.flatten()[:0].view(0, self.heads * self.head_dim).to(query.dtype)]
         return self.o_proj(torch.cat(parts))
 
     def attended(self, query: torch.Tensor, drafted: torch.Tensor | None, seen: Seen, rows: slice) -> torch.Tensor:

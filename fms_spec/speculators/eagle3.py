@@ -29,6 +29,7 @@ from fms_spec.speculators import draft_vocabulary, eagle3_layout, eagle3_start
 from fms_spec.speculators.draft_layer import DraftLayer, Norm, Rotary
 from fms_spec.speculators.eagle3_layout import IDS, Eagle3Sizes
 from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Speculator, State
+from fms_spec.transformers_backend import first_line
 
 LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "num_hidden_layers": 1}
 
@@ -114,7 +115,7 @@ class Eagle3Speculator(Speculator):
             scale = corpus.states[:, -d:].square().mean(-1).sqrt().median().item() if fc_norm else 1.0
             eagle3_start.copy_last_layer(speculator, base_model, scale)
             if copying:
-                eagle3_start.add_induction_heads(speculator, base_model.query_heads, scale)
+                eagle3_start.add_induction_heads(speculator, attention_heads(base_model.config)[0], scale)
         return speculator
 
     def attach(self, base_model: BaseWeights) -> None:
@@ -192,9 +193,8 @@ class Eagle3Speculator(Speculator):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        sizes, layer = cls.sizes.model_validate(config), LlamaConfig.from_dict(config)
-        layer.num_key_value_heads = sizes.kv_heads or sizes.attention_heads
-        layer.head_dim = sizes.head_dim or sizes.emb_dim // sizes.attention_heads
+        sizes = cls.sizes.model_validate(config)
+        layer = layer_of(config, sizes)
         draft_ids = torch.zeros(sizes.draft_vocab_size or sizes.vocab_size, dtype=torch.int64)
         variant = sizes.model_dump(include={"n_predict", "base_layers", "fc_norm", "norm_output", "norm_before_residual"})
         return cls(layer, draft_ids, **variant)
@@ -228,9 +228,23 @@ class Eagle3Speculator(Speculator):
                 raise UserError(f"speculator tensor d2t: the file says {shape}, the config {list(draft_ids.shape)}; export it again")
             draft_ids += d2t
             draft_vocabulary.check_ids(draft_ids, self.vocab_size, "d2t")
-        if t2d is not None and not torch.equal(t2d.nonzero()[:, 0], draft_ids):
+        if t2d is not None and not torch.equal(t2d.flatten().nonzero()[:, 0], draft_ids):
             raise UserError("speculator tensor t2d: it names other tokens than d2t; export it again")
         super().load_published_state(tensors | {"draft_ids": draft_ids})
+
+
+def layer_of(config: dict[str, Any], sizes: Eagle3Sizes) -> LlamaConfig:
+    """The layer's config in a config.json's values; raises UserError where `transformers` can't build one, or no rotary positions."""
+    try:
+        layer = LlamaConfig.from_dict(config)
+        layer.num_key_value_heads = sizes.kv_heads or sizes.attention_heads
+        layer.head_dim = sizes.head_dim or sizes.emb_dim // sizes.attention_heads
+        if layer.head_dim % 2:
+            raise ValueError(f"heads of {layer.head_dim} coordinates, and rotary positions turn pairs")
+        Rotary(layer, torch.device("meta"))
+    except Exception as error:  # of many kinds: each value is checked by what reads it
+        raise UserError(f"config.json of a speculator: its layer can't be built ({first_line(error)}); take an undamaged copy") from None
+    return layer
 
 
 def layer_config(settings: Eagle3Settings, base_model: Any) -> LlamaConfig:
@@ -240,7 +254,7 @@ def layer_config(settings: Eagle3Settings, base_model: Any) -> LlamaConfig:
     if not isinstance(inner_dim, int):
         raise UserError("speculator.inner_dim: the base model's config has no intermediate_size to take; give it")
     if copying:
-        if settings.attention_heads or settings.kv_heads or not base.tie_word_embeddings:
+        if settings.attention_heads or settings.kv_heads or not getattr(base, "tie_word_embeddings", False):
             what = "a base model with a tied embedding, and as many heads as they make, all with keys of their own"
             raise UserError(f"speculator.init: induction heads take {what}; leave attention_heads and kv_heads out, or take last_layer")
         copied = eagle3_start.heads_that_copy(base_model.width, settings.head_dim or head_width(base), heads)

@@ -17,6 +17,7 @@ ROPES = ("default", "linear", "llama3", "yarn")  # kinds of rotary positions tha
 IDS = "eagle_aux_hidden_state_layer_ids"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 TOLD = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", IDS)
+One = Annotated[float, Field(ge=1, le=1)]
 LayersLeft = Annotated[tuple[Annotated[int, Field(ge=-1, le=2**16)], ...], as_tuple, AfterValidator(ascending)]
 
 
@@ -43,6 +44,10 @@ class Eagle3Sizes(Sizes):
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
+    layer_types: list[Literal["full_attention"]] | None = None
+    is_causal: Literal[True] = True
+    logit_scale: One = 1.0
+    partial_rotary_factor: One = 1.0
     quantization_config: None = None
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None  # its name in older ones

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fms_spec.errors import UserError
+from fms_spec.model_config import attention_heads
 from fms_spec.weights import Entry, read_entries, read_tensors
 
 HEADS = 6  # that copy, at least: each carries a slice of the embedding as wide as itself
@@ -40,14 +41,14 @@ def copy_last_layer(speculator: Any, base_model: Any, scale: float) -> None:
     prefix, entries, d = f"model.layers.{base_model.layers - 1}.", read_entries(base_model.path), speculator.emb_dim
     layer = dict(speculator.layer.named_parameters())
     layer["input_layernorm.weight"] = layer.pop("hidden_norm.weight")  # the embedding's own norm starts as every other
-    rows = base_model.query_heads * speculator.config.head_dim
-    alone = speculator.config.num_key_value_heads > base_model.kv_groups
+    query_heads, groups = attention_heads(base_model.config)  # all of them, where each process holds a few
+    rows, alone = query_heads * speculator.config.head_dim, speculator.config.num_key_value_heads > groups
     for name, weight in layer.items():
         shared = 1
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             weight.normal_(std=SMALL)
             weight = weight[:, d:]
-            shared = base_model.query_heads // base_model.kv_groups if alone and "q_proj" not in name else 1
+            shared = query_heads // groups if alone and "q_proj" not in name else 1
             weight = weight[:rows] if alone else weight
         weight = weight[:, :rows] if name.endswith("o_proj.weight") else weight
         theirs = read(entries, prefix + name, [len(weight) // shared, *weight.shape[1:]], base_model)
@@ -77,6 +78,8 @@ def add_induction_heads(speculator: Any, heads: int, scale: float) -> None:
     a, width, count = config.head_dim, min(CODE, d // 4), config.num_attention_heads - heads
     pairs = torch.arange(a // 2)
     slow = pairs[config.rope_parameters["rope_theta"] ** (-2 * pairs / a) < SLOW]
+    if not len(slow):
+        raise UserError(f"speculator.init: no rotary pair of heads of {a} coordinates turns slowly enough to copy; take last_layer")
     slow = torch.cat([slow, slow + a // 2])
     basis, rotation = torch.linalg.qr(torch.randn(d, width))[0], torch.linalg.qr(torch.randn(d, d))[0]
     words = torch.randn(width, d) / d**0.5

@@ -16,7 +16,7 @@ from pipelines.machine.environment import environment
 from pipelines.measure.figures import losslessness, summary
 from pipelines.measure.samples import decode_in_turn, free_memory, parting, settle, side_by_side, usual_methods
 from pipelines.measure.serving import serve
-from pipelines.measure.suggestion import chain_acceptance, greedy_texts, suggest
+from pipelines.measure.suggestion import LOOKUPS, chain_acceptance, greedy_texts, suggest
 from pipelines.show.console import print_evaluation
 from pipelines.show.plots import plot_evaluation
 
@@ -47,10 +47,12 @@ def measure(load, prompts, parsed):
     base_model, speculator, proposer = load(dtype=parsed.dtype)
     samples = decode_in_turn(base_model, prompts, usual_methods(proposer), parsed.max_new_tokens)
     earned = partial(chain_acceptance, speculator)
-    texts = partial(greedy_texts, base_model, samples, speculator.n_predict)
-    values = summary(samples, proposer) | earned(texts()) | {"suggestion": suggest(base_model, speculator, texts())}
+    texts = partial(greedy_texts, base_model, samples, max(speculator.n_predict, *LOOKUPS))
+    values = summary(samples, proposer) | {"min_probability": parsed.min_probability, "lookup": parsed.lookup}
+    values |= earned(texts()) | {"suggestion": suggest(base_model, speculator, texts())}
     if parsed.against:
-        values["against"] = earned(texts(), proposer.lookahead)
+        *_, tokens = draft_shape(parsed).check(speculator.n_predict)  # of the heads: nothing is looked up there
+        values["against"] = {"num_speculative_tokens": tokens} | earned(texts(), tokens)
     return samples, values
 
 
@@ -58,9 +60,9 @@ def serve_with_vllm(samples, values, parsed):
     """Put the prompts of the plain texts through vLLM and its acceptance into `values`; returns (prompt, plain text, vLLM's) of each."""
     free_memory()
     plain = [sample for sample in samples if sample.kind == "plain"]
-    lines, tokens = [sample.prompt_tokens for sample in plain], values["lookahead"]
+    lines, tokens = [sample.prompt_tokens for sample in plain], values["against"]["num_speculative_tokens"]
     texts, acceptance = serve(parsed.base_model, parsed.speculator, lines, parsed.max_new_tokens, tokens, parsed.dtype)
-    engine = {"engine": parsed.against, "version": installed_vllm()[0], "num_speculative_tokens": tokens}
+    engine = {"engine": parsed.against, "version": installed_vllm()[0]}
     values["against"] = engine | acceptance | values["against"]
     return [(sample.prompt_tokens, sample.text, text) for sample, text in zip(plain, texts)]
 

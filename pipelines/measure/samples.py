@@ -92,7 +92,7 @@ def first_within(room, prompts, base_model):
         shortest, context = min(map(len, turns)), base_model.context_length
         raise UserError(
             f"every prompt, the shortest of {shortest} tokens, is over the context of {base_model.name}, {context}, {room} without the new "
-            "tokens and candidates; give shorter prompts, or lower the number of new tokens or the lookahead"
+            "tokens and candidates; give shorter prompts, or lower the number of new tokens, lookahead or lookup"
         )
     return turn
 

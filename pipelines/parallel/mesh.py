@@ -85,8 +85,6 @@ def distribute_speculator(speculator, config, processes):
     fully_shard(speculator, mesh=mesh, reshard_after_forward=False)
     speculator.set_gradient_divide_factor(1.0)
     speculator.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
-    # Rows without an answer have no position, and what only keeps the text for positions gets no gradient of them.
-    speculator.set_reduce_scatter_unused_params(True)
     register_fsdp_forward_method(speculator, "losses")
 
 
