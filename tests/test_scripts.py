@@ -114,7 +114,7 @@ def test_the_settings_in_docs_are_taken(tmp_path):
         for block in blocks(document, "yaml"):
             config = parse(first, "README.md")
             for section, settings in parse(block, document).items():
-                config[section] = config.get(section, {}) | settings
+                config[section] = settings if "family" in settings else config.get(section, {}) | settings
             (tmp_path / "run.yaml").write_text(json.dumps(config))
             load_config(tmp_path / "run.yaml", [])
 
