@@ -53,7 +53,7 @@ def tokenizer(model_dir):
 def test_speculative_greedy_decoding_equals_plain_decoding_token_for_token(tiny_models, tokenizer):
     wins, losses, far, ends = Counter(), Counter(), Counter(), Counter()
 
-    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=600, deadline=None, derandomize=True, database=None)
     @given(
         shape=st.integers(0, len(SHAPES) - 1), backend=st.sampled_from(["fms", "transformers"]), seed=SEEDS, options=limits(),
         kind=st.sampled_from(KINDS), family=st.sampled_from(EVERY), extra=st.integers(0, 12),

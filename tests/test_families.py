@@ -107,7 +107,7 @@ def test_a_family_of_one_file_plans_trains_validates_exports_reloads_evaluates_a
 
 
 def test_the_settings_of_one_family_are_no_other_ones(linear, config_file):
-    with pytest.raises(UserError, match="unknown key speculator.width, known: family, n_predict, bias"):
+    with pytest.raises(UserError, match="unknown key speculator.width, known: family, n_predict, init_from, bias"):
         config_file("linear", **{"speculator.width": 8})
     with pytest.raises(UserError, match="unknown key speculator.bias, known: family, n_predict, "):
         config_file("mlp", **{"speculator.bias": True})
