@@ -12,6 +12,7 @@ import pytest
 NEEDED = {
     "config/speculative.py": {
         "SpeculativeConfig": "method model num_speculative_tokens revision draft_model_config target_model_config target_parallel_config"
+        " parallel_drafting use_local_argmax_reduction draft_sample_method"
     },
     "engine/arg_utils.py": {"EngineArgs": "speculative_config create_speculative_config"},
     "forward_context.py": {"ForwardContext": "attn_metadata", "get_forward_context": ""},
@@ -22,8 +23,7 @@ NEEDED = {
     "transformers_utils/repo_utils.py": {"get_hf_file_to_dict": "file_name model revision"},
     "v1/attention/backend.py": {
         "AttentionMetadataBuilder.build": "common_prefix_len common_attn_metadata fast_build",
-        "AttentionMetadataBuilder.build_for_drafting": "common_attn_metadata draft_index",
-        "CommonAttentionMetadata": "query_start_loc slot_mapping block_table_tensor max_seq_len",
+        "CommonAttentionMetadata": "slot_mapping block_table_tensor max_seq_len",
     },
     "v1/kv_cache_interface.py": {
         "FullAttentionSpec": "", "AttentionSpec": "num_kv_heads head_size head_size_v dtype", "KVCacheSpec": "block_size"
@@ -43,7 +43,8 @@ SAID = {
     "transformers_utils/configs/eagle.py": ['startswith("Eagle")'],
     "v1/spec_decode/llm_base_proposer.py": [
         "has_own_embed_tokens", "has_own_lm_head", "self.model.lm_head = ", "self.model.model.embed_tokens = ",
-        "draft_index=token_index + 1",
+        "self.model.get_top_tokens(hidden_states)", "self.model.mask_hidden", "draft_token_ids.view(-1, self.num_speculative_tokens)",
+        "model_hf_config.mask_token_id", "last_hidden_states[token_indices_to_sample]",
     ],
 }  # fmt: skip
 

@@ -53,10 +53,10 @@ def test_a_speculator_that_does_not_fit_is_refused_before_anything_is_loaded(tmp
         ):
             configure(served, served / "layers")
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-        with pytest.raises(
-            ValueError, match="pointer copies from the text, which vLLM's V2 runner can't do; unset VLLM_USE_V2_MODEL_RUNNER"
-        ):
+        with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=1: vLLM's V2 runner doesn't draft in one pass, .* unset it"):
             configure(served, served / "pointer")
+    with pytest.raises(ValueError, match="draft_sample_method probabilistic: attached heads draft their best tokens; leave it out"):
+        configure(served, served / "pointer", draft_sample_method="probabilistic")
     write_model(tmp_path / "base_model", seed=1, **SIZES)
     with pytest.raises(ValueError, match="hidden_state was trained for .*base_model .fingerprint"):
         configure(tmp_path, served / "hidden_state")

@@ -33,7 +33,7 @@ from fms_spec.loading import load_for_decoding
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Step, TopKProposer
 from fms_spec.sampling import Sampling
-from fms_spec.vllm.token_store import PassBuilder, TokenStore
+from fms_spec.vllm.token_store import TokenStore
 from pipelines.measure.evaluate import evaluate
 from pipelines.measure.figures import figures
 from pipelines.measure.samples import decode_in_turn
@@ -174,7 +174,7 @@ def test_logprobs_stop_strings_structured_output_and_cached_prefixes_work_as_wit
     assert structured[0] in ("w5w9w7w8", "w3w2") and len(structured[1]) == 24
 
 
-def test_a_draft_sees_its_own_text_also_from_cached_prefixes_and_where_vllm_does_not_say_which_pass_it_runs(served, prompts, monkeypatch):
+def test_a_draft_sees_its_own_text_also_from_cached_prefixes(served, prompts, monkeypatch):
     known = prompts[5]  # as long as a block and a bit more; some of the lines go on otherwise just where the block ends
     lines = [known[:length] for length in range(34, 44)] + [torch.cat([known[:32], prompt]) for prompt in prompts[8:12]]
     params, found, seen = SamplingParams(temperature=0, max_tokens=32), [], set()
@@ -188,15 +188,13 @@ def test_a_draft_sees_its_own_text_also_from_cached_prefixes_and_where_vllm_does
     monkeypatch.setattr(TokenStore, "context", watched)
     # Prompts are read whole: beside the last token of a part vLLM shows a draft the prompt's last token, not the next one.
     with serving(served / "base_model", served / "pointer", num_gpu_blocks_override=64, max_num_batched_tokens=512) as llm:
-        for unsaid in (False, False, True):
-            if unsaid:
-                monkeypatch.setattr(PassBuilder, "build_for_drafting", lambda self, common, draft_index: self.build(0, common))
+        for _ in range(2):
             before = counters(llm)
             texts, after = answers(llm, lines, params), counters(llm)
             counts = [after[name] - (before[name] or 0) for name in ("spec_decode_num_drafts", "spec_decode_num_accepted_tokens")]
             found.append((texts, counts))
-        assert after["prefix_cache_hits"] > before["prefix_cache_hits"] > 0
-    assert found[0] == found[1] == found[2] and counts[1] > 50
+        assert after["prefix_cache_hits"] > (before["prefix_cache_hits"] or 0)  # the second time from the cache
+    assert found[0] == found[1] and counts[1] > 50
     seam = lambda text: (*text[:31], *text[32:])  # noqa: E731 - the last slot of the shared block stands for whichever text came first
     whole = [seam([*line.tolist(), *tokens][1:]) for line, (tokens, _) in zip(lines, texts)]
     assert len(seen) > 100 and all(any(text[: len(part) - 1] == seam(part) for text in whole) for part in seen)

@@ -77,7 +77,7 @@ def serving(base_model, speculator=None, num_speculative_tokens=3, **settings):
     """An `LLM` in this process, with room for eight requests and less cache than eight long ones need."""
     speculative = speculator and speculative_config(speculator, read_speculator_config(speculator), num_speculative_tokens)
     defaults = dict(
-        dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=40, block_size=32,
+        dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8, max_num_batched_tokens=56, block_size=32,
         num_gpu_blocks_override=20, kv_cache_memory_bytes=10**8, disable_log_stats=False, distributed_executor_backend="uni",
     )  # fmt: skip
     from vllm import LLM

@@ -1,13 +1,12 @@
 """The draft model that vLLM runs: attached heads behind its method `eagle`, which hands over the states after the final norm, or `eagle3`,
 which hands over the residual stream that enters chosen layers.
 
-vLLM runs a draft first on all tokens of a step, token x_{t+1} beside state h_t, takes each request's last row of what comes out, and goes
-on from there with a token a request: exactly head 0, then the later ones.
+vLLM shows a draft all tokens of a step in one pass, x_{t+1} beside h_t, and behind each request's newest a row for every further token that
+is to be drafted (`parallel_drafting`). It then asks for those rows' tokens: there the chain is drafted, as our own decoding drafts it.
 
-Shapes: n tokens of a pass, b requests, d width of what is handed over, r draft vocabulary, v vocabulary.
+Shapes: n rows of a pass, b requests, k tokens drafted for each, d width of what is handed over.
 """
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +16,12 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.platforms import current_platform
 
+from fms_spec.proposers import Step, TopKProposer
 from fms_spec.read_out import with_bias
 from fms_spec.speculators.directory import read_speculator, read_speculator_config
-from fms_spec.speculators.interface import State
 from fms_spec.transformers_backend import output_of
 from fms_spec.vllm.cpu import mend_sampling
-from fms_spec.vllm.running import RunningStates
-from fms_spec.vllm.token_store import Pass, TokenStore
+from fms_spec.vllm.token_store import TokenStore
 
 
 class AttachedHeads(nn.Module):
@@ -42,9 +40,9 @@ class AttachedHeads(nn.Module):
         self.model.embed_tokens.register_parameter("weight", None)
         self.device = torch.empty(0).device  # vLLM makes models under the one they are to be on
         self.store = TokenStore(vllm_config, f"model.layers.{self.target.get_total_num_hidden_layers()}.tokens")
-        self.running = RunningStates(vllm_config.scheduler_config.max_num_batched_tokens, self.device)
+        self.register_buffer("mask_hidden", torch.zeros(settings.draft_model_config.get_hidden_size()), persistent=False)
+        self.drafted = settings.num_speculative_tokens
         self.attached = False
-        self.batch: Pass | None = None
 
     def load_weights(self, weights: Any) -> set[str]:
         speculator = read_speculator(self.directory, read_speculator_config(self.directory))
@@ -59,6 +57,7 @@ class AttachedHeads(nn.Module):
         embedding = whole(self.model.embed_tokens, getattr(self.model.embed_tokens, "weight", None), size)
         self.speculator.attach(SimpleNamespace(embedding_weight=embedding, output_weight=with_bias(weight, bias)))
         self.speculator.pack()
+        self.proposer = TopKProposer(self.speculator, [1] * self.drafted)
         self.attached = True
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -67,61 +66,32 @@ class AttachedHeads(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Names of rows of `running`, [n, d], for `compute_logits` and for the next pass.
+        """The rows' own numbers, int64 [n], twice: vLLM picks those that are drafted behind, for `get_top_tokens`.
 
         Args:
-            input_ids: int [n], x_{t+1}. positions: int64 [n], t. hidden_states: [n, d], h_t, or what the pass before gave.
+            input_ids: int [n], x_{t+1}, anything where a draft is to stand. positions: int64 [n], t. hidden_states: [n, d], h_t.
         """
         if not self.attached:
             self.attach()
-        tokens, self.batch = input_ids.long(), self.store.current()
-        before = None
-        if self.speculator.context_width:
-            before = torch.full_like(tokens, -1)
-            if self.batch:
-                self.store.write(self.batch, tokens)
-                before = self.store.before(self.batch, positions)
-        heads, state = self.advance(tokens, before, hidden_states)
-        self.running.keep(state, positions, heads)
-        names = self.running.named(hidden_states)
-        return names, names
+        batch = self.store.current()
+        if batch and self.speculator.context_width:
+            self.store.write(batch, input_ids.long())
+        self.batch, self.rows = batch, (hidden_states, input_ids, positions)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return rows, rows
 
-    def advance(self, tokens: torch.Tensor, before: torch.Tensor | None, hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """(number of each token's head, int64 [n]; the running state after it)."""
-        rows, later = self.running.numbers(hidden)
-
-        def after(head: int) -> State:
-            start = (hidden,) if before is None else (hidden, before)
-            return self.speculator.advance(self.running.state(rows) if head else self.speculator.start(*start), tokens, head)
-
-        if (head := known_head(self.batch)) is not None:
-            return torch.full_like(tokens, head), after(head)
-        heads = torch.where(later, self.running.heads[rows] + 1, 0)
-        return heads, self.by_head(heads, after)
+    def get_top_tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """Drafts of every request, in order, int64 [b k]: rows int64 [b k] of the last pass, those of each request's newest token first."""
+        newest = rows.view(-1, self.proposer.lookahead)[:, 0]
+        hidden, tokens, positions = (part[newest] for part in self.rows)
+        context = None
+        if self.speculator.context_width and self.batch:
+            context = self.store.context(self.batch, self.speculator, positions, hidden.dtype)
+        return self.proposer.propose(Step(hidden, tokens.long(), [], context=context)).tokens.flatten()
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Of rows of the last pass, one for each request, in order: names [b, d] -> [b, v], -inf where no draft can be."""
-        rows, _ = self.running.numbers(hidden_states)
-        state, heads, context = self.running.state(rows), self.running.heads[rows], None
-        if self.speculator.context_width and self.batch:
-            context = self.store.context(self.batch, self.speculator, self.running.positions[rows] - heads + 1, hidden_states.dtype)
-
-        def logits(head: int) -> torch.Tensor:
-            return self.speculator.logits(state, head, context)
-
-        head = known_head(self.batch)
-        found = self.by_head(heads, logits) if head is None else logits(head)
-        if self.speculator.draft_ids is None or context is not None:
-            return found
-        every = found.new_full((len(found), self.target.get_vocab_size()), -torch.inf)
-        return every.index_copy_(1, self.speculator.draft_ids, found)
-
-    def by_head(self, heads: torch.Tensor, of_head: Callable[[int], Any]) -> Any:
-        """For each row what `of_head` gives of its own head: all that compute differently are run, as no host knows which."""
-        found = of_head(0)
-        for head in range(1, self.speculator.distinct_heads):
-            found = chosen(heads >= head, of_head(head), found)
-        return found
+        """Never asked for: drafts are the heads' best tokens."""
+        raise NotImplementedError
 
 
 class AttachedHeadsOnLayers(AttachedHeads, Eagle3LlamaForCausalLM):
@@ -130,18 +100,6 @@ class AttachedHeadsOnLayers(AttachedHeads, Eagle3LlamaForCausalLM):
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[n, layers d], as vLLM hands them over and `Speculator.start` takes them."""
         return hidden_states
-
-
-def known_head(batch: Pass | None) -> int | None:
-    """The head of a pass; 0 where vLLM measures memory, None where it doesn't say."""
-    return batch.head if batch else 0
-
-
-def chosen(rows: torch.Tensor, these: Any, others: Any) -> Any:
-    """`these` where rows bool [n], else `others`: tensors [n, ...], tuples of them, or None."""
-    if isinstance(these, tuple):
-        return tuple(chosen(rows, *pair) for pair in zip(these, others))
-    return None if these is None else torch.where(rows.view(-1, *[1] * (these.dim() - 1)), these, others)
 
 
 def whole(layer: Any, value: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:

@@ -22,6 +22,7 @@ METHOD = "eagle"  # hands a draft the states after the final norm, and asks noth
 INNER = "eagle3"  # hands it the residual stream that enters chosen layers, where the base model's class can
 UNDERSTOOD = (None, METHOD, INNER, "mlp_speculator")  # what a speculative_config may say; the last is what IBM's cards say
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's own variable
+ONE_PASS = {"parallel_drafting": True, "use_local_argmax_reduction": True}  # a draft's tokens of one pass, chosen by the draft model
 
 
 class AttachedHeadsConfig(PretrainedConfig):
@@ -32,6 +33,7 @@ class AttachedHeadsConfig(PretrainedConfig):
         self.hidden_size, self.n_predict = emb_dim * max(1, len(base_layers)), n_predict
         self.eagle_aux_hidden_state_layer_ids = list(base_layers)
         self.num_hidden_layers, self.num_attention_heads, self.head_dim = 1, 5040, 1  # of none, but split evenly over any ranks
+        self.mask_token_id = 0  # what stands in the rows of tokens to be drafted, where it is read by nobody
         self.architectures = ["Eagle3AttachedHeads" if base_layers else "EagleAttachedHeads"]
 
 
@@ -71,7 +73,7 @@ def checked(original: Callable[..., None]) -> Callable[..., None]:
         config = config_of_ours(**settings)
         if config:
             check_wish(settings, config)
-            settings["method"] = INNER if config.get("base_layers") else METHOD
+            settings |= {"method": INNER if config.get("base_layers") else METHOD, **ONE_PASS}
         original(self, *arguments, **settings)
         if config:
             check(self)
@@ -95,19 +97,20 @@ def config_of_ours(method: str | None = None, model: str | None = None, revision
 
 
 def check_wish(settings: dict[str, Any], config: dict[str, Any]) -> None:
-    """Refuse what heads with this config.json can't do, and take the runner that can draft with them.
+    """Refuse what heads with this config.json can't do here.
 
     Raises:
-        UserError: more tokens asked for than there are heads; copying heads in vLLM's V2 runner.
+        UserError: more tokens asked for than there are heads; drafts that are drawn; vLLM's V2 runner.
     """
     from fms_spec.errors import UserError
 
     tokens, heads = settings.get("num_speculative_tokens"), config.get("n_predict")
     if isinstance(tokens, int) and isinstance(heads, int) and tokens > heads:
         raise UserError(f"num_speculative_tokens {tokens}: speculator {settings['model']} has {heads} heads; ask for at most as many")
-    # The V2 runner records passes as CUDA graphs, in which every text would be as long as texts may get.
-    if config.get("pointer_width") and os.environ.setdefault(RUNNER, "0") != "0":
-        raise UserError(f"speculator {settings['model']} copies from the text, which vLLM's V2 runner can't do; unset {RUNNER}")
+    if settings.get("draft_sample_method", "greedy") != "greedy":
+        raise UserError(f"draft_sample_method {settings['draft_sample_method']}: attached heads draft their best tokens; leave it out")
+    if os.environ.get(RUNNER, "0") != "0":  # unset, vLLM takes the other by itself
+        raise UserError(f"{RUNNER}={os.environ[RUNNER]}: vLLM's V2 runner doesn't draft in one pass, as attached heads do; unset it")
 
 
 def check(settings: Any) -> None:

@@ -24,13 +24,9 @@ from fms_spec.context import Context, recent_tokens
 class Pass:
     """One pass of the draft over a batch.
 
-    head: which one it is, from 0; None where vLLM doesn't say (its V2 runner, which records passes as CUDA graphs). starts: int [b + 1],
-    the requests' first tokens. slots: int64 [n], where each token is kept, -1 for padding. blocks: int [b, ...], of the texts. longest: of
-    the texts, in slots.
+    slots: int64 [n], where each token is kept, -1 for padding. blocks: int [b, ...], of the texts. longest: of the texts, in slots.
     """
 
-    head: int | None
-    starts: torch.Tensor
     slots: torch.Tensor
     blocks: torch.Tensor
     longest: int
@@ -44,12 +40,9 @@ class PassBuilder(AttentionMetadataBuilder[Pass]):
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, head: int | None = None) -> Pass:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Pass:
         common = common_attn_metadata
-        return Pass(head, common.query_start_loc, common.slot_mapping, common.block_table_tensor, common.max_seq_len)
-
-    def build_for_drafting(self, common_attn_metadata: Any, draft_index: int) -> Pass:
-        return self.build(0, common_attn_metadata, head=draft_index)
+        return Pass(common.slot_mapping, common.block_table_tensor, common.max_seq_len)
 
 
 class Nothing(AttentionImpl[Any]):
@@ -106,20 +99,12 @@ class TokenStore(nn.Module, AttentionLayerBase):
         size = self.kv_cache.shape[2]
         self.kv_cache[slots // size, 0, slots % size, 0] = tokens[: len(slots)].int()
 
-    def before(self, batch: Pass, positions: torch.Tensor) -> torch.Tensor:
-        """x_t of each token of a pass, int64 [n], -1 for none: positions int64 [n]."""
-        rows = torch.arange(len(positions), device=positions.device, dtype=batch.starts.dtype)
-        requests = (torch.searchsorted(batch.starts, rows, right=True) - 1).clamp(0, len(batch.blocks) - 1)
-        size = self.kv_cache.shape[2]
-        slot = (positions - 1).clamp(0, batch.blocks.shape[1] * size - 1)
-        blocks = batch.blocks[requests, slot // size].long()
-        return self.kv_cache[blocks, 0, slot % size, 0].long().where(positions > 0, -1)
-
-    def context(self, batch: Pass, speculator: Any, ends: torch.Tensor, dtype: torch.dtype) -> Context:
-        """What the first b texts of a pass show: ends int64 [b], of each the slots that are seen."""
-        size = self.kv_cache.shape[2]
-        blocks = batch.blocks[: len(ends), : -(-batch.longest // size)].long()
+    def context(self, batch: Pass, speculator: Any, positions: torch.Tensor, dtype: torch.dtype) -> Context:
+        """What the requests' texts show: positions int64 [b], t of each request's newest slot."""
+        size, texts = self.kv_cache.shape[2], len(positions)
+        blocks = batch.blocks[:texts, : -(-batch.longest // size)].long()
         tokens = self.kv_cache[blocks, 0, :, 0].flatten(1)[:, : batch.longest].long()
+        before = tokens.gather(1, (positions - 1).clamp(min=0)[:, None])[:, 0].where(positions > 0, -1)
         recent = recent_tokens(F.pad(tokens, (1, 0), value=-1)).slots(0, -1)
         states = torch.full((), torch.nan, dtype=dtype, device=tokens.device).expand(*tokens.shape, speculator.emb_dim)  # not kept here
-        return Context(speculator.keep(states, recent, torch.zeros_like(tokens)), tokens, ends, torch.full_like(ends, -1))
+        return Context(speculator.keep(states, recent, torch.zeros_like(tokens)), tokens, positions + 1, before)
