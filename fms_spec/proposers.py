@@ -77,17 +77,17 @@ class TopKProposer:
         joint = torch.ones(batch, 1, device=tokens.device)
         for head, width in enumerate(self.widths):
             state = speculator.advance(state, tokens, head, *seen)
-            logits = speculator.logits(state, head, step.context)
             if numbers is None:
-                picked = best_token(logits)[:, None] if width == 1 else logits.topk(width, dim=-1).indices
+                scores = speculator.scores(state, head, step.context)
+                picked = best_token(scores)[:, None] if width == 1 else scores.topk(width, dim=-1).indices
             else:
-                drafts.append(step.sampling.probabilities(logits))
+                drafts.append(step.sampling.probabilities(speculator.logits(state, head, step.context)))
                 picked = draw_children(drafts[-1], numbers[head].reshape(-1, width))
             children = speculator.to_tokens(picked)
             levels.append(children.reshape(batch, -1))
             if self.min_probability:
                 levels[-1] = levels[-1].where(joint >= self.min_probability, -1)
-                joint *= drafts[-1].gather(1, picked) if drafts else speculator.probability(logits, picked, step.context)
+                joint *= drafts[-1].gather(1, picked) if drafts else speculator.probability(scores, picked, step.context)
                 if not (joint >= self.min_probability).any():
                     break
             if head + 1 < len(self.widths):

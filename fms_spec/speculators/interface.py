@@ -22,7 +22,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.context import Context, Recent, Seen, Text
 from fms_spec.errors import UserError
 from fms_spec.losses import CHUNK, LossWeights, head_losses
-from fms_spec.mixture import mixed
+from fms_spec.mixture import LEAST, mixed
 from fms_spec.read_out import read_out
 from fms_spec.settings import Section
 
@@ -191,15 +191,22 @@ class Speculator(nn.Module):
 
     def logits(self, state: Any, head: int, context: Context | None = None) -> torch.Tensor:
         """The head's logits over the draft vocabulary, [m, r]; over the whole one, [m, v], where it copies. For proposing only."""
-        logits = self.read_out_logits(state, head)
+        scores = self.scores(state, head, context)
         if context is None or not self.copies:
-            return logits
-        return mixed(self.over_all(logits.float().softmax(-1)), *self.point(state, head), context)
+            return scores
+        return scores.clamp_(min=LEAST).log_()  # of 49,152 zeros a logarithm takes 0.23 ms, of these 0.02
 
-    def probability(self, logits: torch.Tensor, picked: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        """What `logits` hold likely of picked int64 [m, k]: fp32 [m, k]. Where heads copy they are logarithms of a whole distribution."""
-        chosen = logits.gather(1, picked).float()
-        return chosen.exp() if context is not None and self.copies else (chosen - logits.float().logsumexp(-1, keepdim=True)).exp()
+    def scores(self, state: Any, head: int, context: Context | None = None) -> torch.Tensor:
+        """In the order of `logits`, for a choice that asks for no more: where heads copy, their probabilities."""
+        scores = self.read_out_logits(state, head)
+        if context is None or not self.copies:
+            return scores
+        return mixed(scores.float().softmax(-1), self.over_all, *self.point(state, head), context)
+
+    def probability(self, scores: torch.Tensor, picked: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        """What `scores` hold likely of picked int64 [m, k]: fp32 [m, k]."""
+        chosen = scores.gather(1, picked).float()
+        return chosen if context is not None and self.copies else (chosen - scores.float().logsumexp(-1, keepdim=True)).exp()
 
     def read_out_logits(self, state: Any, head: int) -> torch.Tensor:
         """`output`'s product: [m, r]."""

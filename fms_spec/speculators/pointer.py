@@ -52,31 +52,41 @@ class Pointer(nn.Module):
     def attach(self, embedding: torch.Tensor) -> None:
         """Take the base model's token embedding [v, d]."""
         self.frozen = (embedding, 1 / embedding.float().square().mean().sqrt().item())  # a tuple, so that it becomes no parameter
-        self.table: tuple[torch.Tensor, ...] | None = None
+        self.tables: tuple[torch.Tensor, ...] | None = None
 
     def pack(self) -> None:
-        """Work the keys' parts out for every token, two tables [v, w]: from there on a key is two rows of them."""
-        self.table = self.projected(torch.arange(len(self.frozen[0]), device=self.frozen[0].device), self.key_tokens.weight.dtype)
+        """Work out what keys and queries take of every token, four tables [v + 1, w] with zeros for none: from there on they are rows."""
+        weight, scale = self.key_tokens.weight, self.sharpness.detach() * (SHARPNESS / self.width)
+        every = torch.arange(len(self.frozen[0]), device=weight.device)
+        keys, queries = (self.projected(linear, every, weight.dtype) for linear in (self.key_tokens, self.query_tokens))
+        self.tables = tuple(F.pad(table, (0, 0, 0, 1)) for table in (*keys, *(part * scale for part in queries)))
+        rows = torch.cat([self.query_state.weight * scale, self.gate.weight])
+        self.of_state = nn.Linear(rows.shape[1], len(rows), device=rows.device, dtype=rows.dtype)  # query_state and gate in one
+        with torch.no_grad():
+            self.of_state.weight.copy_(rows)
+            self.of_state.bias.copy_(F.pad(self.gate.bias, (self.width, 0)))
         pack_linears(self)
 
     def keys(self, recent: Recent, dtype: torch.dtype) -> torch.Tensor:
         """[..., w] of slots. Each token is projected once: a step of 32 rows of 512 has some 3,000 of them."""
-        if self.table is None:
-            parts, places = self.projected(recent.listed, dtype), recent.index[..., 1:].unbind(-1)
-        else:
-            parts, places = self.table, (recent.tokens(1), recent.tokens(2))
+        if self.tables is not None:
+            return self.tables[0][recent.tokens(1)] + self.tables[1][recent.tokens(2)]
+        parts, places = self.projected(self.key_tokens, recent.listed, dtype), recent.index[..., 1:].unbind(-1)
         own, before = (F.embedding(place.clamp(min=0), part) * (place >= 0)[..., None] for part, place in zip(parts, places))
         return own + before
 
-    def projected(self, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def projected(self, linear: nn.Linear, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """K e(token) and K' e(token) of tokens int64 [u], -1 for none: [u, w] each."""
         embedded = self.embedded(tokens, dtype)
-        return tuple(F.linear(embedded, weight) for weight in self.key_tokens.weight.chunk(2, dim=1))
+        return tuple(F.linear(embedded, weight) for weight in linear.weight.chunk(2, dim=1))
 
     def look(self, inner: torch.Tensor, newest: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(query [m, w], scaled so that a score is its product with a key; gate [m], its G y + a): inner [m, y], tokens int64 [m]."""
-        pair = self.embedded(torch.stack([newest, before], dim=-1), inner.dtype).flatten(-2)
         state = rms(inner)
+        if self.tables is not None:
+            query, gate = self.of_state(state).split([self.width, 1], dim=-1)
+            return query + self.tables[2][newest] + self.tables[3][before], gate.squeeze(-1)
+        pair = self.embedded(torch.stack([newest, before], dim=-1), inner.dtype).flatten(-2)
         query = self.query_tokens(pair) + self.query_state(state)
         return query * (self.sharpness * (SHARPNESS / self.width)), self.gate(state).squeeze(-1)
 
