@@ -112,14 +112,33 @@ def test_a_batch_without_a_token_to_predict_gives_no_loss_and_no_gradient(tiny_m
     assert loss == 0 and not parts.any() and all(not weight.grad.any() for weight in speculator.parameters() if weight.grad is not None)
 
 
+@pytest.mark.parametrize("family", ["hidden_state", "eagle3"])
+def test_heads_draft_from_the_tokens_that_are_most_of_the_answers(tmp_path, chat_model, family):
+    source, data = tmp_path / "chats.jsonl", tmp_path / "data"
+    with open(source, "w") as file:
+        for number in range(20):
+            asked, said = (
+                " ".join(f"w{first + (number + word * step) % 10}" for word in range(9)) for first, step in ((10, number % 7), (50, 1))
+            )
+            file.write(json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}) + "\n")
+    prepare(source=str(source), tokenizer=str(chat_model), out_dir=str(data), seq_length=64, held_out=2)
+    asked, said = (set(range(first + 2, first + 12)) for first in (10, 50))  # the tokens of w10 to w19, and of w50 to w59
+    drafted = {}
+    for train_on in ("null", "all"):
+        changes = {"speculator.draft_vocab_size": 18, "data.train_on": train_on}
+        config = write_config(tmp_path / "run.yaml", chat_model, data, family, **changes)
+        drafted[train_on] = {*train(config, tmp_path / train_on).speculator.draft_ids.tolist()}
+    assert said < drafted["null"] and len(drafted["null"] & asked) < len(drafted["all"] & asked)
+
+
 def test_a_run_says_in_four_lines_what_it_is_trained_on(tmp_path, chat_config, chats, capsys, data_dir):
     train(chat_config(), tmp_path / "run")
     printed = capsys.readouterr().out
-    for line in summary_of(chats):
-        assert line in printed
+    lines = summary_of(chats, "answers")
+    assert len(lines) == 4 and "\n".join(lines) + "\n" in printed
     assert "phase 1 trains on: answers" in printed and "40 conversations of " in printed and "left out: nothing" in printed
     assert "chat template: the tokenizer's own (sha256 " in printed
-    assert "100.0% of them trained on" in " ".join(summary_of(data_dir)) and len(summary_of(data_dir)) == 3
+    assert "100.0% of them trained on" in " ".join(summary_of(data_dir)) and len(summary_of(data_dir)) == 4
 
 
 def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_colour(tmp_path, chats, data_dir, monkeypatch, capsys):

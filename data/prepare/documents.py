@@ -16,7 +16,7 @@ OPEN_ROWS = 16
 class DocumentSpool:
     """Tokenised documents in an unnamed file, appended in order and read back in any order.
 
-    A shuffle over a corpus larger than memory needs random access; only 49 bytes per document are held in memory, and about 100 where
+    A shuffle over a corpus larger than memory needs random access; only 57 bytes per document are held in memory, and about 100 where
     copies are left out. The file vanishes when it is closed or the process ends.
 
     copies: whether a document may be there more than once.
@@ -27,6 +27,7 @@ class DocumentSpool:
         self._file = tempfile.TemporaryFile(dir=folder)
         self._ends, self._lengths, self._prefixed = array("q", [0]), array("q"), array("b")
         self._files, self._rows, self._digests, self._shortest = array("q"), array("q"), array("Q"), array("l")
+        self._categories, self._one_of_each = [], {}  # equal texts are one in memory
         self._numbers = None
 
     def __enter__(self):
@@ -36,8 +37,11 @@ class DocumentSpool:
         self._numbers = None
         self._file.close()
 
-    def append(self, encoded, file, row):
-        """Add a document: encoding.Encoded, and where it was read (see sources.Document); returns False for a copy that is left out."""
+    def append(self, encoded, file, row, category=None):
+        """Add a document: encoding.Encoded, where it was read (see sources.Document), and its category, a text or None.
+
+        Returns False for a copy that is left out.
+        """
         raw, answers = encoded.tokens.tobytes(), encoded.answers
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest())
         if self._seen is not None:
@@ -52,6 +56,7 @@ class DocumentSpool:
         self._files.append(file)
         self._rows.append(row)
         self._digests.append(digest)
+        self._categories.append(self._one_of_each.setdefault(category, category))
         known = answers[answers[:, 0] >= 0, 0]
         self._shortest.append(int(known.min()) if len(known) else -1)
         return True
@@ -71,6 +76,10 @@ class DocumentSpool:
     def origin(self, index):
         """(file, row) of one document."""
         return self._files[index], self._rows[index]
+
+    def category(self, index):
+        """One document's category, a text or None."""
+        return self._categories[index]
 
     @property
     def token_count(self):

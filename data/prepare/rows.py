@@ -14,11 +14,11 @@ SHOWN_COLUMNS = 500  # characters of a message: a table without a header has a t
 # Columns of each format: those that tell it, and those that are read where they are there.
 FORMATS = {
     "text": ((), ()),  # of the column that is named
-    "messages": (("messages",), ("system", "tools")),
-    "sharegpt": (("conversations",), ("system", "tools")),
-    "ultrachat": (("data",), ()),
-    "alpaca": (("instruction", "output"), ("input", "system")),
-    "prompt_completion": (("prompt", "completion"), ("tools",)),
+    "messages": (("messages",), ("system", "tools", "category")),
+    "sharegpt": (("conversations",), ("system", "tools", "category")),
+    "ultrachat": (("data",), ("category",)),
+    "alpaca": (("instruction", "output"), ("input", "system", "category")),
+    "prompt_completion": (("prompt", "completion"), ("tools", "category")),
 }
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 SPEAKERS = ROLES | {
@@ -27,10 +27,12 @@ SPEAKERS = ROLES | {
 
 
 class Conversation(NamedTuple):
-    """Messages as chat templates take them, {"role", "content", …}, and the tools that the assistant may call, None for none."""
+    """Messages as chat templates take them, {"role", "content", …}, the tools that the assistant may call, None for none, and the kind of
+    conversation that the row says it is, by which an evaluation tells them apart."""
 
     messages: list
     tools: list | None = None
+    category: str | None = None
 
 
 class Wanted(NamedTuple):
@@ -81,7 +83,7 @@ def layout_of(names, wanted, where):
     twice = [column for column in columns if names.count(column) > 1]
     if twice:
         raise UserError(f"{where}: two columns {twice[0]!r}")
-    return Layout(name, columns, partial(text_of, column=column) if name == "text" else READERS[name])
+    return Layout(name, columns, partial(text_of, column=column) if name == "text" else partial(conversation_of, read=READERS[name]))
 
 
 def text_of(row, where, column):
@@ -97,6 +99,13 @@ def text_of(row, where, column):
     if text is not None and not isinstance(text, str):
         raise no_text(where, column, type(text).__name__)
     return None if text and not text.isascii() and LONE_SURROGATE.search(text) else text or ""
+
+
+def conversation_of(row, where, read):
+    """A row's conversation as `read` finds it, with its category, a text or the number of a class."""
+    category = row.get("category")
+    name = str(category) if isinstance(category, int) else checked(category or "", f"{where}: category")
+    return read(row, where)._replace(category=name or None)
 
 
 def messages_of(row, where, column="messages"):

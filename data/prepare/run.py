@@ -157,7 +157,7 @@ def read_documents(spool, source, tokenizer, template, settings, skipped):
             tokens, answers, _ = encoded
             if tokenizer.overflows:
                 refuse_unknown(tokens, tokenizer.embedding_size, tokenizer.backend, source.label(document.file, document.row))
-            if not spool.append(encoded, document.file, document.row):
+            if not spool.append(encoded, document.file, document.row, document.content.category if template else None):
                 skipped.add("copies", document)
                 continue
             bar.update(len(tokens))

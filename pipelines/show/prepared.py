@@ -20,32 +20,38 @@ SHOWN_ROWS = 3
 ANSWER, MARK, OTHER = "green", "bold cyan", "dim"  # what is trained on; special tokens, which mark the roles; the rest
 
 
-def summary_of(data_dir):
-    """What a folder holds, in three lines or four."""
+def summary_of(data_dir, train_on=None):
+    """What a folder holds, in four lines, from its manifest alone. train_on: `RowReader.train_on` of a run that reads it."""
     manifest = read_manifest(data_dir)
     source, rows, prompts = manifest["source"], *(table_of(manifest, data_dir, name) for name in ("rows-train", "prompts-train"))
     skipped = ", ".join(f"{count} {why}" for why, count in sorted(source["skipped"].items())) or "nothing"
     skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source else ""
     kind = "conversations" if has_answers(manifest) else "texts"
-    lines = [
+    share = f"{share_of(rows):.1%} of them {'answers' if has_answers(manifest) else 'trained on'}"
+    asked = f"; phase 1 trains on: {train_on}" if train_on else ""
+    return [
         f"{data_dir}: {source['documents_read']:,} {kind} of {source['name']}, {source['tokens_read']:,} tokens; left out: {skipped}",
-        f"rows to train on: {rows['rows']:,} of {manifest['inputs']['seq_length']:,} tokens, {share_of(rows):.1%} of them {said(manifest)}",
+        f"rows to train on: {rows['rows']:,} of {manifest['inputs']['seq_length']:,} tokens, {share}{asked}",
         f"prompts: {prompts['rows']:,}; held out: {manifest['tables'].get('prompts-held_out', {'rows': 0})['rows']:,}",
+        f"tokenizer: {identity(manifest['tokenizer']['name'], manifest['tokenizer'])}; chat template: {template_of(manifest)}",
     ]
-    if has_answers(manifest):
-        template = manifest["chat_template"]
-        origin = "the tokenizer's own" if template["origin"] == "tokenizer" else template["origin"]
-        dated = f", with the date {template['date']}" if "date" in template else ""
-        lines.append(f"chat template: {origin} (sha256 {template['sha256'][:12]}){dated}")
-    return lines
 
 
 def has_answers(manifest):
     return manifest["inputs"]["format_version"] == CONVERSATIONS
 
 
-def said(manifest):
-    return "answers" if has_answers(manifest) else "trained on"
+def template_of(manifest):
+    """Which chat template wrote a folder's conversations."""
+    if not has_answers(manifest):
+        return "none, as for texts"
+    template = manifest["chat_template"]
+    dated = f", with the date {template['date']}" if "date" in template else ""
+    return identity("the tokenizer's own" if template["origin"] == "tokenizer" else template["origin"], template) + dated
+
+
+def identity(name, recorded):
+    return f"{name} (sha256 {recorded['sha256'][:12]})"
 
 
 def share_of(rows):
