@@ -1,7 +1,9 @@
 """Training on conversations: what is masked, resumed, validated and continued, on a folder with a chat template's base model."""
 
 import json
+import re
 import shutil
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from data.reader import read_manifest, read_prompts
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights
+from pipelines.cli import main
 from pipelines.show.prepared import print_prepared, summary_of
 from pipelines.train.run import train
-from scripts.inspect_data import Arguments
+from scripts.inspect_data import Arguments as InspectArguments
+from scripts.inspect_data import run
 
 TEMPLATE = unmarked("""{%- for m in messages -%}
 {{ ('w1' if m.role == 'user' else 'w2') + ' ' + m.content + ' <eos> ' }}
@@ -153,16 +157,73 @@ def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_
     assert "row 3" in printed and "row 0" not in printed and "\x1b[32m" in printed and "\x1b[2m" in printed
     with pytest.raises(UserError, match=f"--row=9999: .*has rows 0 to {read_manifest(chats)['tables']['rows-train']['rows'] - 1}"):
         print_prepared(chats, row=9999)
-    assert Arguments(data="x").row is None
+
+
+class Page(HTMLParser):
+    """What a page shows, and the classes of each of its pieces, by what the styles of the classes say."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.shown, self.open, self.tags = [], [], set()
+        self.styles = dict(re.findall(r"\.(r\d+) {(.*?)}", text))
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.open += [dict(attributes).get("class")] if tag == "span" else []
+
+    def handle_endtag(self, tag):
+        self.open = self.open[:-1] if tag == "span" else self.open
+
+    def handle_data(self, data):
+        self.shown.append((data, self.styles[self.open[-1]] if self.open else ""))
+
+
+def test_the_same_is_one_page_that_needs_no_other_file(tmp_path, chats, monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_prepared(chats)
+    told = capsys.readouterr().out
+    run(InspectArguments(data=str(chats), html=str(tmp_path / "page.html")))
+    assert capsys.readouterr().out.split() == [str(tmp_path / "page.html")]
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "".join(data for data, _ in page.shown).split()[-len(told.split()) :] == told.split()
+    assert page.tags <= {"html", "head", "meta", "title", "style", "body", "pre", "span"} and "http" not in text and "url(" not in text
+    colours = {style.partition(";")[0] for _, style in page.shown}
+    assert {"color: #008000", "color: #008080", "color: #7f7f7f"} <= colours
+    run(InspectArguments(data=str(chats), row=3, html=str(tmp_path / "row.html")))
+    assert "row 3" in (tmp_path / "row.html").read_text() and "row 0" not in (tmp_path / "row.html").read_text()
+
+
+def test_what_cannot_be_looked_at_is_told_in_one_line_and_no_page_is_left(tmp_path, chats, capsys):
+    (tmp_path / "there.html").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for words, said in {
+        f"{tmp_path / 'empty'}": "empty: no manifest.json, so it is half-written or not prepared; run scripts.prepare_data",
+        f"{tmp_path / 'nowhere'}": "nowhere: no manifest.json",
+        f"{tmp_path / 'there.html'}": "there.html: no manifest.json",
+        f"{chats} --row=9999": "--row=9999: ",
+        f"{chats} --row=-1": "--row: ",
+        f"{chats} --row=two": "--row: ",
+        f"{chats} --html={tmp_path / 'there.html'}": "there.html exists already; give another --html",
+        f"{chats} --html={tmp_path / 'nowhere' / 'page.html'}": "page.html: no such folder to write to; make it, or give another --html",
+        f"{chats} --html={tmp_path / 'page.html'} --tokenizer={tmp_path / 'gone'}": "gone: no such folder",
+        "": "--data is required",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(InspectArguments, run, words=words.split(), computes=False)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and said in line
+    assert (tmp_path / "there.html").read_text() == "mine" and not (tmp_path / "page.html").exists()
 
 
 def test_what_a_terminal_would_obey_is_shown_and_not_handed_on(tmp_path, capsys):
     tokenizer = write_chat_tokenizer(tmp_path / "tokenizer")
-    (tmp_path / "text.txt").write_text("yes \x1b[2J no" * 9)
+    (tmp_path / "text.txt").write_text("yes \x1b[2J no \x9b1m" * 9)
     prepare(source=str(tmp_path / "text.txt"), tokenizer=tokenizer, out_dir=str(tmp_path / "data"), seq_length=32, prompt_length=4)
     print_prepared(tmp_path / "data")
     printed = capsys.readouterr().out
-    assert "yes ␛[2J no" in printed and "\x1b[2J" not in printed
+    assert "yes ␛[2J no �1m" in printed and "\x1b[2J" not in printed and "\x9b" not in printed
 
 
 def test_a_base_model_that_does_not_stop_where_answers_end_is_refused_before_it_writes_any(tmp_path, chat_config, chat_model):

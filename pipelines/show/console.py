@@ -40,7 +40,8 @@ def print_groups(values):
             cells = []
             for figure in ("acceptance_length", "tokens_per_forward", "speedup"):
                 theirs = f"prompt_lookup_{figure}"
-                cells += [f"{group[figure]:.2f} ({span(group[f'{figure}_interval'])})"]
+                told = f" ({span(group[f'{figure}_interval'])})" if group["prompts"] > 1 else ""  # one prompt says nothing of others
+                cells += [f"{group[figure]:.2f}{told}"]
                 cells += [f"{group[theirs]:.2f}"] if theirs in group else []
             table.add_row(shown_as.format(name), str(group["texts"]), *cells)
         table.add_section()

@@ -1,5 +1,6 @@
 """A prepared folder, to be looked at before it is trained on: in a few lines, and row by row with what is trained on in colour."""
 
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,31 @@ from data.manifest import CONVERSATIONS, check_contents, read_manifest, table_of
 from data.reader import RowShard, read_prompts
 from data.tokenizer import check_tokenizer
 from fms_spec.errors import UserError
-from pipelines.show.console import show
+from fms_spec.files import write_whole
+from pipelines.cli import check_new
+from pipelines.show.console import WIDTH
 
 BAR = 40  # characters of a histogram's longest bar
 SHOWN_ROWS = 3
 ANSWER, MARK, OTHER = "green", "bold cyan", "dim"  # what is trained on; special tokens, which mark the roles; the rest
+# A terminal would obey these, and a page may not hold them: they are shown by their pictures, where they have one.
+CONTROLS = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)} | {code: "�" for code in range(127, 160)}
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>prepared data</title>
+<style>
+{stylesheet}
+body {{ color: {foreground}; background-color: {background}; max-width: 120ch; margin: 2em auto; font-family: monospace }}
+pre {{ font-family: inherit; white-space: pre-wrap; overflow-wrap: anywhere }}
+</style>
+</head>
+<body>
+<pre>{code}</pre>
+</body>
+</html>
+"""
 
 
 def summary_of(data_dir, train_on=None):
@@ -59,27 +80,39 @@ def share_of(rows):
     return rows.get("answer_tokens", rows["tokens"]) / max(1, rows["tokens"] - rows.get("padding_tokens", 0))
 
 
-def print_prepared(data_dir, row=None, tokenizer=None):
-    """Print the summary, lengths and first rows of a folder, or one of its rows. tokenizer: where it is now, if it has moved.
+def print_prepared(data_dir, row=None, tokenizer=None, html=None):
+    """Print the summary, lengths and first rows of a folder, or one of its rows; html: write them there as a page instead.
+
+    tokenizer: where it is now, if it has moved.
 
     Raises:
-        UserError: the folder is not whole, there is no such row, or its tokenizer isn't to be had.
+        UserError: the folder is not whole, there is no such row, its tokenizer isn't to be had, or `html` can't be written.
     """
-    manifest, console = read_manifest(data_dir), Console(highlight=False, soft_wrap=True)
+    if html:
+        check_new(Path(html), "--html")
+    console = Console(highlight=False, soft_wrap=True, **({"record": True, "file": StringIO(), "width": WIDTH} if html else {}))
+    for part in parts_of(data_dir, row, tokenizer):
+        console.print(part)
+    if html:
+        write_whole(Path(html), console.export_html(code_format=PAGE).encode(errors="replace"))
+        print(html)
+
+
+def parts_of(data_dir, row, tokenizer):
+    """What `print_prepared` shows of a folder, one after the other, for a `rich` console."""
+    manifest = read_manifest(data_dir)
     table = table_of(manifest, data_dir, "rows-train")
     if row is not None and row >= table["rows"]:
         raise UserError(f"--row={row}: {data_dir} has rows 0 to {table['rows'] - 1}")
     backend = check_tokenizer(manifest, tokenizer or manifest["tokenizer"]["name"]).backend
-    for line in summary_of(data_dir) if row is None else []:
-        console.print(line, markup=False)
     if row is None:
-        show(histogram(piece_lengths(data_dir, table, manifest["inputs"]["seq_length"]), "tokens of a document's piece in a row"))
-        show(histogram(np.array(list(map(len, read_prompts(data_dir).tokens))), "tokens of a prompt"))
+        yield from map(Text, summary_of(data_dir))
+        yield histogram(piece_lengths(data_dir, table, manifest["inputs"]["seq_length"]), "tokens of a document's piece in a row")
+        yield histogram(np.array(list(map(len, read_prompts(data_dir).tokens))), "tokens of a prompt")
     for number in range(min(SHOWN_ROWS, table["rows"])) if row is None else [row]:
-        console.print(Text(f"\nrow {number}", style="bold"))
-        for document in shown_row(data_dir, manifest, table, number, backend):
-            console.print(document)
-    console.print(Text.assemble("\n", ("trained on", ANSWER), ", ", ("special tokens", MARK), ", ", ("seen, and not trained on", OTHER)))
+        yield Text(f"\nrow {number}", style="bold")
+        yield from shown_row(data_dir, manifest, table, number, backend)
+    yield Text.assemble("\n", ("trained on", ANSWER), ", ", ("special tokens", MARK), ", ", ("seen, and not trained on", OTHER))
 
 
 def piece_lengths(data_dir, table, seq_length):
@@ -124,5 +157,5 @@ def shown_row(data_dir, manifest, table, number, backend):
             texts.append(Text.assemble((f"[document {segment}] ", "bold")))
             stream = DecodeStream(skip_special_tokens=False)
         style = ANSWER if answer else MARK if token in special else OTHER
-        texts[-1].append((stream.step(backend, token) or "").replace("\x1b", "␛"), style)  # a terminal would obey it
+        texts[-1].append((stream.step(backend, token) or "").translate(CONTROLS), style)
     return texts
