@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from data.manifest import data_fingerprint
 from data.prepare.documents import pack_whole
 from data.prepare.encoding import Encoded
-from data.prepare.rows import Conversation
+from data.prepare.rows import Conversation, Wanted
 from data.prepare.run import prepare
 from data.prepare.sources import open_source
 from data.reader import RowReader, read_manifest, read_prompts
@@ -38,7 +38,7 @@ def sharegpt(*turns):
 
 def contents_in(source, format=None):
     """What a source gives, in the order of the labels."""
-    opened = open_source(str(source), format=format)
+    opened = open_source(str(source), Wanted(format=format))
     found = [(opened.label(document.file, document.row), document.content) for document in opened.documents(np.random.default_rng(0))]
     return [content for _, content in sorted(found, key=lambda pair: pair[0])]
 
@@ -106,7 +106,7 @@ def test_a_row_with_columns_of_two_kinds_is_read_as_the_one_that_is_named(tmp_pa
     assert contents_in(tmp_path, "messages") == [Conversation(TALK)]
     assert contents_in(tmp_path, "alpaca") == [Conversation(TALK[:2])]
     with pytest.raises(UserError, match="no column 'conversations'"):
-        open_source(str(tmp_path), format="sharegpt")
+        open_source(str(tmp_path), Wanted(format="sharegpt"))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_texts_take_no_template_and_conversations_beside_texts_are_refused(tmp_p
         open_source(str(tmp_path / "both"))
     (tmp_path / "a.txt").write_text("w1")
     with pytest.raises(UserError, match="a.txt: is one text, and --format=alpaca asks for tables"):
-        open_source(str(tmp_path / "a.txt"), format="alpaca")
+        open_source(str(tmp_path / "a.txt"), Wanted(format="alpaca"))
     with pytest.raises(UserError, match="--format=chat: not known; give one of text, messages, sharegpt"):
         prepared(tmp_path, tokenizer, CHATS, format="chat")
     with pytest.raises(UserError, match="--text_column=body: --format=messages reads columns of its own; leave one of the two out"):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from data.manifest import reason
 from fms_spec.errors import UserError, shown
 
+BAD_ROW = "unreadable"  # why it is left out
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 SHOWN_COLUMNS = 500  # characters of a message: a table without a header has a text for a name
 # Columns of each format: those that tell it, and those that are read where they are there.
@@ -33,11 +34,27 @@ class Conversation(NamedTuple):
     tools: list | None = None
 
 
+class BadRow(NamedTuple):
+    """A row that can't be read. problem: which, and why."""
+
+    problem: str
+
+
 class Wanted(NamedTuple):
-    """What a source's rows are to be read as. format: of FORMATS, None to be told by their columns."""
+    """What a source's rows are to be read as. format: of FORMATS, None to be told by their columns. on_bad_row: "stop" or "skip"."""
 
     text_column: str = "text"
     format: str | None = None
+    on_bad_row: str = "stop"
+
+    def tried(self, read, *row):
+        """What `read` makes of a row; a `BadRow` where it raises UserError and such rows are skipped."""
+        try:
+            return read(*row)
+        except UserError as error:
+            if self.on_bad_row == "stop":
+                raise
+            return BadRow(str(error))
 
 
 class Layout(NamedTuple):

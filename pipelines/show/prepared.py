@@ -24,8 +24,8 @@ def summary_of(data_dir):
     """What a folder holds, in three lines or four."""
     manifest = read_manifest(data_dir)
     source, rows, prompts = manifest["source"], *(table_of(manifest, data_dir, name) for name in ("rows-train", "prompts-train"))
-    skipped = ", ".join(f"{count} {why}" for why, count in sorted(source["skipped"].items())) or "nothing"
-    skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source else ""
+    skipped = left_out(source) or "nothing"
+    skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source and "firsts" not in source else ""
     kind = "conversations" if has_answers(manifest) else "texts"
     lines = [
         f"{data_dir}: {source['documents_read']:,} {kind} of {source['name']}, {source['tokens_read']:,} tokens; left out: {skipped}",
@@ -37,6 +37,27 @@ def summary_of(data_dir):
         origin = "the tokenizer's own" if template["origin"] == "tokenizer" else template["origin"]
         dated = f", with the date {template['date']}" if "date" in template else ""
         lines.append(f"chat template: {origin} (sha256 {template['sha256'][:12]}){dated}")
+    return lines + mixture_lines(manifest, rows)
+
+
+def left_out(read):
+    """What was left out of what was read, "" for nothing; of each kind the first, where the manifest has it."""
+    firsts = read.get("firsts", {})
+    shown = {why: f", first {first}" for why, first in firsts.items()}
+    return "; ".join(f"{count:,} {why}{shown.get(why, '')}" for why, count in sorted(read["skipped"].items()))
+
+
+def mixture_lines(manifest, rows):
+    """A line for each source of a mixture: its share of what is trained on, and what was left out."""
+    lines, used = [], rows.get("sources", {})
+    total, held_out = sum(part["tokens"] for part in used.values()), manifest["tables"].get("rows-held_out", {}).get("sources", {})
+    weights = {name: manifest["inputs"]["mixture"][name].get("weight", used[name]["tokens"]) for name in used}
+    for name, part in used.items():
+        read, weight = manifest["source"]["mixture"][name], weights[name] / sum(weights.values())
+        rest = read["documents_read"] - part["documents"] - held_out.get(name, {"documents": 0})["documents"]
+        out = "; ".join(filter(None, [left_out(read), f"{rest:,} over its weight" if rest else ""]))
+        share = f"{part['tokens'] / total:.2%} of the tokens (asked {weight:.2%})"
+        lines.append(f"  {name}: {share}, {part['documents']:,} documents of {read['path']}; left out: {out or 'nothing'}")
     return lines
 
 
