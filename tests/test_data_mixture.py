@@ -233,9 +233,7 @@ def test_a_bad_conversation_that_comes_first_is_skipped_too(tmp_path, row):
 
 def test_a_file_with_nothing_but_bad_rows_is_refused_with_the_first(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"texts": "w1"}\n{"texts": "w2"}\n')
-    with pytest.raises(
-        UserError, match="skipped 2 documents .2 unreadable., the first is .*a.jsonl:1: .*--text_column=texts"
-    ):
+    with pytest.raises(UserError, match="skipped 2 documents .2 unreadable., the first is .*a.jsonl:1: .*--text_column=texts"):
         settings = {"source": str(tmp_path / "a.jsonl"), "tokenizer": write_tokenizer(tmp_path / "t"), "out_dir": str(tmp_path / "out")}
         prepare(**settings, on_bad_row="skip")
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.manifest import reason
-from data.prepare.rows import BadRow, Conversation, layout_of, no_text, parsed
+from data.prepare.rows import ANY_TEXT, BadRow, Conversation, layout_of, no_text, parsed
 from fms_spec.errors import UserError
 
 OPENERS = {
@@ -67,7 +67,7 @@ def has_conversations(file, wanted):
         with readable(file):
             return arrow_layout(pq.read_schema(file), wanted, file).format != "text"
     if not table_suffix(file):
-        if wanted.format not in (None, "text"):
+        if wanted.format not in (None, "text", ANY_TEXT):
             raise UserError(f"source {file}: is one text, and --format={wanted.format} asks for tables; name those with a pattern")
         return False
     with closing(contents_of(file, wanted)) as contents:

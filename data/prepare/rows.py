@@ -10,6 +10,7 @@ from data.manifest import reason
 from fms_spec.errors import UserError, shown
 
 BAD_ROW = "unreadable"  # why it is left out
+ANY_TEXT = "any text"  # a format that is asked for what is evaluated on: every text of a row, whatever its column
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 SHOWN_COLUMNS = 500  # characters of a message: a table without a header has a text for a name
 # Columns of each format: those that tell it, and those that are read where they are there.
@@ -25,6 +26,7 @@ ROLES = {role: role for role in ("system", "developer", "user", "assistant", "to
 SPEAKERS = ROLES | {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+UNASKED = [name for name, role in SPEAKERS.items() if role not in ("user", "assistant")]
 
 
 class Conversation(NamedTuple):
@@ -41,7 +43,10 @@ class BadRow(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a source's rows are to be read as. format: of FORMATS, None to be told by their columns. on_bad_row: "stop" or "skip"."""
+    """What a source's rows are to be read as.
+
+    format: of FORMATS, None to be told by their columns, or ANY_TEXT. on_bad_row: "stop" or "skip".
+    """
 
     text_column: str = "text"
     format: str | None = None
@@ -80,6 +85,8 @@ def layout_of(names, wanted, where):
     Raises:
         UserError: they are of no format, or of several, or lack those of the one that is wanted; names `where`.
     """
+    if wanted.format == ANY_TEXT:
+        return Layout(ANY_TEXT, list(names), lambda row, _: list(texts_within(row)))
     column = wanted.text_column
     needed = {name: (column,) if name == "text" else FORMATS[name][0] for name in FORMATS}
     if wanted.format or column != "text":
@@ -114,6 +121,20 @@ def text_of(row, where, column):
     if text is not None and not isinstance(text, str):
         raise no_text(where, column, type(text).__name__)
     return None if text and not text.isascii() and LONE_SURROGATE.search(text) else text or ""
+
+
+def texts_within(value):
+    """Yield every text in a JSON value, but not what system and tools say, nor descriptions of tools."""
+    if isinstance(value, str):
+        if not LONE_SURROGATE.search(value):
+            yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_within(item)
+    elif isinstance(value, dict) and not any(value.get(name) in UNASKED for name in ("role", "from")):
+        for name, item in value.items():
+            if name not in ("tools", "system", "role", "from"):
+                yield from texts_within(item)
 
 
 def messages_of(row, where, column="messages"):

@@ -14,6 +14,7 @@ from data.prepare.chat import ChatTemplate
 from data.prepare.documents import DocumentSpool
 from data.prepare.folder import finished_set, refuse_inside, writing
 from data.prepare.mixture import Mixture
+from data.prepare.overlap import Evaluation
 from data.prepare.reading import read_documents
 from data.prepare.tables import write_tables
 from data.tokenizer import load_tokenizer, use_threads
@@ -49,12 +50,12 @@ class Settings:
         return np.random.default_rng((self.seed, *stream))
 
 
-def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_template=None, on_bad_row="stop", **settings):
+def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_template=None, on_bad_row="stop", evaluation=None, **settings):
     """Write the folder that RowReader and read_prompts read, or find it written from the same inputs. Returns its manifest.
 
     source, tokenizer, out_dir, format, chat_template: as typed by the user; workers: threads of the tokenizer (None: all cores), without
-    effect on the output; on_bad_row: "stop" or "skip"; settings: see Settings. Same inputs give the same bytes, on the same day where a
-    chat template asks for the date.
+    effect on the output; on_bad_row: "stop" or "skip"; evaluation: a source that documents may share no long run of tokens with, see
+    overlap.Evaluation; settings: see Settings. Same inputs give the same bytes, on the same day where a chat template asks for the date.
 
     Raises:
         UserError: anything wrong with the source, the tokenizer, a setting or `out_dir`; nothing is left behind.
@@ -73,7 +74,9 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
     loaded = load_tokenizer(tokenizer)
     check_room(settings, loaded.prefix)
     template = chat_template_of(mixture, loaded, source, chat_template)
-    more = mixture.inputs() | ({"on_bad_row": on_bad_row} if on_bad_row != "stop" else {})  # folders prepared before know none of it
+    evaluated = Evaluation(evaluation, loaded) if evaluation else None
+    chosen = {"on_bad_row": on_bad_row if on_bad_row != "stop" else None, "evaluation": evaluated and evaluated.source.fingerprint()}
+    more = mixture.inputs() | {name: value for name, value in chosen.items() if value is not None}  # which folders of before don't have
     inputs = {
         "format_version": CONVERSATIONS if template else TEXTS,
         "source": mixture.fingerprint(),
@@ -90,22 +93,28 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
     tell_sizes(loaded)
     watch, copies = Stopwatch(), not template and not mixture.named  # one source's texts are what they have always been
     with watch.measure("all"), writing(out_dir, inputs) as folder, DocumentSpool(folder, copies) as spool:
-        read_documents(spool, mixture, loaded, template, settings, [])
+        read_documents(spool, mixture, loaded, template, settings, [evaluated.overlap] if evaluated else [])
         tables = write_tables(folder, spool, mixture, loaded, settings)
         manifest = {
             "inputs": inputs,
             "source": about_source(source, spool, mixture, template, bool(more)),
             "tokenizer": loaded.identity(),
             **({"chat_template": template.identity(chat_template)} if template else {}),
+            **({"evaluation": evaluated.identity()} if evaluated else {}),
             "tables": tables,
         }
         write_json(folder / MANIFEST, manifest, sort_keys=True, ensure_ascii=False)
-    for part in mixture.parts:
-        if part.skipped.first:
-            print(f"warning: {part.name and part.name + ': '}{part.skipped}", file=sys.stderr)
+    tell_left_out(mixture)
     rate = spool.token_count / watch.seconds["all"]
     print(f"{out_dir}: {summary(manifest)}; {rate:,.0f} tokens/s")
     return manifest
+
+
+def tell_left_out(mixture):
+    """Say on stderr what was left out of each source."""
+    for part in mixture.parts:
+        if part.skipped.first:
+            print(f"warning: {part.name and part.name + ': '}{part.skipped}", file=sys.stderr)
 
 
 def about_source(source, spool, mixture, template, detailed):

@@ -37,6 +37,10 @@ def summary_of(data_dir):
         origin = "the tokenizer's own" if template["origin"] == "tokenizer" else template["origin"]
         dated = f", with the date {template['date']}" if "date" in template else ""
         lines.append(f"chat template: {origin} (sha256 {template['sha256'][:12]}){dated}")
+    if "evaluation" in manifest:
+        about = manifest["evaluation"]
+        told = f"{about['texts'] - about['shorter_texts']:,} texts, and {about['shorter_texts']:,} shorter that can't be told"
+        lines.append(f"without documents that share {about['tokens_shared']} tokens with {about['path']}: {told}")
     return lines + mixture_lines(manifest, rows)
 
 
