@@ -19,12 +19,13 @@ from data.manifest import data_fingerprint
 from data.parquet import shard_entry
 from data.prepare.documents import pack_whole
 from data.prepare.encoding import Encoded
-from data.prepare.rows import Conversation
+from data.prepare.rows import Conversation, Wanted
 from data.prepare.run import prepare
 from data.prepare.sources import open_source
 from data.prompts import load_prompts
 from data.reader import RowReader, read_manifest, read_prompts, read_token_counts
 from fms_spec.errors import UserError
+from pipelines.show.prepared import summary_of
 
 USER, ASSISTANT = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
 SYSTEM = {"role": "system", "content": "w0"}
@@ -41,7 +42,7 @@ def sharegpt(*turns):
 
 def contents_in(source, format=None):
     """What a source gives, in the order of the labels."""
-    opened = open_source(str(source), format=format)
+    opened = open_source(str(source), Wanted(format=format))
     found = [(opened.label(document.file, document.row), document.content) for document in opened.documents(np.random.default_rng(0))]
     return [content for _, content in sorted(found, key=lambda pair: pair[0])]
 
@@ -112,7 +113,7 @@ def test_a_row_with_columns_of_two_kinds_is_read_as_the_one_that_is_named(tmp_pa
     assert contents_in(tmp_path, "messages") == [Conversation(TALK)]
     assert contents_in(tmp_path, "alpaca") == [Conversation(TALK[:2])]
     with pytest.raises(UserError, match="no column 'conversations'"):
-        open_source(str(tmp_path), format="sharegpt")
+        open_source(str(tmp_path), Wanted(format="sharegpt"))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_texts_take_no_template_and_conversations_beside_texts_are_refused(tmp_p
         open_source(str(tmp_path / "both"))
     (tmp_path / "a.txt").write_text("w1")
     with pytest.raises(UserError, match="a.txt: is one text, and --format=alpaca asks for tables"):
-        open_source(str(tmp_path / "a.txt"), format="alpaca")
+        open_source(str(tmp_path / "a.txt"), Wanted(format="alpaca"))
     with pytest.raises(UserError, match="--format=chat: not known; give one of text, messages, sharegpt"):
         prepared(tmp_path, tokenizer, CHATS, format="chat")
     with pytest.raises(UserError, match="--text_column=body: --format=messages reads columns of its own; leave one of the two out"):
@@ -298,6 +299,16 @@ def test_a_prompt_says_which_answer_it_asks_for_and_what_its_row_says_it_is(tmp_
     loaded = load_prompts(folder, tokenizer)
     assert [(prompt.category, prompt.first_turn) for prompt in loaded] == list(zip(held_out.categories, held_out.turns))
     assert len(load_prompts(folder, tokenizer, limit=1)) == len({*held_out.categories})
+
+
+def test_conversations_of_several_sources_are_of_the_category_of_their_row_or_else_of_their_source(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row | {"category": "sums"}) + "\n" for row in CHATS[:15]))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS[15:]))
+    (tmp_path / "m.yaml").write_text(f"sources: {{first: {{path: {tmp_path}/a.jsonl}}, second: {{path: {tmp_path}/b.jsonl}}}}")
+    prepare(source=str(tmp_path / "m.yaml"), tokenizer=tokenizer, out_dir=str(tmp_path / "out"), seq_length=64)
+    assert Counter(read_prompts(tmp_path / "out").categories) == {"sums": 15, "second": 15}
+    lines = summary_of(tmp_path / "out")
+    assert len(lines) == 4 and "(first " in lines[1] and ", second " in lines[1]
 
 
 def test_tokens_are_counted_by_what_is_trained_on_and_all_where_that_was_not_counted(tmp_path, tokenizer, data_dir):

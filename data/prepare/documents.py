@@ -1,6 +1,7 @@
 """Tokenised documents on disk, and their packing into rows. Shapes: n tokens of a row."""
 
 import hashlib
+import heapq
 import tempfile
 from array import array
 
@@ -16,7 +17,7 @@ OPEN_ROWS = 16
 class DocumentSpool:
     """Tokenised documents in an unnamed file, appended in order and read back in any order.
 
-    A shuffle over a corpus larger than memory needs random access; only 57 bytes per document are held in memory, and about 100 where
+    A shuffle over a corpus larger than memory needs random access; only 59 bytes per document are held in memory, and about 100 where
     copies are left out. The file vanishes when it is closed or the process ends.
 
     copies: whether a document may be there more than once.
@@ -26,7 +27,8 @@ class DocumentSpool:
         self._seen = None if copies else set()
         self._file = tempfile.TemporaryFile(dir=folder)
         self._ends, self._lengths, self._prefixed = array("q", [0]), array("q"), array("b")
-        self._files, self._rows, self._digests, self._shortest = array("q"), array("q"), array("Q"), array("l")
+        self._parts, self._files, self._rows = array("H"), array("q"), array("q")
+        self._digests, self._shortest = array("Q"), array("l")
         self._categories, self._one_of_each = [], {}  # equal texts are one in memory
         self._numbers = None
 
@@ -37,10 +39,10 @@ class DocumentSpool:
         self._numbers = None
         self._file.close()
 
-    def append(self, encoded, file, row, category=None):
-        """Add a document: encoding.Encoded, where it was read (see sources.Document), and its category, a text or None.
+    def append(self, encoded, part, file, row, category=None):
+        """Add a document: encoding.Encoded, where it was read, the number of its source and see sources.Document, and its category or None.
 
-        Returns False for a copy that is left out.
+        Returns False for a copy, which is left out.
         """
         raw, answers = encoded.tokens.tobytes(), encoded.answers
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest())
@@ -53,6 +55,7 @@ class DocumentSpool:
         self._ends.append(self._ends[-1] + len(encoded.tokens) + answers.size)
         self._lengths.append(len(encoded.tokens))
         self._prefixed.append(encoded.prefixed)
+        self._parts.append(part)
         self._files.append(file)
         self._rows.append(row)
         self._digests.append(digest)
@@ -74,8 +77,8 @@ class DocumentSpool:
         return Encoded(self._numbers[begin:answers], self._numbers[answers:end].reshape(-1, 3), bool(self._prefixed[index]))
 
     def origin(self, index):
-        """(file, row) of one document."""
-        return self._files[index], self._rows[index]
+        """(source, file, row) of one document."""
+        return self._parts[index], self._files[index], self._rows[index]
 
     def category(self, index):
         """One document's category, a text or None."""
@@ -91,6 +94,11 @@ class DocumentSpool:
         return np.frombuffer(self._lengths, np.int64)
 
     @property
+    def parts(self):
+        """uint16 [documents]: the number of each one's source."""
+        return np.frombuffer(self._parts, np.uint16)
+
+    @property
     def digests(self):
         """uint64 [documents]: equal for documents with equal tokens."""
         return np.frombuffer(self._digests, np.uint64)
@@ -101,8 +109,10 @@ class DocumentSpool:
         return np.frombuffer(self._shortest, np.int64)
 
 
-def choose_held_out(spool, promptable, count, generator):
+def choose_held_out(spool, promptable, count, generator, weights=None):
     """Choose `count` of the documents that are `promptable`, bool [documents]. Returns their numbers in order, and those of all others.
+
+    weights: one for each source, by which tokens are held out of them; None draws all documents alike.
 
     Exact copies of a held-out document are in neither: training on them would be training on what is evaluated.
 
@@ -114,9 +124,36 @@ def choose_held_out(spool, promptable, count, generator):
     eligible = numbers[np.sort(first_copies)]
     if len(eligible) < count:
         raise ValueError(f"only {len(eligible)} different documents have")
-    held_out = np.sort(generator.choice(eligible, count, replace=False))
+    chances = None
+    if weights and count:
+        parts = spool.parts[eligible]
+        chances = (np.array(weights) / np.maximum(1, np.bincount(parts, spool.lengths[eligible], len(weights))))[parts]
+        chances /= chances.sum()
+    held_out = np.sort(generator.choice(eligible, count, replace=False, p=chances))
     train = np.flatnonzero(~np.isin(spool.digests, spool.digests[held_out]))
     return held_out, train
+
+
+def by_weight(queues, lengths, weights):
+    """Documents of several sources in an order in which each source has its share of the tokens, also in every part of it.
+
+    The next document is of the source with the fewest tokens so far for its weight; where that source has none left, the order ends.
+
+    Args:
+        queues: for each source the numbers of its documents, in order. lengths: int64 [documents], their tokens. weights: one for each
+            source, None for all of its tokens, which uses every document.
+    """
+    weights = weights or [int(lengths[queue].sum()) for queue in queues]
+    heap = [(0.0, number) for number, weight in enumerate(weights) if weight]
+    ahead, taken = [iter(queue.tolist()) for queue in queues], [0] * len(queues)
+    while heap:
+        number = heap[0][1]
+        document = next(ahead[number], None)
+        if document is None:
+            return
+        yield document
+        taken[number] += int(lengths[document])
+        heapq.heapreplace(heap, (taken[number] / weights[number], number))
 
 
 def missing_prefix(tokens, prefix):

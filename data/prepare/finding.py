@@ -18,8 +18,10 @@ LOOSE = (".json", ".csv", ".tsv")  # in a tree of sources these are settings and
 SPLIT = re.compile(r"(?<![a-z])(train|training|valid|validation|val|dev|test|testing|eval|evaluation)(?![a-z])")
 
 
-def find_files(path, source):
+def find_files(path, source, split=None):
     """(files in order, the folder that their names are told from) of a folder, pattern or file; says on stderr what is left out.
+
+    split: of a folder with tables in several, None for train.
 
     Raises:
         UserError: nothing there, texts beside tables, splits that can't be told apart, a link that leads nowhere, or a kind of file
@@ -40,7 +42,11 @@ def find_files(path, source):
     if len(files) > 1:
         files = of_one_kind(files, source, root)
         if os.path.isdir(path):
-            files = of_one_split(files, source, root)
+            files = of_one_split(files, source, root, split)
+        elif split:
+            raise UserError(f"source {source}: split {split} is asked, and a pattern names what to read; leave one of the two out")
+    elif split and files:
+        raise UserError(f"source {source}: split {split} is asked, and it is one file; leave the split out")
     if not files:
         raise UserError(f"source {source}: {nothing}")
     return files, root
@@ -64,21 +70,25 @@ def of_one_kind(files, source, root):
     return kept
 
 
-def of_one_split(files, source, root):
-    """Of a data set's tables those of its train split, where their names tell splits apart."""
+def of_one_split(files, source, root, wanted):
+    """Of a data set's tables those of one split, where their names tell splits apart. wanted: None for train, or all that tell none."""
     splits = {file: split_of(os.path.relpath(file, root)) for file in files if table_suffix(file)}
     others = {*splits.values()} - {"train", None}
-    if not others or len({*splits.values()}) == 1:
+    if wanted is None and (not others or len({*splits.values()}) == 1):
         return files
-    train = [file for file, split in splits.items() if split == "train"]
-    if not train or None in splits.values():
-        first = next(file for file, split in splits.items() if split in others)
+    asked = split_of(wanted or "train") or wanted
+    read = [file for file, split in splits.items() if split == asked]
+    if wanted and not read:
+        there = ", ".join(sorted({*filter(None, splits.values())})) or "none"
+        raise UserError(f"source {source}: has no files of split {wanted}; their names tell of {there}")
+    if not read or None in splits.values():
+        first = min((file for file, split in splits.items() if split != asked), key=lambda file: splits[file] is None)
         raise UserError(
-            f"source {source}: some of its files seem to be of another split than train ({named([first], root)}); "
+            f"source {source}: some of its files seem to be of another split than {asked} ({named([first], root)}); "
             f"name those to read with a pattern, such as {pattern(first, root)} for all"
         )
-    tell_left_out([file for file in files if file not in train], root, "of other splits than train")
-    return train
+    tell_left_out([file for file in files if file not in read], root, f"of other splits than {asked}")
+    return read
 
 
 def split_of(name):

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.manifest import reason
-from data.prepare.rows import Conversation, layout_of, no_text, parsed
+from data.prepare.rows import ANY_TEXT, BadRow, Conversation, layout_of, no_text
+from data.prepare.values import parsed
 from fms_spec.errors import UserError
 
 OPENERS = {
@@ -57,7 +58,8 @@ def refuse_unread(file):
 
 
 def has_conversations(file, wanted):
-    """Whether the rows of a file are conversations. Reads the schema of Parquet, else the first row; None where there is none.
+    """Whether the rows of a file are conversations. Reads the schema of Parquet, else the first row that can be read; None where
+    there is none.
 
     Raises:
         UserError: they hold nothing that is `wanted` (`rows.Wanted`), or the file cannot be read.
@@ -66,12 +68,12 @@ def has_conversations(file, wanted):
         with readable(file):
             return arrow_layout(pq.read_schema(file), wanted, file).format != "text"
     if not table_suffix(file):
-        if wanted.format not in (None, "text"):
+        if wanted.format not in (None, "text", ANY_TEXT):
             raise UserError(f"source {file}: is one text, and --format={wanted.format} asks for tables; name those with a pattern")
         return False
     with closing(contents_of(file, wanted)) as contents:
-        first = next(contents, None)
-    return None if first is None else isinstance(first[1], Conversation)
+        first = next((content for _, content in contents if not isinstance(content, BadRow)), BadRow)
+    return None if first is BadRow else isinstance(first, Conversation)
 
 
 def contents_of(file, wanted):
@@ -125,14 +127,27 @@ def json_contents(opened, file, wanted):
     begin = opened.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if begin == b"[" and table_suffix(file) == ".json":
         rows = ((f"{file} item {number + 1}", number, row) for number, row in enumerate(parsed(opened.read(), file)))
+        read = object_content
     else:
-        rows = ((f"{file}:{at + 1}", at, parsed(line, f"{file}:{at + 1}")) for at, line in enumerate(opened) if not line.isspace())
-    layout = None
+        rows = ((f"{file}:{at + 1}", at, line) for at, line in enumerate(opened) if not line.isspace())
+        read = line_content
+    layouts = []
     for where, number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object with a field {wanted.text_column!r}, or a conversation")
-        layout = layout or layout_of(list(row), wanted, where)
-        yield number, layout.read(row, where)
+        yield number, wanted.tried(read, row, where, wanted, layouts)
+
+
+def line_content(line, where, wanted, layouts):
+    """As `object_content`, of a line of JSON."""
+    return object_content(parsed(line, where), where, wanted, layouts)
+
+
+def object_content(row, where, wanted, layouts):
+    """The content of a JSON value; by its columns, where none was before it, it also tells the layout of all: `layouts`, of one or none."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object with a field {wanted.text_column!r}, or a conversation")
+    if not layouts:
+        layouts.append(layout_of(list(row), wanted, where))
+    return layouts[0].read(row, where)
 
 
 def csv_contents(opened, file, wanted):
@@ -147,18 +162,23 @@ def csv_contents(opened, file, wanted):
             raise UserError(f"source {file}: its columns are apart by {other!r}; save it with commas, or with tabs as .tsv")
         layout = layout_of(header, wanted, f"source {file}")
         for number, row in enumerate(filter(None, rows)):  # a blank line is an empty list
-            if len(row) != len(header):
-                raise UserError(f"{file}:{rows.line_num}: {len(row)} fields, the first line names {len(header)}; mend the line")
-            yield number, layout.read(dict(zip(header, row)), f"{file}:{rows.line_num}")
+            yield number, wanted.tried(record_content, row, f"{file}:{rows.line_num}", header, layout)
     except csv.Error as error:
         raise UserError(f"{file}:{rows.line_num}: not a line of CSV ({error}); mend the line, or write the table as JSON lines") from None
+
+
+def record_content(record, where, header, layout):
+    """The content of a line of CSV, a list of fields."""
+    if len(record) != len(header):
+        raise UserError(f"{where}: {len(record)} fields, the first line names {len(header)}; mend the line")
+    return layout.read(dict(zip(header, record)), where)
 
 
 def parquet_contents(file, wanted):
     """(row, content) of a Parquet file."""
     with pq.ParquetFile(file) as opened:
         layout = arrow_layout(opened.schema_arrow, wanted, file)
-        yield from batch_contents(opened.iter_batches(batch_size=1024, columns=layout.columns), layout, file)
+        yield from batch_contents(opened.iter_batches(batch_size=1024, columns=layout.columns), layout, file, wanted)
 
 
 def arrow_contents(file, wanted):
@@ -174,14 +194,14 @@ def arrow_contents(file, wanted):
             opened.seek(0)
             reader = batches = pa.ipc.open_stream(opened)
         layout = arrow_layout(reader.schema, wanted, file)
-        yield from batch_contents((batch.select(layout.columns) for batch in batches), layout, file)
+        yield from batch_contents((batch.select(layout.columns) for batch in batches), layout, file, wanted)
 
 
-def batch_contents(batches, layout, file):
+def batch_contents(batches, layout, file, wanted):
     """(row from 0, content) of Arrow batches one after the other."""
     rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(arrow_rows(rows, layout.format != "text")):
-        yield number, layout.read(row, f"{file} row {number + 1}")
+        yield number, wanted.tried(layout.read, row, f"{file} row {number + 1}")
 
 
 def arrow_rows(rows, nested):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from data.manifest import CONVERSATIONS, TEXTS
 from data.parquet import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
-from data.prepare.documents import choose_held_out, missing_prefix, pack, pack_whole
+from data.prepare.documents import by_weight, choose_held_out, missing_prefix, pack, pack_whole
 from data.progress import progress
 from fms_spec.errors import UserError
 
@@ -16,12 +16,13 @@ from fms_spec.errors import UserError
 READING, HOLDING_OUT, SHUFFLING, PROMPTING = range(4)
 
 
-def write_tables(folder, spool, source, tokenizer, settings):
+def write_tables(folder, spool, mixture, tokenizer, settings):
     """Write the tables of every split and the token counts; returns the manifest's entries."""
-    length, chats, prefix = settings.prompt_length, source.conversations, tokenizer.prefix
+    length, chats, prefix = settings.prompt_length, mixture.conversations, tokenizer.prefix
     promptable = has_prompt(spool.shortest_prompts, length, prefix) if chats else spool.lengths > length  # it has an end-of-text token
     try:
-        held_out, train = choose_held_out(spool, promptable, settings.held_out, settings.generator(HOLDING_OUT))
+        drawn = settings.generator(HOLDING_OUT)
+        held_out, train = choose_held_out(spool, promptable, settings.held_out, drawn, mixture.weights)
     except ValueError as error:
         what, more = (f"a prompt of at most {length} tokens", "raise") if chats else (f"the {length} tokens of a prompt", "lower")
         mend = f"lower --held_out or {more} --prompt_length"
@@ -31,8 +32,7 @@ def write_tables(folder, spool, source, tokenizer, settings):
     splits = {"train": train, "held_out": held_out} if settings.held_out else {"train": train}
     tables = {}
     for number, (split, documents) in enumerate(splits.items()):
-        if source.finite:
-            documents = settings.generator(SHUFFLING, number).permutation(documents)
+        documents = in_order(documents, spool, mixture, settings.generator(SHUFFLING, number), split == "train")
         schema = rows_schema(settings.seq_length, about, chats)
         rows = write_rows(folder, split, documents, spool, settings, schema, prefix, counts if split == "train" else None)
         if split == "train" and rows["rows"] == 0:
@@ -43,8 +43,10 @@ def write_tables(folder, spool, source, tokenizer, settings):
             raise UserError(f"only {tokens} tokens to train on, less than one row of --seq_length={settings.seq_length}; lower it")
         tables[f"rows-{split}"] = rows
         used = documents[: rows["documents"]]
+        if mixture.named:
+            rows["sources"] = shares_of(used, spool, mixture)
         schema, draw = prompts_schema(length, about, chats), settings.generator(PROMPTING, number)
-        prompts = write_prompts(folder, split, used, spool, source, length, schema, prefix, draw)
+        prompts = write_prompts(folder, split, used, spool, mixture, length, schema, prefix, draw)
         if prompts["rows"] == 0 and chats:
             raise UserError(f"--prompt_length={length}: no conversation comes to an answer within so many tokens; raise it")
         if prompts["rows"] == 0:
@@ -53,6 +55,33 @@ def write_tables(folder, spool, source, tokenizer, settings):
         tables[f"prompts-{split}"] = prompts
     tables["token_counts"] = write_token_counts(folder, counts, token_counts_schema(about, chats))
     return tables
+
+
+def in_order(documents, spool, mixture, generator, weighed):
+    """Numbers of documents in the order in which they are packed: those of streams as they came, all others drawn from `generator`.
+
+    weighed: whether the sources' weights hold, so that some documents may be left over; otherwise all are there.
+    """
+    drawn, several = generator.permutation(documents), len(mixture.parts) > 1
+    queues = []
+    for number, part in enumerate(mixture.parts):
+        order = drawn if part.source.finite else documents
+        queues.append(order[spool.parts[order] == number] if several else order)
+    if not several:
+        return queues[0]
+    for number, part in enumerate(mixture.parts):
+        if weighed and not len(queues[number]):
+            mend = "lower --held_out; copies of held-out documents are left out of training"
+            raise UserError(f"source {part.settings.path}: no document of it is left to train on; {mend}")
+    weights = mixture.weights if weighed else None
+    return np.fromiter(by_weight(queues, spool.lengths, weights), np.int64)
+
+
+def shares_of(used, spool, mixture):
+    """{name: documents and tokens of it that rows were made of}; of what was read, the rest is over its weight, or held out."""
+    parts = spool.parts[used]
+    documents, tokens = (np.bincount(parts, by, len(mixture.parts)).astype(int).tolist() for by in (None, spool.lengths[used]))
+    return {part.name: {"documents": documents[n], "tokens": tokens[n]} for n, part in enumerate(mixture.parts)}
 
 
 def has_prompt(lengths, limit, prefix):
@@ -101,16 +130,17 @@ def count_tokens(counts, row):
             np.add.at(kind, row.tokens[start:end], 1)
 
 
-def write_prompts(folder, split, documents, spool, source, length, schema, prefix, generator):
+def write_prompts(folder, split, documents, spool, mixture, length, schema, prefix, generator):
     """Draw one prompt from each document that has one. Returns the table's entry."""
     writer = TableWriter(folder, f"prompts-{split}", schema, length)
     for document in documents.tolist():
         tokens, answers, prefixed = spool[document]
-        draw = conversation_prompt if source.conversations else text_prompt
+        draw = conversation_prompt if mixture.conversations else text_prompt
         prompt, turn = draw(tokens, answers, length, prefix if prefixed else [], generator)
         if prompt is not None:
-            row = writer.rows, document, source.label(*spool.origin(document)), prompt, turn, spool.category(document) or ""
-            writer.append(row[: len(schema)])
+            part, *place = spool.origin(document)
+            category = spool.category(document) or mixture.parts[part].name
+            writer.append((writer.rows, document, mixture.label(part, *place), prompt, turn, category)[: len(schema)])
     return writer.close()
 
 

@@ -45,17 +45,50 @@ def summary_of(data_dir, train_on=None):
     """What a folder holds, in four lines, from its manifest alone. train_on: `RowReader.train_on` of a run that reads it."""
     manifest = read_manifest(data_dir)
     source, rows, prompts = manifest["source"], *(table_of(manifest, data_dir, name) for name in ("rows-train", "prompts-train"))
-    skipped = ", ".join(f"{count} {why}" for why, count in sorted(source["skipped"].items())) or "nothing"
-    skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source else ""
+    skipped = left_out(source) or "nothing"
+    skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source and "firsts" not in source else ""
     kind = "conversations" if has_answers(manifest) else "texts"
     share = f"{share_of(rows):.1%} of them {'answers' if has_answers(manifest) else 'trained on'}"
     asked = f"; phase 1 trains on: {train_on}" if train_on else ""
+    used = {name: part["tokens"] for name, part in rows.get("sources", {}).items()}
+    mixed = f" ({', '.join(f'{name} {tokens / sum(used.values()):.1%}' for name, tokens in used.items())})" if used else ""
     return [
         f"{data_dir}: {source['documents_read']:,} {kind} of {source['name']}, {source['tokens_read']:,} tokens; left out: {skipped}",
-        f"rows to train on: {rows['rows']:,} of {manifest['inputs']['seq_length']:,} tokens, {share}{asked}",
+        f"rows to train on: {rows['rows']:,} of {manifest['inputs']['seq_length']:,} tokens{mixed}, {share}{asked}",
         f"prompts: {prompts['rows']:,}; held out: {manifest['tables'].get('prompts-held_out', {'rows': 0})['rows']:,}",
         f"tokenizer: {identity(manifest['tokenizer']['name'], manifest['tokenizer'])}; chat template: {template_of(manifest)}",
     ]
+
+
+def details_of(data_dir):
+    """What a folder was kept apart from, and each source of its mixture, a line each."""
+    manifest, lines = read_manifest(data_dir), []
+    if "evaluation" in manifest:
+        about = manifest["evaluation"]
+        told = f"{about['texts'] - about['shorter_texts']:,} texts, and {about['shorter_texts']:,} shorter that can't be told"
+        lines.append(f"without documents that share {about['tokens_shared']} tokens with {about['path']}: {told}")
+    return lines + mixture_lines(manifest, table_of(manifest, data_dir, "rows-train"))
+
+
+def left_out(read):
+    """What was left out of what was read, "" for nothing; of each kind the first, where the manifest has it."""
+    firsts = read.get("firsts", {})
+    shown = {why: f", first {first}" for why, first in firsts.items()}
+    return "; ".join(f"{count:,} {why}{shown.get(why, '')}" for why, count in sorted(read["skipped"].items()))
+
+
+def mixture_lines(manifest, rows):
+    """A line for each source of a mixture: its share of what is trained on, and what was left out."""
+    lines, used = [], rows.get("sources", {})
+    total, held_out = sum(part["tokens"] for part in used.values()), manifest["tables"].get("rows-held_out", {}).get("sources", {})
+    weights = {name: manifest["inputs"]["mixture"][name].get("weight", used[name]["tokens"]) for name in used}
+    for name, part in used.items():
+        read, weight = manifest["source"]["mixture"][name], weights[name] / sum(weights.values())
+        rest = read["documents_read"] - part["documents"] - held_out.get(name, {"documents": 0})["documents"]
+        out = "; ".join(filter(None, [left_out(read), f"{rest:,} over its weight" if rest else ""]))
+        share = f"{part['tokens'] / total:.2%} of the tokens (asked {weight:.2%})"
+        lines.append(f"  {name}: {share}, {part['documents']:,} documents of {read['path']}; left out: {out or 'nothing'}")
+    return lines
 
 
 def has_answers(manifest):
@@ -106,7 +139,7 @@ def parts_of(data_dir, row, tokenizer):
         raise UserError(f"--row={row}: {data_dir} has rows 0 to {table['rows'] - 1}")
     backend = check_tokenizer(manifest, tokenizer or manifest["tokenizer"]["name"]).backend
     if row is None:
-        yield from map(Text, summary_of(data_dir))
+        yield from map(Text, [*summary_of(data_dir), *details_of(data_dir)])
         yield histogram(piece_lengths(data_dir, table, manifest["inputs"]["seq_length"]), "tokens of a document's piece in a row")
         yield histogram(np.array(list(map(len, read_prompts(data_dir).tokens))), "tokens of a prompt")
     for number in range(min(SHOWN_ROWS, table["rows"])) if row is None else [row]:
