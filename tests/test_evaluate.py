@@ -177,16 +177,22 @@ def test_the_script_reports_what_was_left_out(place, tmp_path, capsys):
     assert "left_out" in capsys.readouterr().out and "against" not in report
 
 
+def base_model_with(place, folder, name, text):
+    """The base model of `place` with another file, in folder/base_model."""
+    (folder / "base_model").mkdir()
+    for file in (place / "base_model").iterdir():
+        (folder / "base_model" / file.name).symlink_to(file)
+    (folder / "base_model" / name).unlink(missing_ok=True)
+    (folder / "base_model" / name).write_text(text)
+
+
 def test_texts_are_grouped_by_category_turn_and_length_of_context_each_with_its_count_and_interval(place, tmp_path, capsys):
     lines = [
         {"category": "talk", "turns": ["w1 w2", "w3"]}, {"category": "talk", "turns": ["w4", "w5", "w6"]},
         {"prompt": " ".join(["w7 w8"] * 70), "category": "long"}, {"prompt": "w9"},
     ]  # fmt: skip
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (tmp_path / "base_model").mkdir()
-    for file in (place / "base_model").iterdir():
-        (tmp_path / "base_model" / file.name).symlink_to(file)
-    (tmp_path / "base_model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    base_model_with(place, tmp_path, "chat_template.jinja", "{% for m in messages %}{{ m.content }} {% endfor %}")
     words = dict(base_model=str(tmp_path / "base_model"), speculator=str(place / "speculator"), prompts=str(tmp_path / "prompts.jsonl"))
     evaluate(Arguments(**words, max_new_tokens=8, dtype="float32", out=str(tmp_path / "report.json")))
     report, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
@@ -203,6 +209,20 @@ def test_texts_are_grouped_by_category_turn_and_length_of_context_each_with_its_
             low, high = group[f"{figure}_interval"]
             assert low - 1e-9 <= group[figure] <= high + 1e-9
     assert "turn 2" in printed and "129 to 512 tokens" in printed and "talk" in printed
+
+
+def test_a_group_of_texts_that_end_at_once_has_no_speed_and_the_report_is_json_all_the_same(place, base_model, tmp_path):
+    first, second = prompts_of(5, 6)
+    (text,), _ = decode(base_model, [first], DecodingOptions(max_new_tokens=1))
+    base_model_with(place, tmp_path, "generation_config.json", json.dumps({"eos_token_id": text.tokens}))
+    prompts = {"ends": first, "on": second}
+    lines = [{"prompt": " ".join(f"w{token - 2}" for token in tokens), "category": name} for name, tokens in prompts.items()]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = dict(base_model=str(tmp_path / "base_model"), speculator=str(place / "speculator"), prompts=str(tmp_path / "prompts.jsonl"))
+    evaluate(Arguments(**words, max_new_tokens=4, dtype="float32", out=str(tmp_path / "report.json")))
+    written = (tmp_path / "report.json").read_text()
+    groups = json.loads(written)["categories"]
+    assert "NaN" not in written and groups["ends"]["speedup"] is None and groups["ends"]["texts"] == 1 and groups["on"]["speedup"] > 0
 
 
 def test_turns_and_contexts_past_the_last_that_are_told_apart_are_one_group(base_model):

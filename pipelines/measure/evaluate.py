@@ -1,5 +1,6 @@
 """What a speculator earns, from the flags of scripts.evaluate to its report."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def evaluate(parsed):
         values["against"] |= side_by_side(pairs, gaps) | {"partings": partings(pairs, gaps)}
     print_evaluation(values, parsed.speculator)
     if out:
-        write_json(out, values | {"environment": environment()})
+        write_json(out, numbers(values | {"environment": environment()}), allow_nan=False)
         plot_evaluation(values, out.with_suffix(".png"))
 
 
@@ -70,6 +71,15 @@ def partings(pairs, gaps):
     """Where texts part, as JSON values: which text, at which new token, and how far apart the logits are; see `logit_gap`."""
     places = [parting(first, second) for _, first, second in pairs]
     return [{"text": text, "place": place, "gap": gaps[text]} for text, place in enumerate(places) if place is not None]
+
+
+def numbers(value):
+    """A JSON value with None where there is no number, as for the speed of texts that end with their first token."""
+    if isinstance(value, dict):
+        return {name: numbers(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_report(out):
