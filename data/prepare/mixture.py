@@ -3,6 +3,7 @@
 A file has `sources`, a name for each and its settings below it (`SourceSettings`). Paths are told from where the command runs.
 """
 
+import glob
 import hashlib
 import json
 from pathlib import Path
@@ -64,7 +65,7 @@ class MixtureFile(Section):
 
 def is_mixture(source):
     """Whether a --source names a file of this kind."""
-    return source.lower().endswith((".yaml", ".yml")) and Path(source).expanduser().is_file()
+    return source.lower().endswith((".yaml", ".yml")) and not glob.has_magic(source) and not Path(source).expanduser().is_dir()
 
 
 def read_mixture(path):
