@@ -45,12 +45,6 @@ class SourceSettings(Section):
             raise ValueError(f"min_tokens {self.min_tokens} is over max_tokens {self.max_tokens}: nothing would be left")
         return self
 
-    def misfit(self, tokens):
-        """Why a document of so many tokens is left out, None if it isn't."""
-        if self.min_tokens and tokens < self.min_tokens:
-            return f"under {self.min_tokens} tokens"
-        return f"over {self.max_tokens} tokens" if self.max_tokens and tokens > self.max_tokens else None
-
 
 class MixtureFile(Section):
     sources: dict[Name, SourceSettings] = Field(min_length=1)
@@ -98,6 +92,13 @@ class Part:
     def label(self, file, row):
         """A document's name."""
         return (f"{self.name}/" if self.name else "") + self.source.label(file, row)
+
+    def misfit(self, _, encoded):
+        """(why, "") of a document, encoding.Encoded, that has too few tokens or too many; None of others."""
+        tokens, least, most = len(encoded.tokens), self.settings.min_tokens, self.settings.max_tokens
+        if least and tokens < least:
+            return f"under {least} tokens", ""
+        return (f"over {most} tokens", "") if most and tokens > most else None
 
     def documents(self, generator):
         """Yield the source's `Document`s in the order it has them, without those in which other roles speak."""
