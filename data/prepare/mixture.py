@@ -43,6 +43,8 @@ class SourceSettings(Section):
     def consistent(self):
         if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is over max_tokens {self.max_tokens}: nothing would be left")
+        if self.format not in (None, "text") and self.text_column != "text":
+            raise ValueError(f"format {self.format} reads columns of its own; leave text_column {self.text_column} out")
         return self
 
 
@@ -84,7 +86,6 @@ class Part:
 
     def __init__(self, name, settings, on_bad_row):
         self.name, self.settings, self.skipped = name, settings, Skipped(self.label)
-        check_format(settings.format, settings.text_column)
         self.source = open_source(settings.path, Wanted(settings.text_column, settings.format, on_bad_row), settings.split)
         if settings.roles and not self.source.conversations:
             raise UserError(f"sources.{name}.roles: {settings.path} holds texts, in which nobody speaks; leave them out")
@@ -128,6 +129,7 @@ class Mixture:
         if self.named and (format or text_column != "text"):
             flag = f"--format={format}" if format else f"--text_column={text_column}"
             raise UserError(f"{flag}: {source} has several sources; write it there, below the one that it is about")
+        check_format(format, text_column)
         alone = {"": SourceSettings.model_construct(path=source, format=format, text_column=text_column)}
         sections = read_mixture(source) if self.named else alone
         self.parts = [Part(name, section, on_bad_row) for name, section in sections.items()]

@@ -52,6 +52,8 @@ class Settings:
         for name, smallest in dict(seq_length=2, prompt_length=1, held_out=0).items():
             if getattr(self, name) is not None and not smallest <= getattr(self, name) < 2**31:  # Parquet's lengths have 32 bits
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least {smallest} and below 2^31")
+        if self.on_bad_row not in ("stop", "skip"):
+            raise UserError(f"--on_bad_row={self.on_bad_row}: stop or skip")
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
             raise UserError(f"--max_tokens={self.max_tokens}: less than one row of --seq_length={self.seq_length}")
 

@@ -69,7 +69,7 @@ def files_at(url):
             root = os.path.dirname(inner[: min(inner.index(mark) for mark in "*?[" if mark in inner)])
             files = [file for file in store.glob(inner) if store.isfile(file)]
         elif store.isfile(inner):
-            root, files = os.path.dirname(inner), [inner]
+            return [url], os.path.dirname(url)
         else:
             root, files = inner, store.find(inner)
         shown = [file for file in files if not any(part.startswith(".") for part in os.path.relpath(file, root or "/").split("/"))]
