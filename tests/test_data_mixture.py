@@ -155,6 +155,7 @@ def test_conversations_in_which_other_roles_speak_are_left_out_when_asked(tmp_pa
         ("sources: {a: {path: HERE/short.jsonl, roles: [robot]}}", "sources.a.roles.0: Input should be 'system'"),
         ("sources: {a: {path: HERE/short.jsonl, roles: [user]}}", "sources.a.roles: HERE/short.jsonl holds texts, in which nobody speaks"),
         ("sources: {a: {path: HERE/short.jsonl, min_tokens: 9, max_tokens: 8}}", "sources.a: min_tokens 9 is over max_tokens 8"),
+        ("sources: {a: {path: HERE/short.jsonl, format: alpaca, text_column: b}}", "sources.a: format alpaca reads columns of its own"),
         ("sources: {a: {path: HERE/short.jsonl, split: test}}", "short.jsonl: split test is asked, and it is one file"),
         ("sources: {a: {path: HERE/nothing.jsonl}}", "nothing.jsonl: no such file or folder"),
         ("sources: {a: {path: HERE/short.jsonl, weight: 1}, b: {path: HERE/long.jsonl}}", "sources.b has no weight, and others have"),

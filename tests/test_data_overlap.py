@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_templates import CHATML, unmarked, write_chat_tokenizer
-from data_helpers import BOS, write_tokenizer
+from data_helpers import BOS, as_text, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +48,7 @@ def test_a_run_is_found_from_its_length_on_wherever_it_lies_in_either_text(evalu
     text[ahead : ahead + length] = run
     document = np.concatenate([generator.integers(25, 40, before), run, generator.integers(25, 40, 30)])
     evaluation = evaluation_of([generator.integers(0, 25, 40), text])
-    found = evaluation.overlap(document.astype(np.int32))
+    found = evaluation.overlap(None, as_text(document))
     assert found == ((OVERLAPS, "questions.jsonl#1") if length >= RUN else None)
 
 
@@ -63,7 +63,7 @@ def test_what_is_found_is_what_python_finds_by_comparing_every_place(evaluation_
         cuts = [texts[generator.integers(4)][(start := generator.integers(60)) : start + generator.integers(5, 40)] for _ in range(4)]
         document = [token for cut in cuts for token in [*cut, *generator.integers(0, 3, 3).tolist()]]
         longest = [difflib.SequenceMatcher(None, text, document, autojunk=False).find_longest_match().size for text in texts]
-        assert (evaluation.overlap(np.array(document, np.int32)) is not None) == (max(longest) >= RUN)
+        assert (evaluation.overlap(None, as_text(document)) is not None) == (max(longest) >= RUN)
 
 
 QUESTION = [*range(20, 20 + RUN)]
@@ -81,9 +81,9 @@ def test_every_file_that_a_source_may_be_is_one_to_evaluate_on(tmp_path, loaded,
         pq.write_table(pa.Table.from_pylist([row]), path)
     else:
         path.write_text(asked if kind == "txt" else json.dumps([row] if kind == "json" else row))
-    document = np.array([1, 2, 3, *QUESTION, 4], np.int32)
-    assert Evaluation(str(path.parent if kind == "folder" else path), loaded).overlap(document)
-    assert not Evaluation(str(path), loaded).overlap(np.array([1, 2, 3, *QUESTION[1:], 4], np.int32))
+    document = as_text([1, 2, 3, *QUESTION, 4])
+    assert Evaluation(str(path.parent if kind == "folder" else path), loaded).overlap(None, document)
+    assert not Evaluation(str(path), loaded).overlap(None, as_text([1, 2, 3, *QUESTION[1:], 4]))
 
 
 def test_what_system_and_tools_say_is_no_question(tmp_path, loaded):
@@ -92,7 +92,7 @@ def test_what_system_and_tools_say_is_no_question(tmp_path, loaded):
     row = {"messages": [said("system", spelt(QUESTION)), said("user", other), said("tool", spelt(QUESTION))], "tools": [spelt(QUESTION)]}
     (tmp_path / "e.jsonl").write_text(json.dumps(row))
     evaluation = Evaluation(str(tmp_path / "e.jsonl"), loaded)
-    assert not evaluation.overlap(np.array(QUESTION, np.int32)) and evaluation.overlap(np.arange(RUN, dtype=np.int32))
+    assert not evaluation.overlap(None, as_text(QUESTION)) and evaluation.overlap(None, as_text(range(RUN)))
     assert evaluation.texts == 1 and BOS not in evaluation.tokens
 
 

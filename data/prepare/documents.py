@@ -40,15 +40,9 @@ class DocumentSpool:
         self._file.close()
 
     def append(self, encoded, part, file, row, category=None):
-        """Add a document: encoding.Encoded, where it was read, the number of its source and see sources.Document, and its category or None.
-
-        Returns False for a copy, which is left out.
-        """
-        raw, answers = encoded.tokens.tobytes(), encoded.answers
-        digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest())
+        """Add a document: encoding.Encoded, where it was read (its source's number, and see sources.Document), and its category or None."""
+        raw, answers, digest = encoded.tokens.tobytes(), encoded.answers, digest_of(encoded.tokens)
         if self._seen is not None:
-            if digest in self._seen:
-                return False
             self._seen.add(digest)
         self._file.write(raw)
         self._file.write(answers.astype(np.int32).tobytes())
@@ -62,7 +56,10 @@ class DocumentSpool:
         self._categories.append(self._one_of_each.setdefault(category, category))
         known = answers[answers[:, 0] >= 0, 0]
         self._shortest.append(int(known.min()) if len(known) else -1)
-        return True
+
+    def seen(self, _, encoded):
+        """("copies", "") of a document, encoding.Encoded, that is there and may not be twice; None of others."""
+        return ("copies", "") if self._seen is not None and digest_of(encoded.tokens) in self._seen else None
 
     def __len__(self):
         return len(self._files)
@@ -107,6 +104,11 @@ class DocumentSpool:
     def shortest_prompts(self):
         """int64 [documents]: tokens of the shortest prompt for an answer, -1 where there is none, as in texts."""
         return np.frombuffer(self._shortest, np.int64)
+
+
+def digest_of(tokens):
+    """A number of 64 bits, equal for equal tokens."""
+    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest())
 
 
 def choose_held_out(spool, promptable, count, generator, weights=None):

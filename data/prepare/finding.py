@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from data.prepare.formats import refuse_unread, table_suffix
+from data.prepare.stores import files_at, is_url, size_of
 from fms_spec.errors import UserError
 
 # Beside tables these tell about them; README.md and the like are texts only among texts.
@@ -27,21 +28,25 @@ def find_files(path, source, split=None):
         UserError: nothing there, texts beside tables, splits that can't be told apart, a link that leads nowhere, or a kind of file
             that isn't read.
     """
-    if os.path.isdir(path):
+    folder = os.path.isdir(path)
+    if is_url(path):
+        paths, root = files_at(path)
+        folder, nothing = not glob.has_magic(path), ""
+    elif folder:
         paths, root, nothing = files_below(path), path, "the folder holds no files"
     elif os.path.isfile(path):
         paths, root, nothing = [path], os.path.dirname(path), ""
     else:
         paths, root, nothing = matching(path), glob_root(path), "the pattern matches no file"
     for file in paths:
-        if not os.path.isfile(file):
+        if not is_url(file) and not os.path.isfile(file):
             problem = "a link that leads nowhere" if os.path.islink(file) else "neither a file nor a folder"
             raise UserError(f"source {file}: {problem}; mend or remove it")
         refuse_unread(file)
     files = sorted(paths)
     if len(files) > 1:
         files = of_one_kind(files, source, root)
-        if os.path.isdir(path):
+        if folder:
             files = of_one_split(files, source, root, split)
         elif split:
             raise UserError(f"source {source}: split {split} is asked, and a pattern names what to read; leave one of the two out")
@@ -58,7 +63,7 @@ def of_one_kind(files, source, root):
     rest = sorted({*files} - {*about})
     tables, texts = [file for file in rest if table_suffix(file)], [file for file in rest if not table_suffix(file)]
     firm = [file for file in tables if table_suffix(file) not in LOOSE]
-    sizes = [sum(map(os.path.getsize, group)) for group in (tables, texts)]
+    sizes = [sum(map(size_of, group)) for group in (tables, texts)]
     if texts and (firm or sizes[0] > sizes[1]):  # otherwise JSON and CSV are taken for the texts' settings and figures
         most, first = (firm or tables, "tables") if sizes[0] > sizes[1] else (texts, "texts")
         raise UserError(

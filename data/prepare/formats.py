@@ -20,15 +20,16 @@ import pyarrow.parquet as pq
 
 from data.manifest import reason
 from data.prepare.rows import ANY_TEXT, BadRow, Conversation, layout_of, no_text
+from data.prepare.stores import open_binary, reaching, store_of
 from data.prepare.values import parsed
 from fms_spec.errors import UserError
 
-OPENERS = {
+UNPACKERS = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": lambda file: io.BufferedReader(pa.input_stream(file)),
-    "": lambda file: open(file, "rb"),
+    ".zst": lambda file: io.BufferedReader(pa.input_stream(file, compression="zstd")),
+    "": lambda file: file,
 }
 LINES, COLUMNS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv"), (".parquet", ".arrow", ".feather")
 UNREAD = (
@@ -46,8 +47,8 @@ def table_suffix(file):
 
 
 def packing_of(file):
-    """How a file is compressed, by its name: a key of OPENERS, "" for not at all."""
-    return next(suffix for suffix in OPENERS if file.lower().endswith(suffix))
+    """How a file is compressed, by its name: a key of UNPACKERS, "" for not at all."""
+    return next(suffix for suffix in UNPACKERS if file.lower().endswith(suffix))
 
 
 def refuse_unread(file):
@@ -65,8 +66,8 @@ def has_conversations(file, wanted):
         UserError: they hold nothing that is `wanted` (`rows.Wanted`), or the file cannot be read.
     """
     if table_suffix(file) == ".parquet":
-        with readable(file):
-            return arrow_layout(pq.read_schema(file), wanted, file).format != "text"
+        with readable(file), parquet_file(file) as opened:
+            return arrow_layout(opened.schema_arrow, wanted, file).format != "text"
     if not table_suffix(file):
         if wanted.format not in (None, "text", ANY_TEXT):
             raise UserError(f"source {file}: is one text, and --format={wanted.format} asks for tables; name those with a pattern")
@@ -87,7 +88,7 @@ def contents_of(file, wanted):
         if suffix in COLUMNS:
             yield from (parquet_contents if suffix == ".parquet" else arrow_contents)(file, wanted)
         elif suffix:
-            with OPENERS[packing_of(file)](file) as opened:
+            with open_binary(file) as packed, UNPACKERS[packing_of(file)](packed) as opened:
                 read = csv_contents if suffix in (".csv", ".tsv") else json_contents
                 yield from read(opened, file, wanted)
         else:
@@ -97,17 +98,18 @@ def contents_of(file, wanted):
 @contextmanager
 def readable(file):
     """What can go wrong in a damaged file, as a UserError that names it."""
-    try:
-        yield
-    except UnicodeDecodeError:
-        raise UserError(f"source {file}: not UTF-8; save it as UTF-8") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        raise UserError(f"source {file}: cannot be read, it may be cut short ({reason(error)})") from None
+    with reaching(file):
+        try:
+            yield
+        except UnicodeDecodeError:
+            raise UserError(f"source {file}: not UTF-8; save it as UTF-8") from None
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+            raise UserError(f"source {file}: cannot be read, it may be cut short ({reason(error)})") from None
 
 
 def file_text(file):
     """The text of a file, or None if it is not UTF-8, or has a NUL, which no text has. Told of a large one by its beginning."""
-    with open(file, "rb") as opened:
+    with open_binary(file) as opened:
         head = opened.read(2**16)
         try:
             codecs.getincrementaldecoder("utf-8")().decode(head)
@@ -118,7 +120,7 @@ def file_text(file):
 
 def has_mark(file):
     """Whether a file begins with the mark of UTF-8."""
-    with open(file, "rb") as opened:
+    with reaching(file), open_binary(file) as opened:
         return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
@@ -174,16 +176,22 @@ def record_content(record, where, header, layout):
     return layout.read(dict(zip(header, record)), where)
 
 
+def parquet_file(file):
+    """An open Parquet file; of a local one pyarrow makes its own."""
+    store, inner = store_of(file)
+    return pq.ParquetFile(inner, filesystem=store)
+
+
 def parquet_contents(file, wanted):
     """(row, content) of a Parquet file."""
-    with pq.ParquetFile(file) as opened:
+    with parquet_file(file) as opened:
         layout = arrow_layout(opened.schema_arrow, wanted, file)
         yield from batch_contents(opened.iter_batches(batch_size=1024, columns=layout.columns), layout, file, wanted)
 
 
 def arrow_contents(file, wanted):
     """(row, content) of an Arrow file or stream, such as those of a folder that `datasets` saved."""
-    with pa.memory_map(file) as opened:
+    with pa.PythonFile(open_binary(file), mode="r") as opened:
         if opened.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(opened)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))

@@ -3,6 +3,7 @@
 A file has `sources`, a name for each and its settings below it (`SourceSettings`). Paths are told from where the command runs.
 """
 
+import glob
 import hashlib
 import json
 from pathlib import Path
@@ -42,13 +43,9 @@ class SourceSettings(Section):
     def consistent(self):
         if self.min_tokens and self.max_tokens and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is over max_tokens {self.max_tokens}: nothing would be left")
+        if self.format not in (None, "text") and self.text_column != "text":
+            raise ValueError(f"format {self.format} reads columns of its own; leave text_column {self.text_column} out")
         return self
-
-    def misfit(self, tokens):
-        """Why a document of so many tokens is left out, None if it isn't."""
-        if self.min_tokens and tokens < self.min_tokens:
-            return f"under {self.min_tokens} tokens"
-        return f"over {self.max_tokens} tokens" if self.max_tokens and tokens > self.max_tokens else None
 
 
 class MixtureFile(Section):
@@ -64,7 +61,7 @@ class MixtureFile(Section):
 
 def is_mixture(source):
     """Whether a --source names a file of this kind."""
-    return source.lower().endswith((".yaml", ".yml")) and Path(source).expanduser().is_file()
+    return source.lower().endswith((".yaml", ".yml")) and not glob.has_magic(source) and not Path(source).expanduser().is_dir()
 
 
 def read_mixture(path):
@@ -89,7 +86,6 @@ class Part:
 
     def __init__(self, name, settings, on_bad_row):
         self.name, self.settings, self.skipped = name, settings, Skipped(self.label)
-        check_format(settings.format, settings.text_column)
         self.source = open_source(settings.path, Wanted(settings.text_column, settings.format, on_bad_row), settings.split)
         if settings.roles and not self.source.conversations:
             raise UserError(f"sources.{name}.roles: {settings.path} holds texts, in which nobody speaks; leave them out")
@@ -97,6 +93,13 @@ class Part:
     def label(self, file, row):
         """A document's name."""
         return (f"{self.name}/" if self.name else "") + self.source.label(file, row)
+
+    def misfit(self, _, encoded):
+        """(why, "") of a document, encoding.Encoded, that has too few tokens or too many; None of others."""
+        tokens, least, most = len(encoded.tokens), self.settings.min_tokens, self.settings.max_tokens
+        if least and tokens < least:
+            return f"under {least} tokens", ""
+        return (f"over {most} tokens", "") if most and tokens > most else None
 
     def documents(self, generator):
         """Yield the source's `Document`s in the order it has them, without those in which other roles speak."""
@@ -126,6 +129,7 @@ class Mixture:
         if self.named and (format or text_column != "text"):
             flag = f"--format={format}" if format else f"--text_column={text_column}"
             raise UserError(f"{flag}: {source} has several sources; write it there, below the one that it is about")
+        check_format(format, text_column)
         alone = {"": SourceSettings.model_construct(path=source, format=format, text_column=text_column)}
         sections = read_mixture(source) if self.named else alone
         self.parts = [Part(name, section, on_bad_row) for name, section in sections.items()]

@@ -56,8 +56,9 @@ class Evaluation:
         order = np.argsort(windows, kind="stable")
         self.hashes, self.contexts = windows[order], places[order]
 
-    def overlap(self, tokens):
-        """(why, where) of a document int32 [n] that shares a run with an evaluated text, None of others."""
+    def overlap(self, _, encoded):
+        """(why, where) of a document, encoding.Encoded, that shares a run with an evaluated text, None of others."""
+        tokens = encoded.tokens
         starts = np.arange(0, len(tokens) - WINDOW + 1, WINDOW)
         looked_up = hashed(tokens[: len(starts) * WINDOW].reshape(-1, WINDOW))
         first, behind = (np.searchsorted(self.hashes, looked_up, side) for side in ("left", "right"))

@@ -13,7 +13,8 @@ from fms_spec.errors import UserError
 def read_documents(spool, mixture, tokenizer, template, settings, unwanted):
     """Tokenise every source into the spool, one after the other; with max_tokens, only as much as is needed of each.
 
-    unwanted: functions of tokens int32 [n] that give why a document is left out and what it is like, None where it isn't.
+    unwanted: functions of (`sources.Document`, `encoding.Encoded`) that give (why it is left out, more about it), None where it isn't;
+    called in order, and no more of them once one does.
 
     Raises:
         UserError: nothing is left of a source.
@@ -26,19 +27,17 @@ def read_documents(spool, mixture, tokenizer, template, settings, unwanted):
                 tokens, answers, _ = encoded
                 if tokenizer.overflows:
                     refuse_unknown(tokens, tokenizer.embedding_size, tokenizer.backend, part.label(document.file, document.row))
-                if why := part.settings.misfit(len(tokens)):
-                    part.skipped.add(why, document)
-                elif found := next(filter(None, (test(tokens) for test in unwanted)), None):
+                found = next(filter(None, (test(document, encoded) for test in (part.misfit, *unwanted))), None)
+                if found:
                     part.skipped.add(found[0], document, found[1])
-                elif not spool.append(encoded, number, document.file, document.row, document.content.category if template else None):
-                    part.skipped.add("copies", document)
-                else:
-                    read += 1
-                    bar.update(len(tokens))
-                    length = settings.prompt_length
-                    promptable = has_prompt(answers[:, 0], length, tokenizer.prefix).any() if template else len(tokens) > length
-                    if enough.after(len(tokens), promptable):
-                        break
+                    continue
+                spool.append(encoded, number, document.file, document.row, document.content.category if template else None)
+                read += 1
+                bar.update(len(tokens))
+                length = settings.prompt_length
+                promptable = has_prompt(answers[:, 0], length, tokenizer.prefix).any() if template else len(tokens) > length
+                if enough.after(len(tokens), promptable):
+                    break
             if not read:
                 raise UserError(f"source {part.settings.path}: no documents" + (f"; {part.skipped}" if part.skipped.first else ""))
 

@@ -14,6 +14,7 @@ from data.prepare.chat import ChatTemplate
 from data.prepare.documents import DocumentSpool
 from data.prepare.folder import finished_set, refuse_inside, writing
 from data.prepare.mixture import Mixture
+from data.prepare.near import NearCopies
 from data.prepare.overlap import Evaluation
 from data.prepare.reading import read_documents
 from data.prepare.tables import write_tables
@@ -23,12 +24,19 @@ from fms_spec.files import write_json
 from fms_spec.timing import Stopwatch
 
 PROMPT_LENGTH = {False: 64, True: 1024}  # tokens: of a piece of text, and at most of a conversation
+UNSAID = {
+    "on_bad_row": "stop",
+    "near_duplicates": None,
+}  # recorded where they are others: folders of before lack them
 MOST_WORKERS = 1024  # threads; with many more the machine does nothing but make them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the output, besides the contents of the source and the tokenizer."""
+    """What decides the output, besides the contents of the source and the tokenizer.
+
+    on_bad_row: "stop" or "skip". near_duplicates: how similar a document may at most be to one before, see near.NearCopies.
+    """
 
     seq_length: int = 4096
     text_column: str = "text"
@@ -36,12 +44,16 @@ class Settings:
     held_out: int = 0
     max_tokens: int | None = None
     seed: int = 0
+    on_bad_row: str = "stop"
+    near_duplicates: float | None = None
 
     def __post_init__(self):
         check_seed(self.seed, f"--seed={self.seed}")
         for name, smallest in dict(seq_length=2, prompt_length=1, held_out=0).items():
             if getattr(self, name) is not None and not smallest <= getattr(self, name) < 2**31:  # Parquet's lengths have 32 bits
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least {smallest} and below 2^31")
+        if self.on_bad_row not in ("stop", "skip"):
+            raise UserError(f"--on_bad_row={self.on_bad_row}: stop or skip")
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
             raise UserError(f"--max_tokens={self.max_tokens}: less than one row of --seq_length={self.seq_length}")
 
@@ -50,12 +62,12 @@ class Settings:
         return np.random.default_rng((self.seed, *stream))
 
 
-def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_template=None, on_bad_row="stop", evaluation=None, **settings):
+def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_template=None, evaluation=None, **settings):
     """Write the folder that RowReader and read_prompts read, or find it written from the same inputs. Returns its manifest.
 
-    source, tokenizer, out_dir, format, chat_template: as typed by the user; workers: threads of the tokenizer (None: all cores), without
-    effect on the output; on_bad_row: "stop" or "skip"; evaluation: a source that documents may share no long run of tokens with, see
-    overlap.Evaluation; settings: see Settings. Same inputs give the same bytes, on the same day where a chat template asks for the date.
+    source, tokenizer, out_dir, format, chat_template, evaluation: as typed by the user; workers: threads of the tokenizer (None: all
+    cores), without effect on the output; settings: see Settings. Same inputs give the same bytes, on the same day where a chat template
+    asks for the date.
 
     Raises:
         UserError: anything wrong with the source, the tokenizer, a setting or `out_dir`; nothing is left behind.
@@ -64,7 +76,7 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
         raise UserError(f"--workers={workers}: must be from 1 to {MOST_WORKERS}")
     settings = Settings(**settings)
     use_threads(workers)
-    mixture = Mixture(source, settings.text_column, format, on_bad_row)
+    mixture = Mixture(source, settings.text_column, format, settings.on_bad_row)
     if settings.max_tokens is not None and len(mixture.parts) > 1 and not mixture.weights:
         raise UserError(f"--max_tokens={settings.max_tokens}: of which source, is not said; give each in {source} a weight")
     if settings.prompt_length is None:
@@ -74,30 +86,23 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
     loaded = load_tokenizer(tokenizer)
     check_room(settings, loaded.prefix)
     template = chat_template_of(mixture, loaded, source, chat_template)
+    near = NearCopies(settings.near_duplicates) if settings.near_duplicates is not None else None
     evaluated = Evaluation(evaluation, loaded) if evaluation else None
-    chosen = {"on_bad_row": on_bad_row if on_bad_row != "stop" else None, "evaluation": evaluated and evaluated.source.fingerprint()}
-    more = mixture.inputs() | {name: value for name, value in chosen.items() if value is not None}  # which folders of before don't have
-    inputs = {
-        "format_version": CONVERSATIONS if template else TEXTS,
-        "source": mixture.fingerprint(),
-        "tokenizer": loaded.sha256,
-        **asdict(settings),
-        **({"format": format, "chat_template": template.sha256} if template else {}),
-        **more,
-    }
+    inputs, detailed = inputs_of(mixture, loaded, settings, template, format, evaluated)
     manifest = finished_set(out_dir, inputs)
     if manifest:
         print(f"{out_dir} already holds this set, nothing to do: {summary(manifest)}")
         return manifest
 
     tell_sizes(loaded)
-    watch, copies = Stopwatch(), not template and not mixture.named  # one source's texts are what they have always been
+    watch, copies = Stopwatch(), not (template or mixture.named or near)  # one source's texts are what they have always been
     with watch.measure("all"), writing(out_dir, inputs) as folder, DocumentSpool(folder, copies) as spool:
-        read_documents(spool, mixture, loaded, template, settings, [evaluated.overlap] if evaluated else [])
+        unwanted = [*([evaluated.overlap] if evaluated else []), spool.seen, *([near.seen] if near else [])]
+        read_documents(spool, mixture, loaded, template, settings, unwanted)
         tables = write_tables(folder, spool, mixture, loaded, settings)
         manifest = {
             "inputs": inputs,
-            "source": about_source(source, spool, mixture, template, bool(more)),
+            "source": about_source(source, spool, mixture, template, detailed),
             "tokenizer": loaded.identity(),
             **({"chat_template": template.identity(chat_template)} if template else {}),
             **({"evaluation": evaluated.identity()} if evaluated else {}),
@@ -108,6 +113,19 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
     rate = spool.token_count / watch.seconds["all"]
     print(f"{out_dir}: {summary(manifest)}; {rate:,.0f} tokens/s")
     return manifest
+
+
+def inputs_of(mixture, tokenizer, settings, template, format, evaluated):
+    """(what the output depends on, whether there is anything in it that folders of before don't have)."""
+    inputs = {
+        "format_version": CONVERSATIONS if template else TEXTS,
+        "source": mixture.fingerprint(),
+        "tokenizer": tokenizer.sha256,
+        **{name: value for name, value in asdict(settings).items() if name not in UNSAID or value != UNSAID[name]},
+        **({"format": format, "chat_template": template.sha256} if template else {}),
+    }
+    evaluation = {"evaluation": evaluated.source.fingerprint()} if evaluated else {}
+    return inputs | mixture.inputs() | evaluation, bool(mixture.named or evaluation or UNSAID.keys() & inputs.keys())
 
 
 def tell_left_out(mixture):

@@ -1,4 +1,4 @@
-"""Where documents come from: files on this machine (see data.prepare.formats), or a dataset of the Hugging Face Hub."""
+"""Where documents come from: files (see data.prepare.formats), or a dataset of the Hugging Face Hub."""
 
 import glob
 import hashlib
@@ -12,9 +12,9 @@ from data.manifest import reason
 from data.prepare.finding import find_files
 from data.prepare.formats import UNREAD, arrow_rows, contents_of, has_conversations, has_mark, table_suffix
 from data.prepare.rows import BAD_ROW, BadRow, Conversation, Wanted, layout_of
+from data.prepare.stores import digest_of, is_url, reaching
 from data.progress import progress
 from fms_spec.errors import UserError
-from fms_spec.files import sha256_of
 
 
 class Document(NamedTuple):
@@ -54,7 +54,7 @@ class Skipped:
 
 
 def open_source(source, wanted=Wanted(), split=None):  # noqa: B008 - it is a tuple
-    """A folder (searched recursively, hidden files left out), a glob, one file, or a Hub dataset name[:config[:split]].
+    """A folder (searched recursively, hidden files left out), a glob, one file, each here or a URL, or a Hub dataset name[:config[:split]].
 
     wanted: `rows.Wanted`. split: of a data set's, None for train.
 
@@ -63,7 +63,7 @@ def open_source(source, wanted=Wanted(), split=None):  # noqa: B008 - it is a tu
             conversations, or some have texts and others conversations.
     """
     path = os.path.expanduser(source)
-    if os.path.isdir(path) or os.path.isfile(path) or glob.has_magic(path):
+    if is_url(path) or os.path.isdir(path) or os.path.isfile(path) or glob.has_magic(path):
         return FileSource(*find_files(path, source, split), wanted)
     local = path.startswith((".", os.sep)) or path.count("/") > 1 or path.lower().endswith((*UNREAD, ".txt"))
     if local or table_suffix(path):
@@ -80,7 +80,7 @@ class FileSource:
         self.files, self.root, self.wanted = files, root, wanted
         kinds = {}  # whether they are conversations -> the first such file
         for file in files:
-            if not os.access(file, os.R_OK):
+            if not is_url(file) and not os.access(file, os.R_OK):
                 raise UserError(f"source {file}: cannot be read (permission denied)")
             kinds.setdefault(has_conversations(file, wanted), file)
         if {True, False} <= kinds.keys():
@@ -94,7 +94,8 @@ class FileSource:
         for index, file in enumerate(progress(self.files, desc="fingerprint", unit="file", leave=False)):
             # What once was read as one text, or not at all, must not pass for the same set.
             kind = "" if file.endswith((".jsonl", ".jsonl.gz", ".parquet")) else table_suffix(file) or ("mark" if has_mark(file) else "")
-            digest.update(f"{self.label(index, -1)}\0{sha256_of(file)}{kind}\n".encode())
+            with reaching(file):
+                digest.update(f"{self.label(index, -1)}\0{digest_of(file)}{kind}\n".encode())
         return digest.hexdigest()
 
     def documents(self, generator):
