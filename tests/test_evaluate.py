@@ -188,7 +188,7 @@ def base_model_with(place, folder, name, text):
 
 def test_texts_are_grouped_by_category_turn_and_length_of_context_each_with_its_count_and_interval(place, tmp_path, capsys):
     lines = [
-        {"category": "talk", "turns": ["w1 w2", "w3"]}, {"category": "talk", "turns": ["w4", "w5", "w6"]},
+        {"category": "[/talk] $_$", "turns": ["w1 w2", "w3"]}, {"category": "[/talk] $_$", "turns": ["w4", "w5", "w6"]},
         {"prompt": " ".join(["w7 w8"] * 70), "category": "long"}, {"prompt": "w9"},
     ]  # fmt: skip
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -198,7 +198,7 @@ def test_texts_are_grouped_by_category_turn_and_length_of_context_each_with_its_
     report, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
     counts = {kind: {name: (group["prompts"], group["texts"]) for name, group in report[kind].items()} for kind in GROUPS}
     assert counts == {
-        "categories": {"talk": (2, 5), "long": (1, 1), "other": (1, 1)}, "turns": {"1": (2, 2), "2": (2, 2), "3": (1, 1)},
+        "categories": {"[/talk] $_$": (2, 5), "long": (1, 1), "other": (1, 1)}, "turns": {"1": (2, 2), "2": (2, 2), "3": (1, 1)},
         "contexts": {"1 to 128": (3, 6), "129 to 512": (1, 1)},
     }  # fmt: skip
     for kind in ("categories", "contexts"):
@@ -208,7 +208,7 @@ def test_texts_are_grouped_by_category_turn_and_length_of_context_each_with_its_
         for figure in ("acceptance_length", "tokens_per_forward", "speedup"):
             low, high = group[f"{figure}_interval"]
             assert low - 1e-9 <= group[figure] <= high + 1e-9
-    assert "turn 2" in printed and "129 to 512 tokens" in printed and "talk" in printed
+    assert "turn 2" in printed and "129 to 512 tokens" in printed and "[/talk] $_$" in printed
 
 
 def test_a_group_of_texts_that_end_at_once_has_no_speed_and_the_report_is_json_all_the_same(place, base_model, tmp_path):

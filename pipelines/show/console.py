@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 GROUPS = {"categories": "{}", "turns": "turn {}", "contexts": "{} tokens"}  # of texts, and what a group is called
 COMPARED = ("acceptance_length", "tokens_per_forward", "tokens_per_s", "speedup")
@@ -43,7 +44,7 @@ def print_groups(values):
                 told = f" ({span(group[f'{figure}_interval'])})" if group["prompts"] > 1 else ""  # one prompt says nothing of others
                 cells += [f"{group[figure]:.2f}{told}"]
                 cells += [f"{group[theirs]:.2f}"] if theirs in group else []
-            table.add_row(shown_as.format(name), str(group["texts"]), *cells)
+            table.add_row(Text(shown_as.format(name)), str(group["texts"]), *cells)  # a category may look like rich's markup
         table.add_section()
     if table.row_count:
         show(table)

@@ -39,7 +39,7 @@ def plot_evaluation(values, path):
     right.bar([tick - 0.2 for tick in ticks], middles, 0.4, yerr=errors, capsize=3, label="speculator")
     right.bar([tick + 0.2 for tick in ticks], [group["prompt_lookup_speedup"] for group in groups.values()], 0.4, label="prompt lookup")
     right.axhline(1.0, color="black", linewidth=0.8)
-    right.set_xticks(list(ticks), groups, rotation=30, ha="right")
+    right.set_xticks(list(ticks), groups, rotation=30, ha="right", parse_math=False)
     right.set(title="speed against plain decoding", ylabel="times")
     right.legend()
     save(figure, path)
