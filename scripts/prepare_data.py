@@ -24,7 +24,7 @@ class Arguments:
         format: what rows hold: text, messages (OpenAI), sharegpt, ultrachat, alpaca or prompt_completion; told by their columns otherwise.
         on_bad_row: "stop" at a row that can't be read, or "skip" it, and say how many there were; a damaged file always stops.
         evaluation: what will be evaluated on, read as a source is; documents that share 25 tokens in a row with it are left out.
-        near_duplicates: leave out documents that are so similar to one before, such as 0.8, by MinHash; takes 6 KB of memory a document.
+        near_duplicates: leave out documents that are so similar to one before, such as 0.8, by MinHash; takes 4 KB of memory a document.
         chat_template: a Jinja file that conversations are written by; the tokenizer's own template otherwise.
         prompt_length: tokens of a prompt for continuations, 64 by default; of conversations the most there may be, 1024 by default.
         held_out: how many documents to keep out of training, for evaluation.

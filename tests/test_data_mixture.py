@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from itertools import count
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data_conversations import answered
 
+import data.prepare.encoding
 from data.prepare.documents import by_weight
 from data.prepare.mixture import read_mixture
 from data.prepare.run import prepare
@@ -20,17 +22,17 @@ from data.reader import RowReader, read_manifest, read_prompts
 from fms_spec.errors import UserError
 from pipelines.show.prepared import details_of, summary_of
 
-SHIPPED = [ROOT / "data/configs" / f"{name}.yaml" for name in ("chat", "code")]
+SHIPPED = sorted((ROOT / "data/configs").glob("*.yaml"))
 
 
 @pytest.fixture
 def mixed(tmp_path):
     """A function that prepares a mixture of YAML text with what `settings` say; its folder."""
     generator = np.random.default_rng(0)
-    for name, count in (("short", 400), ("long", 60)):
+    for name, documents in (("short", 400), ("long", 60)):
         low, length = (0, 10) if name == "short" else (25, 100)
         with open(tmp_path / f"{name}.jsonl", "w") as file:
-            for _ in range(count):
+            for _ in range(documents):
                 words = generator.integers(low, low + 25, int(generator.integers(length // 2, length * 2)))
                 file.write(json.dumps({"text": " ".join(f"w{word}" for word in words)}) + "\n")
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
@@ -124,6 +126,29 @@ def test_a_document_that_is_in_two_sources_is_there_once_and_belongs_to_the_firs
     folder = mixed("sources: {long: {path: HERE/long.jsonl}, more: {path: HERE/more.jsonl}}")
     read = read_manifest(folder)["source"]["mixture"]
     assert read["long"]["documents_read"] == 60 and read["more"]["documents_read"] == 1 and read["more"]["skipped"] == {"copies": 20}
+
+
+def test_an_endless_stream_beside_a_file_is_read_as_far_as_its_share_takes_or_its_limit(mixed, monkeypatch):
+    import datasets
+
+    class Builder:
+        hash = "commit"
+
+        def as_streaming_dataset(self, split):
+            assert split == "more"
+            return iter({"text": f"w30 w31 w{32 + number % 9} " + "w40 " * (number + 1)} for number in count())
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: Builder() if (name, config) == ("a/b", None) else None)
+    monkeypatch.setattr(data.prepare.encoding, "BATCH_DOCUMENTS", 4)
+    text = "sources: {short: {path: HERE/short.jsonl, weight: 3}, stream: {path: a/b, split: more, weight: 1}}"
+    rows = rows_of(folder := mixed(text, max_tokens=2048))
+    assert abs(shares(rows) - 0.75) < 0.06
+    numbers = [int(name.split("#")[1]) for name in read_prompts(folder).sources if name.startswith("stream/a/b#")]
+    assert numbers == [*range(len(numbers))] and len(numbers) > 5  # as it came
+    limited = read_manifest(mixed(text.replace("split: more", "split: more, limit: 7"), "limited"))["source"]["mixture"]
+    assert limited["stream"]["documents_read"] == 7
+    with pytest.raises(UserError, match="source a/b:c:more: names a split, and split less is asked too"):
+        mixed("sources: {a: {path: 'a/b:c:more', split: less}}", "twice")
 
 
 def test_conversations_in_which_other_roles_speak_are_left_out_when_asked(tmp_path):

@@ -14,7 +14,7 @@ NEAR = "near copies"
 
 
 class NearCopies:
-    """What was read so far, by its shingles. Takes about 6 KB of memory a document.
+    """What was read so far, by its shingles. Takes about 4 KB of memory a document.
 
     Args:
         threshold: the Jaccard similarity of two documents' shingles from which on they count as the same, over 0 and up to 1.

@@ -78,7 +78,7 @@ def in_order(documents, spool, mixture, generator, weighed):
 
 
 def shares_of(used, spool, mixture):
-    """{name: documents and tokens of it that rows were made of}; of what was read, the rest is over its weight, or held out."""
+    """{name: documents and tokens of it that rows were made of}; of what was read, the rest is left over, or held out."""
     parts = spool.parts[used]
     documents, tokens = (np.bincount(parts, by, len(mixture.parts)).astype(int).tolist() for by in (None, spool.lengths[used]))
     return {part.name: {"documents": documents[n], "tokens": tokens[n]} for n, part in enumerate(mixture.parts)}

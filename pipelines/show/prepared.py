@@ -85,7 +85,7 @@ def mixture_lines(manifest, rows):
     for name, part in used.items():
         read, weight = manifest["source"]["mixture"][name], weights[name] / sum(weights.values())
         rest = read["documents_read"] - part["documents"] - held_out.get(name, {"documents": 0})["documents"]
-        out = "; ".join(filter(None, [left_out(read), f"{rest:,} over its weight" if rest else ""]))
+        out = "; ".join(filter(None, [left_out(read), f"{rest:,} left over" if rest else ""]))
         share = f"{part['tokens'] / total:.2%} of the tokens (asked {weight:.2%})"
         lines.append(f"  {name}: {share}, {part['documents']:,} documents of {read['path']}; left out: {out or 'nothing'}")
     return lines
