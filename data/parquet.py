@@ -24,6 +24,8 @@ ANSWERS = column(
     "what the assistant wrote, to the token behind the one that ends its turn; whether it is the conversation's last answer",
     "offset in tokens",
 )
+TURN = column("turn", pa.int32(), "which of the conversation's answers is asked for", "count from 1")
+CATEGORY = column("category", pa.string(), "what the row says it is; empty where it doesn't", "name")
 PADDING = column("padding", pa.int32(), "tokens at the end of the row that are none of a document", "tokens")
 
 
@@ -58,17 +60,23 @@ def prompts_schema(prompt_length, about, conversations=False):
             column("document", pa.int64(), "number of the document in the order the source was read", "count from 0"),
             column("source", pa.string(), "file within the source, with #row where a file or dataset holds many", "name"),
             tokens,
+            *([TURN, CATEGORY] if conversations else []),
         ],
         metadata={"description": "prompts, one per document that is long enough", "prompt_length": str(prompt_length), **about},
     )
 
 
-def token_counts_schema(about):
+def token_counts_schema(about, conversations=False):
     """Token frequencies; `about`: see metadata_of."""
+    answers = [
+        column("answer_count", pa.int64(), "how often it occurs in answers there", "occurrences"),
+        column("last_answer_count", pa.int64(), "how often it occurs in the last answers of conversations there", "occurrences"),
+    ]
     return pa.schema(
         [
             column("token", pa.int32(), "every token of the vocabulary in order", "token id"),
             column("count", pa.int64(), "how often it occurs in the rows of rows-train", "occurrences"),
+            *(answers if conversations else []),
         ],
         metadata={"description": "token frequencies of the train rows", **about},
     )

@@ -19,11 +19,13 @@ class Prompt:
     """Tokens that the base model is to continue as they stand.
 
     Attributes:
-        category: a text or None. encoded: int64 [n]. turns: how many times the user speaks.
+        category: a text or None. encoded: int64 [n]. first_turn: which of its conversation's answers is asked for first, from 1; None for
+        a text that is of none. turns: how many are asked for.
     """
 
     category: str | None
     encoded: torch.Tensor
+    first_turn: int | None = None
     turns = 1
 
     def tokens(self, replies):
@@ -47,6 +49,7 @@ class Chat:
     category: str | None
     texts: list[str]
     tokenizer: Any
+    first_turn = 1
 
     @property
     def turns(self):
@@ -80,9 +83,9 @@ def load_prompts(path, tokenizer_dir, limit=None):
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: must be at least 1")
     if os.path.isdir(path):
-        tokenizer, held_out = check_tokenizer(read_manifest(path), tokenizer_dir), read_prompts(path, "held_out").tokens
-        refuse_unknown(torch.cat(held_out), tokenizer.embedding_size, tokenizer.backend, f"prompts {path}")
-        prompts = [Prompt(None, tokens) for tokens in held_out]
+        tokenizer, held_out = check_tokenizer(read_manifest(path), tokenizer_dir), read_prompts(path, "held_out")
+        refuse_unknown(torch.cat(held_out.tokens), tokenizer.embedding_size, tokenizer.backend, f"prompts {path}")
+        prompts = [Prompt(*facts) for facts in zip(held_out.categories, held_out.tokens, held_out.turns)]
     else:
         prompts = read_lines(path, tokenizer_dir)
     if not prompts:

@@ -16,14 +16,22 @@ from fms_spec.errors import UserError
 
 __all__ = ["Prompts", "RowReader", "check_tokenizer", "check_vocabulary", "read_manifest", "read_prompts", "read_token_counts"]
 
+COUNTS = {"all": "count", "answers": "answer_count", "last_answer": "last_answer_count"}  # columns of token_counts
+
 
 @dataclass(frozen=True)
 class Prompts:
-    """A prompt table. tokens: int64 [n], p of them, each with its own n; ids: int64 [p]; sources: where each document was read."""
+    """A prompt table. tokens: int64 [n], p of them, each with its own n; ids: int64 [p]; sources: where each document was read.
+
+    turns: which of its conversation's answers each asks for, from 1; categories: what each conversation's row says it is. None where that
+    isn't known, as of texts and of folders that were prepared before it was kept.
+    """
 
     tokens: list
     ids: torch.Tensor
     sources: list
+    turns: list
+    categories: list
 
     @property
     def longest(self):
@@ -54,10 +62,7 @@ class RowReader:
         check_seed(seed, f"seed {seed}")
         self.data_dir, self.split, self.batch_size, self.seed = Path(data_dir), split, batch_size, seed
         self.manifest = read_manifest(data_dir)
-        conversations = self.manifest["inputs"]["format_version"] == CONVERSATIONS
-        if train_on not in (None, "all") and not conversations:
-            raise UserError(f"{data_dir}: holds texts, which have no answers to train on; leave data.train_on: {train_on} out")
-        self.train_on = (train_on or "answers") if conversations else "all"
+        self.train_on = trained_on(self.manifest, data_dir, train_on)
         table = table_of(self.manifest, data_dir, f"rows-{split}")
         if not table["rows"]:
             raise UserError(f"{data_dir}: rows-{split} has no rows (its documents fill none); prepare with a larger --held_out")
@@ -190,6 +195,14 @@ class RowShard:
         return self.tokens[rows].astype(np.int64), segment_ids, *trained
 
 
+def trained_on(manifest, data_dir, asked):
+    """What of a folder's rows is trained on where `asked` is: "answers", "last_answer" or "all"; see `RowReader`."""
+    conversations = manifest["inputs"]["format_version"] == CONVERSATIONS
+    if asked not in (None, "all") and not conversations:
+        raise UserError(f"{data_dir}: holds texts, which have no answers to train on; leave data.train_on: {asked} out")
+    return (asked or "answers") if conversations else "all"
+
+
 def mark_answers(trained, answers, last):
     """Set `trained`, bool [b, n], within the answers of each row, an Arrow column; last: only the last ones of conversations."""
     for row, spans in zip(trained, answers.to_pylist()):
@@ -228,16 +241,23 @@ def read_prompts(data_dir, split="train", limit=None):
     lengths = pc.list_value_length(column).to_pylist()
     tokens = torch.from_numpy(column.flatten().to_numpy().astype(np.int64)).split(lengths)
     ids = table.column("prompt_id").to_numpy().astype(np.int64)
-    return Prompts(list(tokens), torch.from_numpy(ids), table.column("source").to_pylist())
+    unknown = [None] * len(table)
+    turns, categories = (table.column(name).to_pylist() if name in table.column_names else unknown for name in ("turn", "category"))
+    return Prompts(
+        list(tokens), torch.from_numpy(ids), table.column("source").to_pylist(), turns, [category or None for category in categories]
+    )
 
 
-def read_token_counts(data_dir):
+def read_token_counts(data_dir, train_on="all"):
     """How often each token occurs in the train rows: int64 [vocabulary].
 
+    train_on: as for `RowReader`, only tokens that are trained on count; all do in folders that were prepared before these were counted.
+
     Raises:
-        UserError: the folder is half-written, or the file is missing, cut short or altered.
+        UserError: the folder is half-written, the file is missing, cut short or altered, or answers are asked of texts.
     """
-    return torch.from_numpy(read_table(data_dir, "token_counts").column("count").to_numpy().copy())
+    table, asked = read_table(data_dir, "token_counts"), COUNTS[trained_on(read_manifest(data_dir), data_dir, train_on)]
+    return torch.from_numpy(table.column(asked if asked in table.column_names else "count").to_numpy().copy())
 
 
 def check_vocabulary(data_dir, vocab_size):

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from data.progress import quiet_libraries
 from fms_spec.errors import UserError, shown
+from fms_spec.files import check_writable
 
 # Strict: Fire ignores annotations, so `--seed=1e3` would arrive as a float where an int was declared.
 arguments = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
@@ -118,6 +119,15 @@ def draft_shape(parsed):
     widths = parsed.top_k_per_head
     widths = (widths,) if isinstance(widths, int) else widths
     return DraftShape(parsed.lookahead, widths, parsed.nodes, parsed.min_probability, parsed.lookup)
+
+
+def check_new(path, flag):
+    """Raise UserError where a new file can't be made at a Path, which the flag names."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: no such folder to write to; make it, or give another {flag}")
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already; give another {flag}")
+    check_writable(path)
 
 
 def read_words(argument_class, words, overrides):

@@ -1,26 +1,22 @@
 """The run's configuration: strict YAML, every key checked before any work starts."""
 
-import difflib
-import os
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from data.yaml_files import parse, read_yaml
 from fms_spec.errors import UserError, shown
 from fms_spec.losses import LossWeights
 from fms_spec.sampling import Sampling
 from fms_spec.seeds import LARGEST
-from fms_spec.settings import Section
+from fms_spec.settings import Place, Section, explain, first_problem
 from fms_spec.speculators.interface import Settings
 from fms_spec.speculators.registry import FAMILIES, settings_of
 from pipelines.schedule import Schedule
-from pipelines.yaml_files import parse, read_yaml
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # of anything; the data and the memory bound most of them further, see `feasible`
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
-# Of a file, a folder or on the hub; a ~ is one's own folder, as in the shell.
-Place = Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$"), AfterValidator(os.path.expanduser)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 FILL_ROWS = 8  # of a base-model forward when hidden_state_cache keeps its states
@@ -206,9 +202,8 @@ def load_config(path, overrides=()):
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        # A mistyped key is also a missing one: the mistyped one says more.
-        problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        raise UserError(f"config {path}: {explain(problem, values)}") from None
+        problem = first_problem(error)
+        raise UserError(f"config {path}: {explain(problem, known_keys(problem, values))}") from None
 
 
 def apply_override(values, override):
@@ -228,25 +223,11 @@ def apply_override(values, override):
     values[key] = parse(text, f"override {shown(override)}")
 
 
-def explain(problem, values):
-    """One line for a problem pydantic found in a config's values."""
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        section = RunConfig
-        for part in problem["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        if section is Settings:
-            section = FAMILIES[values["speculator"]["family"]].settings
-        near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
-        known = f"did you mean {near[0]}?" if near else f"known: {', '.join(section.model_fields)}"
-        return f"unknown key {key}, {known}"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":  # ours, raised by a section's own check
-        return message
-    if problem["type"] == "model_type":  # pydantic would name a class
-        message = "should be a section, with keys and values"
-    if problem["type"] == "string_pattern_mismatch":
-        message = "should be a path or a name"
-    return f"{key}: {message} (got {shown(problem['input'])})"
+def known_keys(problem, values):
+    """The keys of the section in which pydantic found one that is unknown; none for other problems."""
+    if problem["type"] != "extra_forbidden":
+        return []
+    section = RunConfig
+    for part in problem["loc"][:-1]:
+        section = section.model_fields[part].annotation
+    return (FAMILIES[values["speculator"]["family"]].settings if section is Settings else section).model_fields

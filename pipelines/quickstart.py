@@ -20,7 +20,7 @@ from pipelines.measure.figures import losslessness, summary
 from pipelines.measure.samples import decode_in_turn, settle, usual_methods
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts
 from pipelines.plan.devices import faster_dtype
-from pipelines.show.console import print_values
+from pipelines.show.console import GROUPS, print_values
 from pipelines.train.checkpoint import newest_checkpoint, read_progress
 from pipelines.train.run import train
 
@@ -121,7 +121,7 @@ def measure(out, scale):
     prompts = load_prompts(out / "data", out / "base_model", max(2, round(PROMPTS * scale)))
     samples, values = decode_prompts(load, prompts)
     samples, _ = settle(samples, [], load, NEW_TOKENS)
-    del values["categories"]  # there is but one
+    values = {name: value for name, value in values.items() if name not in GROUPS}  # there is but one of each
     write_json(out / "evaluation.json", values | losslessness(samples, prompts))
 
 

@@ -1,7 +1,9 @@
 """Training on conversations: what is masked, resumed, validated and continued, on a folder with a chat template's base model."""
 
 import json
+import re
 import shutil
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from data.reader import read_manifest, read_prompts
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.errors import UserError
 from fms_spec.losses import LossWeights
+from pipelines.cli import main
 from pipelines.show.prepared import print_prepared, summary_of
 from pipelines.train.run import train
-from scripts.inspect_data import Arguments
+from scripts.inspect_data import Arguments as InspectArguments
+from scripts.inspect_data import run
 
 TEMPLATE = unmarked("""{%- for m in messages -%}
 {{ ('w1' if m.role == 'user' else 'w2') + ' ' + m.content + ' <eos> ' }}
@@ -112,14 +116,33 @@ def test_a_batch_without_a_token_to_predict_gives_no_loss_and_no_gradient(tiny_m
     assert loss == 0 and not parts.any() and all(not weight.grad.any() for weight in speculator.parameters() if weight.grad is not None)
 
 
+@pytest.mark.parametrize("family", ["hidden_state", "eagle3"])
+def test_heads_draft_from_the_tokens_that_are_most_of_the_answers(tmp_path, chat_model, family):
+    source, data = tmp_path / "chats.jsonl", tmp_path / "data"
+    with open(source, "w") as file:
+        for number in range(20):
+            asked, said = (
+                " ".join(f"w{first + (number + word * step) % 10}" for word in range(9)) for first, step in ((10, number % 7), (50, 1))
+            )
+            file.write(json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}) + "\n")
+    prepare(source=str(source), tokenizer=str(chat_model), out_dir=str(data), seq_length=64, held_out=2)
+    asked, said = (set(range(first + 2, first + 12)) for first in (10, 50))  # the tokens of w10 to w19, and of w50 to w59
+    drafted = {}
+    for train_on in ("null", "all"):
+        changes = {"speculator.draft_vocab_size": 18, "data.train_on": train_on}
+        config = write_config(tmp_path / "run.yaml", chat_model, data, family, **changes)
+        drafted[train_on] = {*train(config, tmp_path / train_on).speculator.draft_ids.tolist()}
+    assert said < drafted["null"] and len(drafted["null"] & asked) < len(drafted["all"] & asked)
+
+
 def test_a_run_says_in_four_lines_what_it_is_trained_on(tmp_path, chat_config, chats, capsys, data_dir):
     train(chat_config(), tmp_path / "run")
     printed = capsys.readouterr().out
-    for line in summary_of(chats):
-        assert line in printed
+    lines = summary_of(chats, "answers")
+    assert len(lines) == 4 and "\n".join(lines) + "\n" in printed
     assert "phase 1 trains on: answers" in printed and "40 conversations of " in printed and "left out: nothing" in printed
     assert "chat template: the tokenizer's own (sha256 " in printed
-    assert "100.0% of them trained on" in " ".join(summary_of(data_dir)) and len(summary_of(data_dir)) == 3
+    assert "100.0% of them trained on" in " ".join(summary_of(data_dir)) and len(summary_of(data_dir)) == 4
 
 
 def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_colour(tmp_path, chats, data_dir, monkeypatch, capsys):
@@ -134,16 +157,73 @@ def test_a_folder_is_looked_at_and_a_row_of_it_shown_with_what_is_trained_on_in_
     assert "row 3" in printed and "row 0" not in printed and "\x1b[32m" in printed and "\x1b[2m" in printed
     with pytest.raises(UserError, match=f"--row=9999: .*has rows 0 to {read_manifest(chats)['tables']['rows-train']['rows'] - 1}"):
         print_prepared(chats, row=9999)
-    assert Arguments(data="x").row is None
+
+
+class Page(HTMLParser):
+    """What a page shows, and the classes of each of its pieces, by what the styles of the classes say."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.shown, self.open, self.tags = [], [], set()
+        self.styles = dict(re.findall(r"\.(r\d+) {(.*?)}", text))
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.open += [dict(attributes).get("class")] if tag == "span" else []
+
+    def handle_endtag(self, tag):
+        self.open = self.open[:-1] if tag == "span" else self.open
+
+    def handle_data(self, data):
+        self.shown.append((data, self.styles[self.open[-1]] if self.open else ""))
+
+
+def test_the_same_is_one_page_that_needs_no_other_file(tmp_path, chats, monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_prepared(chats)
+    told = capsys.readouterr().out
+    run(InspectArguments(data=str(chats), html=str(tmp_path / "page.html")))
+    assert capsys.readouterr().out.split() == [str(tmp_path / "page.html")]
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "".join(data for data, _ in page.shown).split()[-len(told.split()) :] == told.split()
+    assert page.tags <= {"html", "head", "meta", "title", "style", "body", "pre", "span"} and "http" not in text and "url(" not in text
+    colours = {style.partition(";")[0] for _, style in page.shown}
+    assert {"color: #008000", "color: #008080", "color: #7f7f7f"} <= colours
+    run(InspectArguments(data=str(chats), row=3, html=str(tmp_path / "row.html")))
+    assert "row 3" in (tmp_path / "row.html").read_text() and "row 0" not in (tmp_path / "row.html").read_text()
+
+
+def test_what_cannot_be_looked_at_is_told_in_one_line_and_no_page_is_left(tmp_path, chats, capsys):
+    (tmp_path / "there.html").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for words, said in {
+        f"{tmp_path / 'empty'}": "empty: no manifest.json, so it is half-written or not prepared; run scripts.prepare_data",
+        f"{tmp_path / 'nowhere'}": "nowhere: no manifest.json",
+        f"{tmp_path / 'there.html'}": "there.html: no manifest.json",
+        f"{chats} --row=9999": "--row=9999: ",
+        f"{chats} --row=-1": "--row: ",
+        f"{chats} --row=two": "--row: ",
+        f"{chats} --html={tmp_path / 'there.html'}": "there.html exists already; give another --html",
+        f"{chats} --html={tmp_path / 'nowhere' / 'page.html'}": "page.html: no such folder to write to; make it, or give another --html",
+        f"{chats} --html={tmp_path / 'page.html'} --tokenizer={tmp_path / 'gone'}": "gone: no such folder",
+        "": "--data is required",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(InspectArguments, run, words=words.split(), computes=False)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and said in line
+    assert (tmp_path / "there.html").read_text() == "mine" and not (tmp_path / "page.html").exists()
 
 
 def test_what_a_terminal_would_obey_is_shown_and_not_handed_on(tmp_path, capsys):
     tokenizer = write_chat_tokenizer(tmp_path / "tokenizer")
-    (tmp_path / "text.txt").write_text("yes \x1b[2J no" * 9)
+    (tmp_path / "text.txt").write_text("yes \x1b[2J no \x9b1m" * 9)
     prepare(source=str(tmp_path / "text.txt"), tokenizer=tokenizer, out_dir=str(tmp_path / "data"), seq_length=32, prompt_length=4)
     print_prepared(tmp_path / "data")
     printed = capsys.readouterr().out
-    assert "yes ␛[2J no" in printed and "\x1b[2J" not in printed
+    assert "yes ␛[2J no �1m" in printed and "\x1b[2J" not in printed and "\x9b" not in printed
 
 
 def test_a_base_model_that_does_not_stop_where_answers_end_is_refused_before_it_writes_any(tmp_path, chat_config, chat_model):

@@ -13,15 +13,19 @@ import torch
 from chat_templates import CHATML, LLAMA3, unmarked, write_chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from data.manifest import data_fingerprint
+from data.parquet import shard_entry
 from data.prepare.documents import pack_whole
 from data.prepare.encoding import Encoded
-from data.prepare.rows import Conversation
+from data.prepare.rows import Conversation, Wanted
 from data.prepare.run import prepare
 from data.prepare.sources import open_source
-from data.reader import RowReader, read_manifest, read_prompts
+from data.prompts import load_prompts
+from data.reader import RowReader, read_manifest, read_prompts, read_token_counts
 from fms_spec.errors import UserError
+from pipelines.show.prepared import summary_of
 
 USER, ASSISTANT = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
 SYSTEM = {"role": "system", "content": "w0"}
@@ -38,7 +42,7 @@ def sharegpt(*turns):
 
 def contents_in(source, format=None):
     """What a source gives, in the order of the labels."""
-    opened = open_source(str(source), format=format)
+    opened = open_source(str(source), Wanted(format=format))
     found = [(opened.label(document.file, document.row), document.content) for document in opened.documents(np.random.default_rng(0))]
     return [content for _, content in sorted(found, key=lambda pair: pair[0])]
 
@@ -74,6 +78,9 @@ def contents_in(source, format=None):
         ),
         ({"prompt": "w1", "completion": "w2"}, Conversation(TALK[:2])),
         ({"prompt": TALK[:3], "completion": TALK[3:]}, Conversation(TALK)),
+        ({"messages": TALK, "category": "math"}, Conversation(TALK, None, "math")),
+        ({"instruction": "w1", "output": "w2", "category": 3}, Conversation(TALK[:2], None, "3")),
+        ({"prompt": "w1", "completion": "w2", "category": ""}, Conversation(TALK[:2])),
     ],
 )
 def test_a_conversation_is_told_by_its_columns_in_every_kind_of_file(tmp_path, row, conversation):
@@ -106,7 +113,7 @@ def test_a_row_with_columns_of_two_kinds_is_read_as_the_one_that_is_named(tmp_pa
     assert contents_in(tmp_path, "messages") == [Conversation(TALK)]
     assert contents_in(tmp_path, "alpaca") == [Conversation(TALK[:2])]
     with pytest.raises(UserError, match="no column 'conversations'"):
-        open_source(str(tmp_path), format="sharegpt")
+        open_source(str(tmp_path), Wanted(format="sharegpt"))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +135,7 @@ def test_a_row_with_columns_of_two_kinds_is_read_as_the_one_that_is_named(tmp_pa
             {"messages": [USER, CALL | {"tool_calls": [{"function": {"name": "look", "arguments": "{"}}]}]},
             "a.jsonl:2: messages[1].tool_calls[0]: its arguments: not a line of JSON",
         ),
+        ({"messages": TALK, "category": ["math"]}, "a.jsonl:2: category: a list, not a text"),
         ({"messages": TALK, "tools": "look"}, "a.jsonl:2: tools: not a line of JSON"),
         ({"messages": TALK, "tools": ["look"]}, "a.jsonl:2: tools[0]: a text, not the JSON schema of a function"),
         ({"conversations": TALK}, "a.jsonl:2: no column 'messages'"),
@@ -221,7 +229,7 @@ def test_texts_take_no_template_and_conversations_beside_texts_are_refused(tmp_p
         open_source(str(tmp_path / "both"))
     (tmp_path / "a.txt").write_text("w1")
     with pytest.raises(UserError, match="a.txt: is one text, and --format=alpaca asks for tables"):
-        open_source(str(tmp_path / "a.txt"), format="alpaca")
+        open_source(str(tmp_path / "a.txt"), Wanted(format="alpaca"))
     with pytest.raises(UserError, match="--format=chat: not known; give one of text, messages, sharegpt"):
         prepared(tmp_path, tokenizer, CHATS, format="chat")
     with pytest.raises(UserError, match="--text_column=body: --format=messages reads columns of its own; leave one of the two out"):
@@ -230,8 +238,6 @@ def test_texts_take_no_template_and_conversations_beside_texts_are_refused(tmp_p
 
 def read(folder, train_on=None):
     """{row: [texts of the tokens that are trained on, run by run]} and the batch, of a whole folder."""
-    from transformers import AutoTokenizer
-
     count = read_manifest(folder)["tables"]["rows-train"]["rows"]
     batch = next(RowReader(folder, batch_size=count, seed=0, train_on=train_on))
     served = AutoTokenizer.from_pretrained(folder.parent / "served")
@@ -279,6 +285,51 @@ def test_prompts_end_where_any_of_the_answers_begins_within_the_limit(tmp_path, 
         prepared(tmp_path, tokenizer, CHATS, out="none", prompt_length=3, held_out=5)
 
 
+def test_a_prompt_says_which_answer_it_asks_for_and_what_its_row_says_it_is(tmp_path, tokenizer):
+    rows = [row | ({"category": f"kind {number % 3}"} if number % 3 else {}) for number, row in enumerate(CHATS)]
+    folder = prepared(tmp_path, tokenizer, rows, held_out=8)
+    kept = [None, "kind 1", "kind 2"]
+    for split, count in (("train", 22), ("held_out", 8)):
+        prompts = read_prompts(folder, split)
+        assert len(prompts) == count and {*prompts.turns} == {1, 2}
+        assert prompts.categories == [kept[int(source.rpartition("#")[2]) % 3] for source in prompts.sources]
+        begun = AutoTokenizer.from_pretrained(tokenizer).convert_tokens_to_ids("<|im_start|>")
+        assert [(tokens == begun).sum() for tokens in prompts.tokens] == [2 * turn for turn in prompts.turns]
+    held_out = read_prompts(folder, "held_out")
+    loaded = load_prompts(folder, tokenizer)
+    assert [(prompt.category, prompt.first_turn) for prompt in loaded] == list(zip(held_out.categories, held_out.turns))
+    assert len(load_prompts(folder, tokenizer, limit=1)) == len({*held_out.categories})
+
+
+def test_conversations_of_several_sources_are_of_the_category_of_their_row_or_else_of_their_source(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row | {"category": "sums"}) + "\n" for row in CHATS[:15]))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS[15:]))
+    (tmp_path / "m.yaml").write_text(f"sources: {{first: {{path: {tmp_path}/a.jsonl}}, second: {{path: {tmp_path}/b.jsonl}}}}")
+    prepare(source=str(tmp_path / "m.yaml"), tokenizer=tokenizer, out_dir=str(tmp_path / "out"), seq_length=64)
+    assert Counter(read_prompts(tmp_path / "out").categories) == {"sums": 15, "second": 15}
+    lines = summary_of(tmp_path / "out")
+    assert len(lines) == 4 and "(first " in lines[1] and ", second " in lines[1]
+
+
+def test_tokens_are_counted_by_what_is_trained_on_and_all_where_that_was_not_counted(tmp_path, tokenizer, data_dir):
+    folder = prepared(tmp_path, tokenizer, CHATS)
+    every = next(RowReader(folder, batch_size=read_manifest(folder)["tables"]["rows-train"]["rows"], seed=0))
+    every = every.tokens[every.segment_ids >= 0].bincount(minlength=len(read_token_counts(folder)))
+    assert read_token_counts(folder).equal(every)
+    for asked in ("answers", "last_answer"):
+        batch = next(RowReader(folder, batch_size=read_manifest(folder)["tables"]["rows-train"]["rows"], seed=0, train_on=asked))
+        assert read_token_counts(folder, asked).equal(batch.tokens[batch.trained].bincount(minlength=len(every)))
+    assert read_token_counts(folder, None).equal(read_token_counts(folder, "answers")) and not read_token_counts(folder, None).equal(every)
+    path, manifest = folder / "token_counts.parquet", json.loads((folder / "manifest.json").read_text())
+    pq.write_table(pq.read_table(path, columns=["token", "count"]), path)
+    manifest["tables"]["token_counts"]["shards"] = [shard_entry(path, len(every))]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert read_token_counts(folder, None).equal(every)
+    assert read_token_counts(data_dir, None).equal(read_token_counts(data_dir))
+    with pytest.raises(UserError, match="holds texts, which have no answers to train on"):
+        read_token_counts(data_dir, "answers")
+
+
 def test_the_same_conversations_give_the_same_bytes_and_another_template_another_set(tmp_path, tokenizer):
     first = prepared(tmp_path, tokenizer, CHATS)
     again = prepared(tmp_path, tokenizer, CHATS, out="again")
@@ -293,7 +344,6 @@ def test_the_same_conversations_give_the_same_bytes_and_another_template_another
 def test_a_beginning_of_text_stands_once_before_conversations_and_only_where_the_template_has_it(tmp_path):
     folder = write_chat_tokenizer(tmp_path / "t", unmarked(CHATML))
     from tokenizers import processors
-    from transformers import AutoTokenizer
 
     served = AutoTokenizer.from_pretrained(folder)
     served.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import write_tokenizer
 
+from data.prepare.rows import Wanted
 from data.prepare.run import prepare
 from data.prepare.sources import open_source
 from fms_spec.errors import UserError
@@ -26,7 +27,7 @@ TEXTS = ["w1 w2 w3", "w4 w5 w6", "w7 w8 w9"]
 
 def texts_in(source, text_column="text"):
     """The texts that a source gives, in the order of their labels."""
-    opened = open_source(str(source), text_column)
+    opened = open_source(str(source), Wanted(text_column))
     found = [(opened.label(document.file, document.row), document.content) for document in opened.documents(np.random.default_rng(0))]
     return [text for _, text in sorted(found)]
 
@@ -235,11 +236,11 @@ def test_links_that_lead_nowhere_are_named_and_linked_folders_are_read_once(tmp_
 
 def test_a_source_has_the_identity_it_always_had_and_what_was_once_read_otherwise_another(tmp_path):
     tree = write_all(tmp_path / "tree", a__py="w1", b___c__txt="w2", d__md="w3")
-    assert open_source(str(tree), "text").fingerprint() == "f4f421c91db04ccc024944e5ba2577060bebcbee29034fa862ed174732e9b29d"
+    assert open_source(str(tree)).fingerprint() == "f4f421c91db04ccc024944e5ba2577060bebcbee29034fa862ed174732e9b29d"
     tables = write_all(tmp_path / "tables", a__jsonl=lines(), b__jsonl=lines(["w0"]))
-    assert open_source(str(tables), "text").fingerprint() == "726df0e8426f825abde0d20db114f5779bac438db1bbb0802d5eed9083ca0c2d"
+    assert open_source(str(tables)).fingerprint() == "726df0e8426f825abde0d20db114f5779bac438db1bbb0802d5eed9083ca0c2d"
     before = write_all(tmp_path / "text", a__json=lines())
-    assert open_source(str(before), "text").fingerprint() != "9aae1bd5bc6cb21ccea9095521960970c3b48fe41e988c75947d3066fcb1cdb6"
+    assert open_source(str(before)).fingerprint() != "9aae1bd5bc6cb21ccea9095521960970c3b48fe41e988c75947d3066fcb1cdb6"
 
 
 def test_prompts_longer_than_every_document_are_refused_before_anything_is_kept(tmp_path):
@@ -252,15 +253,15 @@ def test_prompts_longer_than_every_document_are_refused_before_anything_is_kept(
 def test_columns_apart_by_semicolons_are_not_read_as_one(tmp_path):
     (tmp_path / "excel.csv").write_text("text;id\nw1 w2;0\n")
     with pytest.raises(UserError, match="excel.csv: its columns are apart by ';'; save it with commas"):
-        open_source(str(tmp_path / "excel.csv"), "text")
+        open_source(str(tmp_path / "excel.csv"))
 
 
 def test_a_mark_before_a_text_is_not_of_the_text_and_tells_the_set_from_one_that_had_it(tmp_path):
     (tmp_path / "a").write_bytes(b"w1 w2")
     (tmp_path / "b").write_bytes(b"\xef\xbb\xbfw1 w2")
-    texts = [next(open_source(str(tmp_path / name), "text").documents(np.random.default_rng(0))).content for name in "ab"]
+    texts = [next(open_source(str(tmp_path / name)).documents(np.random.default_rng(0))).content for name in "ab"]
     assert texts == ["w1 w2", "w1 w2"]
-    marked = open_source(str(tmp_path / "b"), "text").fingerprint()
+    marked = open_source(str(tmp_path / "b")).fingerprint()
     assert marked != hashlib.sha256(f"b\0{sha256_of(tmp_path / 'b')}\n".encode()).hexdigest()
 
 
@@ -268,11 +269,11 @@ def test_tables_that_are_most_of_a_folder_are_not_left_out_for_a_stray_text(tmp_
     (tmp_path / "train.json").write_text('{"text": "w1 w2 w3 w4 w5"}\n' * 20)
     (tmp_path / "load.py").write_text("w1")
     with pytest.raises(UserError, match="holds tables .train.json. beside texts .load.py.*\\*.json' for its tables"):
-        open_source(str(tmp_path), "text")
+        open_source(str(tmp_path))
 
 
 def test_texts_of_another_encoding_are_told_so(tmp_path):
     for name, text in (("a.csv", "text,id\nw\xe9,1\n"), ("a.jsonl", '{"text": "w\xe9"}\n')):
         (tmp_path / name).write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match="not UTF-8; save"):
-            open_source(str(tmp_path / name), "text")
+            open_source(str(tmp_path / name))

@@ -17,8 +17,9 @@ from fms_spec.options import DecodingOptions
 from fms_spec.speculators.directory import describe, save_speculator
 from pipelines.generate import vllm_engine
 from pipelines.measure.evaluate import evaluate
-from pipelines.measure.figures import losslessness
+from pipelines.measure.figures import TURNS, context_range, losslessness, summary
 from pipelines.measure.samples import before_step, decode_in_turn, logit_gap, parting, settle, usual_methods
+from pipelines.show.console import GROUPS
 from scripts.evaluate import Arguments
 
 NEW_TOKENS = 24
@@ -143,7 +144,7 @@ def test_texts_part_at_their_first_difference_or_where_one_ends(base_model):
 class Talk:
     """A chat of three turns whose third is long."""
 
-    category, turns = "chat", 3
+    category, first_turn, turns = "chat", 1, 3
 
     def tokens(self, replies):
         return prompts_of(5 if len(replies) < 2 else 250, seed=len(replies))[0]
@@ -174,6 +175,69 @@ def test_the_script_reports_what_was_left_out(place, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["left_out"] == 1 and report["texts"] == report["prompts"] == 1 and report["lossless"] is True
     assert "left_out" in capsys.readouterr().out and "against" not in report
+
+
+def base_model_with(place, folder, name, text):
+    """The base model of `place` with another file, in folder/base_model."""
+    (folder / "base_model").mkdir()
+    for file in (place / "base_model").iterdir():
+        (folder / "base_model" / file.name).symlink_to(file)
+    (folder / "base_model" / name).unlink(missing_ok=True)
+    (folder / "base_model" / name).write_text(text)
+
+
+def test_texts_are_grouped_by_category_turn_and_length_of_context_each_with_its_count_and_interval(place, tmp_path, capsys):
+    lines = [
+        {"category": "[/talk] $_$", "turns": ["w1 w2", "w3"]}, {"category": "[/talk] $_$", "turns": ["w4", "w5", "w6"]},
+        {"prompt": " ".join(["w7 w8"] * 70), "category": "long"}, {"prompt": "w9"},
+    ]  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    base_model_with(place, tmp_path, "chat_template.jinja", "{% for m in messages %}{{ m.content }} {% endfor %}")
+    words = dict(base_model=str(tmp_path / "base_model"), speculator=str(place / "speculator"), prompts=str(tmp_path / "prompts.jsonl"))
+    evaluate(Arguments(**words, max_new_tokens=8, dtype="float32", out=str(tmp_path / "report.json")))
+    report, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+    counts = {kind: {name: (group["prompts"], group["texts"]) for name, group in report[kind].items()} for kind in GROUPS}
+    assert counts == {
+        "categories": {"[/talk] $_$": (2, 5), "long": (1, 1), "other": (1, 1)}, "turns": {"1": (2, 2), "2": (2, 2), "3": (1, 1)},
+        "contexts": {"1 to 128": (3, 6), "129 to 512": (1, 1)},
+    }  # fmt: skip
+    for kind in ("categories", "contexts"):
+        for figure in ("draft_steps", "new_tokens"):
+            assert sum(group[figure] for group in report[kind].values()) == report[figure]
+    for group in [group for kind in GROUPS for group in report[kind].values()]:
+        for figure in ("acceptance_length", "tokens_per_forward", "speedup"):
+            low, high = group[f"{figure}_interval"]
+            assert low - 1e-9 <= group[figure] <= high + 1e-9
+    assert "turn 2" in printed and "129 to 512 tokens" in printed and "[/talk] $_$" in printed
+
+
+def test_a_group_of_texts_that_end_at_once_has_no_speed_and_the_report_is_json_all_the_same(place, base_model, tmp_path):
+    first, second = prompts_of(5, 6)
+    (text,), _ = decode(base_model, [first], DecodingOptions(max_new_tokens=1))
+    base_model_with(place, tmp_path, "generation_config.json", json.dumps({"eos_token_id": text.tokens}))
+    prompts = {"ends": first, "on": second}
+    lines = [{"prompt": " ".join(f"w{token - 2}" for token in tokens), "category": name} for name, tokens in prompts.items()]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = dict(base_model=str(tmp_path / "base_model"), speculator=str(place / "speculator"), prompts=str(tmp_path / "prompts.jsonl"))
+    evaluate(Arguments(**words, max_new_tokens=4, dtype="float32", out=str(tmp_path / "report.json")))
+    written = (tmp_path / "report.json").read_text()
+    groups = json.loads(written)["categories"]
+    assert "NaN" not in written and groups["ends"]["speedup"] is None and groups["ends"]["texts"] == 1 and groups["on"]["speedup"] > 0
+
+
+def test_turns_and_contexts_past_the_last_that_are_told_apart_are_one_group(base_model):
+    class Longer(Talk):
+        turns = TURNS + 2
+
+        def tokens(self, replies):
+            return prompts_of(5 + 2 * len(replies))[0]
+
+    proposer = tiny_proposer(base_model, "chain", widths=(1, 1))
+    samples = decode_in_turn(base_model, [Longer()], usual_methods(proposer), 4)
+    assert list(summary(samples, proposer)["turns"]) == [*map(str, range(1, TURNS + 1)), f"over {TURNS}"]
+    assert [context_range(length) for length in (1, 128, 129, 512, 8192, 8193)] == [
+        "1 to 128", "1 to 128", "129 to 512", "129 to 512", "2049 to 8192", "over 8192",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("found", [(None, "vLLM is not installed"), ("0.9.0", "leaves vLLM 0.9.0 as it is")])

@@ -13,10 +13,10 @@ import pytest
 from conftest import write_model
 from documents import GUIDES, ROOT, blocks, commands
 
+from data.yaml_files import parse
 from fms_spec.speculators.directory import speculative_config
 from fms_spec.speculators.eagle3 import Eagle3Speculator
 from pipelines.config import load_config
-from pipelines.yaml_files import parse
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 CONTINUE = "scripts.generate_continuations --engine=embedded --out_dir=new"

@@ -114,7 +114,7 @@ class ChatTemplate:
         Raises:
             LeftOut: the template refuses it, there is no answer in it, or where answers begin and end is not sure.
         """
-        messages, tools = conversation
+        messages, tools, _ = conversation
         marked = bool(MARKS.search(self.served.get_chat_template(self.given, tools)))
         try:
             text, marks = self.write(messages, tools, marks=marked)
@@ -144,7 +144,7 @@ class ChatTemplate:
         With another text in the answer's place the template writes the same behind it. An answer that calls tools may be ended in another
         way: there the last call's arguments are replaced, and its end is the special token that the conversation up to it ends with.
         """
-        messages, tools = conversation
+        messages, tools, _ = conversation
         if start is None or PROBE in text:
             return None
         calls = messages[number].get("tool_calls")

@@ -1,6 +1,7 @@
 """Tokenised documents on disk, and their packing into rows. Shapes: n tokens of a row."""
 
 import hashlib
+import heapq
 import tempfile
 from array import array
 
@@ -16,7 +17,7 @@ OPEN_ROWS = 16
 class DocumentSpool:
     """Tokenised documents in an unnamed file, appended in order and read back in any order.
 
-    A shuffle over a corpus larger than memory needs random access; only 49 bytes per document are held in memory, and about 100 where
+    A shuffle over a corpus larger than memory needs random access; only 59 bytes per document are held in memory, and about 100 where
     copies are left out. The file vanishes when it is closed or the process ends.
 
     copies: whether a document may be there more than once.
@@ -26,7 +27,9 @@ class DocumentSpool:
         self._seen = None if copies else set()
         self._file = tempfile.TemporaryFile(dir=folder)
         self._ends, self._lengths, self._prefixed = array("q", [0]), array("q"), array("b")
-        self._files, self._rows, self._digests, self._shortest = array("q"), array("q"), array("Q"), array("l")
+        self._parts, self._files, self._rows = array("H"), array("q"), array("q")
+        self._digests, self._shortest = array("Q"), array("l")
+        self._categories, self._one_of_each = [], {}  # equal texts are one in memory
         self._numbers = None
 
     def __enter__(self):
@@ -36,25 +39,27 @@ class DocumentSpool:
         self._numbers = None
         self._file.close()
 
-    def append(self, encoded, file, row):
-        """Add a document: encoding.Encoded, and where it was read (see sources.Document); returns False for a copy that is left out."""
-        raw, answers = encoded.tokens.tobytes(), encoded.answers
-        digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest())
+    def append(self, encoded, part, file, row, category=None):
+        """Add a document: encoding.Encoded, where it was read (its source's number, and see sources.Document), and its category or None."""
+        raw, answers, digest = encoded.tokens.tobytes(), encoded.answers, digest_of(encoded.tokens)
         if self._seen is not None:
-            if digest in self._seen:
-                return False
             self._seen.add(digest)
         self._file.write(raw)
         self._file.write(answers.astype(np.int32).tobytes())
         self._ends.append(self._ends[-1] + len(encoded.tokens) + answers.size)
         self._lengths.append(len(encoded.tokens))
         self._prefixed.append(encoded.prefixed)
+        self._parts.append(part)
         self._files.append(file)
         self._rows.append(row)
         self._digests.append(digest)
+        self._categories.append(self._one_of_each.setdefault(category, category))
         known = answers[answers[:, 0] >= 0, 0]
         self._shortest.append(int(known.min()) if len(known) else -1)
-        return True
+
+    def seen(self, _, encoded):
+        """("copies", "") of a document, encoding.Encoded, that is there and may not be twice; None of others."""
+        return ("copies", "") if self._seen is not None and digest_of(encoded.tokens) in self._seen else None
 
     def __len__(self):
         return len(self._files)
@@ -69,8 +74,12 @@ class DocumentSpool:
         return Encoded(self._numbers[begin:answers], self._numbers[answers:end].reshape(-1, 3), bool(self._prefixed[index]))
 
     def origin(self, index):
-        """(file, row) of one document."""
-        return self._files[index], self._rows[index]
+        """(source, file, row) of one document."""
+        return self._parts[index], self._files[index], self._rows[index]
+
+    def category(self, index):
+        """One document's category, a text or None."""
+        return self._categories[index]
 
     @property
     def token_count(self):
@@ -80,6 +89,11 @@ class DocumentSpool:
     def lengths(self):
         """int64 [documents]: tokens of each, the end-of-text token included."""
         return np.frombuffer(self._lengths, np.int64)
+
+    @property
+    def parts(self):
+        """uint16 [documents]: the number of each one's source."""
+        return np.frombuffer(self._parts, np.uint16)
 
     @property
     def digests(self):
@@ -92,8 +106,15 @@ class DocumentSpool:
         return np.frombuffer(self._shortest, np.int64)
 
 
-def choose_held_out(spool, promptable, count, generator):
+def digest_of(tokens):
+    """A number of 64 bits, equal for equal tokens."""
+    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest())
+
+
+def choose_held_out(spool, promptable, count, generator, weights=None):
     """Choose `count` of the documents that are `promptable`, bool [documents]. Returns their numbers in order, and those of all others.
+
+    weights: one for each source, by which tokens are held out of them; None draws all documents alike.
 
     Exact copies of a held-out document are in neither: training on them would be training on what is evaluated.
 
@@ -105,9 +126,36 @@ def choose_held_out(spool, promptable, count, generator):
     eligible = numbers[np.sort(first_copies)]
     if len(eligible) < count:
         raise ValueError(f"only {len(eligible)} different documents have")
-    held_out = np.sort(generator.choice(eligible, count, replace=False))
+    chances = None
+    if weights and count:
+        parts = spool.parts[eligible]
+        chances = (np.array(weights) / np.maximum(1, np.bincount(parts, spool.lengths[eligible], len(weights))))[parts]
+        chances /= chances.sum()
+    held_out = np.sort(generator.choice(eligible, count, replace=False, p=chances))
     train = np.flatnonzero(~np.isin(spool.digests, spool.digests[held_out]))
     return held_out, train
+
+
+def by_weight(queues, lengths, weights):
+    """Documents of several sources in an order in which each source has its share of the tokens, also in every part of it.
+
+    The next document is of the source with the fewest tokens so far for its weight; where that source has none left, the order ends.
+
+    Args:
+        queues: for each source the numbers of its documents, in order. lengths: int64 [documents], their tokens. weights: one for each
+            source, None for all of its tokens, which uses every document.
+    """
+    weights = weights or [int(lengths[queue].sum()) for queue in queues]
+    heap = [(0.0, number) for number, weight in enumerate(weights) if weight]
+    ahead, taken = [iter(queue.tolist()) for queue in queues], [0] * len(queues)
+    while heap:
+        number = heap[0][1]
+        document = next(ahead[number], None)
+        if document is None:
+            return
+        yield document
+        taken[number] += int(lengths[document])
+        heapq.heapreplace(heap, (taken[number] / weights[number], number))
 
 
 def missing_prefix(tokens, prefix):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.prepare.chat import LeftOut
-from data.prepare.rows import Conversation
+from data.prepare.rows import BAD_ROW, BadRow, Conversation
 from data.tokenizer import without_prefix
 
 # Text handed to the tokenizer's threads at once; enough to keep them busy, small against memory.
@@ -49,6 +49,8 @@ def encode_documents(documents, tokenizer, template, skipped):
 
 def readable(content, template):
     """A document's text, or `chat.Rendered`; raises LeftOut."""
+    if isinstance(content, BadRow):
+        raise LeftOut(BAD_ROW, content.problem)
     if content is None:
         raise LeftOut("not UTF-8")
     empty = not content.messages if isinstance(content, Conversation) else not content.strip()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from data.prepare.formats import refuse_unread, table_suffix
+from data.prepare.stores import files_at, is_url, size_of
 from fms_spec.errors import UserError
 
 # Beside tables these tell about them; README.md and the like are texts only among texts.
@@ -18,29 +19,39 @@ LOOSE = (".json", ".csv", ".tsv")  # in a tree of sources these are settings and
 SPLIT = re.compile(r"(?<![a-z])(train|training|valid|validation|val|dev|test|testing|eval|evaluation)(?![a-z])")
 
 
-def find_files(path, source):
+def find_files(path, source, split=None):
     """(files in order, the folder that their names are told from) of a folder, pattern or file; says on stderr what is left out.
+
+    split: of a folder with tables in several, None for train.
 
     Raises:
         UserError: nothing there, texts beside tables, splits that can't be told apart, a link that leads nowhere, or a kind of file
             that isn't read.
     """
-    if os.path.isdir(path):
+    folder = os.path.isdir(path)
+    if is_url(path):
+        paths, root = files_at(path)
+        folder, nothing = not glob.has_magic(path), ""
+    elif folder:
         paths, root, nothing = files_below(path), path, "the folder holds no files"
     elif os.path.isfile(path):
         paths, root, nothing = [path], os.path.dirname(path), ""
     else:
         paths, root, nothing = matching(path), glob_root(path), "the pattern matches no file"
     for file in paths:
-        if not os.path.isfile(file):
+        if not is_url(file) and not os.path.isfile(file):
             problem = "a link that leads nowhere" if os.path.islink(file) else "neither a file nor a folder"
             raise UserError(f"source {file}: {problem}; mend or remove it")
         refuse_unread(file)
     files = sorted(paths)
     if len(files) > 1:
         files = of_one_kind(files, source, root)
-        if os.path.isdir(path):
-            files = of_one_split(files, source, root)
+        if folder:
+            files = of_one_split(files, source, root, split)
+        elif split:
+            raise UserError(f"source {source}: split {split} is asked, and a pattern names what to read; leave one of the two out")
+    elif split and files:
+        raise UserError(f"source {source}: split {split} is asked, and it is one file; leave the split out")
     if not files:
         raise UserError(f"source {source}: {nothing}")
     return files, root
@@ -52,7 +63,7 @@ def of_one_kind(files, source, root):
     rest = sorted({*files} - {*about})
     tables, texts = [file for file in rest if table_suffix(file)], [file for file in rest if not table_suffix(file)]
     firm = [file for file in tables if table_suffix(file) not in LOOSE]
-    sizes = [sum(map(os.path.getsize, group)) for group in (tables, texts)]
+    sizes = [sum(map(size_of, group)) for group in (tables, texts)]
     if texts and (firm or sizes[0] > sizes[1]):  # otherwise JSON and CSV are taken for the texts' settings and figures
         most, first = (firm or tables, "tables") if sizes[0] > sizes[1] else (texts, "texts")
         raise UserError(
@@ -64,21 +75,25 @@ def of_one_kind(files, source, root):
     return kept
 
 
-def of_one_split(files, source, root):
-    """Of a data set's tables those of its train split, where their names tell splits apart."""
+def of_one_split(files, source, root, wanted):
+    """Of a data set's tables those of one split, where their names tell splits apart. wanted: None for train, or all that tell none."""
     splits = {file: split_of(os.path.relpath(file, root)) for file in files if table_suffix(file)}
     others = {*splits.values()} - {"train", None}
-    if not others or len({*splits.values()}) == 1:
+    if wanted is None and (not others or len({*splits.values()}) == 1):
         return files
-    train = [file for file, split in splits.items() if split == "train"]
-    if not train or None in splits.values():
-        first = next(file for file, split in splits.items() if split in others)
+    asked = split_of(wanted or "train") or wanted
+    read = [file for file, split in splits.items() if split == asked]
+    if wanted and not read:
+        there = ", ".join(sorted({*filter(None, splits.values())})) or "none"
+        raise UserError(f"source {source}: has no files of split {wanted}; their names tell of {there}")
+    if not read or None in splits.values():
+        first = min((file for file, split in splits.items() if split != asked), key=lambda file: splits[file] is None)
         raise UserError(
-            f"source {source}: some of its files seem to be of another split than train ({named([first], root)}); "
+            f"source {source}: some of its files seem to be of another split than {asked} ({named([first], root)}); "
             f"name those to read with a pattern, such as {pattern(first, root)} for all"
         )
-    tell_left_out([file for file in files if file not in train], root, "of other splits than train")
-    return train
+    tell_left_out([file for file in files if file not in read], root, f"of other splits than {asked}")
+    return read
 
 
 def split_of(name):

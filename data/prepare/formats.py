@@ -19,15 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.manifest import reason
-from data.prepare.rows import Conversation, layout_of, no_text, parsed
+from data.prepare.rows import ANY_TEXT, BadRow, Conversation, layout_of, no_text
+from data.prepare.stores import open_binary, reaching, store_of
+from data.prepare.values import parsed
 from fms_spec.errors import UserError
 
-OPENERS = {
+UNPACKERS = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": lambda file: io.BufferedReader(pa.input_stream(file)),
-    "": lambda file: open(file, "rb"),
+    ".zst": lambda file: io.BufferedReader(pa.input_stream(file, compression="zstd")),
+    "": lambda file: file,
 }
 LINES, COLUMNS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv"), (".parquet", ".arrow", ".feather")
 UNREAD = (
@@ -45,8 +47,8 @@ def table_suffix(file):
 
 
 def packing_of(file):
-    """How a file is compressed, by its name: a key of OPENERS, "" for not at all."""
-    return next(suffix for suffix in OPENERS if file.lower().endswith(suffix))
+    """How a file is compressed, by its name: a key of UNPACKERS, "" for not at all."""
+    return next(suffix for suffix in UNPACKERS if file.lower().endswith(suffix))
 
 
 def refuse_unread(file):
@@ -57,21 +59,22 @@ def refuse_unread(file):
 
 
 def has_conversations(file, wanted):
-    """Whether the rows of a file are conversations. Reads the schema of Parquet, else the first row; None where there is none.
+    """Whether the rows of a file are conversations. Reads the schema of Parquet, else the first row that can be read; None where
+    there is none.
 
     Raises:
         UserError: they hold nothing that is `wanted` (`rows.Wanted`), or the file cannot be read.
     """
     if table_suffix(file) == ".parquet":
-        with readable(file):
-            return arrow_layout(pq.read_schema(file), wanted, file).format != "text"
+        with readable(file), parquet_file(file) as opened:
+            return arrow_layout(opened.schema_arrow, wanted, file).format != "text"
     if not table_suffix(file):
-        if wanted.format not in (None, "text"):
+        if wanted.format not in (None, "text", ANY_TEXT):
             raise UserError(f"source {file}: is one text, and --format={wanted.format} asks for tables; name those with a pattern")
         return False
     with closing(contents_of(file, wanted)) as contents:
-        first = next(contents, None)
-    return None if first is None else isinstance(first[1], Conversation)
+        first = next((content for _, content in contents if not isinstance(content, BadRow)), BadRow)
+    return None if first is BadRow else isinstance(first, Conversation)
 
 
 def contents_of(file, wanted):
@@ -85,7 +88,7 @@ def contents_of(file, wanted):
         if suffix in COLUMNS:
             yield from (parquet_contents if suffix == ".parquet" else arrow_contents)(file, wanted)
         elif suffix:
-            with OPENERS[packing_of(file)](file) as opened:
+            with open_binary(file) as packed, UNPACKERS[packing_of(file)](packed) as opened:
                 read = csv_contents if suffix in (".csv", ".tsv") else json_contents
                 yield from read(opened, file, wanted)
         else:
@@ -95,17 +98,18 @@ def contents_of(file, wanted):
 @contextmanager
 def readable(file):
     """What can go wrong in a damaged file, as a UserError that names it."""
-    try:
-        yield
-    except UnicodeDecodeError:
-        raise UserError(f"source {file}: not UTF-8; save it as UTF-8") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        raise UserError(f"source {file}: cannot be read, it may be cut short ({reason(error)})") from None
+    with reaching(file):
+        try:
+            yield
+        except UnicodeDecodeError:
+            raise UserError(f"source {file}: not UTF-8; save it as UTF-8") from None
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+            raise UserError(f"source {file}: cannot be read, it may be cut short ({reason(error)})") from None
 
 
 def file_text(file):
     """The text of a file, or None if it is not UTF-8, or has a NUL, which no text has. Told of a large one by its beginning."""
-    with open(file, "rb") as opened:
+    with open_binary(file) as opened:
         head = opened.read(2**16)
         try:
             codecs.getincrementaldecoder("utf-8")().decode(head)
@@ -116,7 +120,7 @@ def file_text(file):
 
 def has_mark(file):
     """Whether a file begins with the mark of UTF-8."""
-    with open(file, "rb") as opened:
+    with reaching(file), open_binary(file) as opened:
         return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
@@ -125,14 +129,27 @@ def json_contents(opened, file, wanted):
     begin = opened.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if begin == b"[" and table_suffix(file) == ".json":
         rows = ((f"{file} item {number + 1}", number, row) for number, row in enumerate(parsed(opened.read(), file)))
+        read = object_content
     else:
-        rows = ((f"{file}:{at + 1}", at, parsed(line, f"{file}:{at + 1}")) for at, line in enumerate(opened) if not line.isspace())
-    layout = None
+        rows = ((f"{file}:{at + 1}", at, line) for at, line in enumerate(opened) if not line.isspace())
+        read = line_content
+    layouts = []
     for where, number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object with a field {wanted.text_column!r}, or a conversation")
-        layout = layout or layout_of(list(row), wanted, where)
-        yield number, layout.read(row, where)
+        yield number, wanted.tried(read, row, where, wanted, layouts)
+
+
+def line_content(line, where, wanted, layouts):
+    """As `object_content`, of a line of JSON."""
+    return object_content(parsed(line, where), where, wanted, layouts)
+
+
+def object_content(row, where, wanted, layouts):
+    """The content of a JSON value; by its columns, where none was before it, it also tells the layout of all: `layouts`, of one or none."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object with a field {wanted.text_column!r}, or a conversation")
+    if not layouts:
+        layouts.append(layout_of(list(row), wanted, where))
+    return layouts[0].read(row, where)
 
 
 def csv_contents(opened, file, wanted):
@@ -147,23 +164,34 @@ def csv_contents(opened, file, wanted):
             raise UserError(f"source {file}: its columns are apart by {other!r}; save it with commas, or with tabs as .tsv")
         layout = layout_of(header, wanted, f"source {file}")
         for number, row in enumerate(filter(None, rows)):  # a blank line is an empty list
-            if len(row) != len(header):
-                raise UserError(f"{file}:{rows.line_num}: {len(row)} fields, the first line names {len(header)}; mend the line")
-            yield number, layout.read(dict(zip(header, row)), f"{file}:{rows.line_num}")
+            yield number, wanted.tried(record_content, row, f"{file}:{rows.line_num}", header, layout)
     except csv.Error as error:
         raise UserError(f"{file}:{rows.line_num}: not a line of CSV ({error}); mend the line, or write the table as JSON lines") from None
 
 
+def record_content(record, where, header, layout):
+    """The content of a line of CSV, a list of fields."""
+    if len(record) != len(header):
+        raise UserError(f"{where}: {len(record)} fields, the first line names {len(header)}; mend the line")
+    return layout.read(dict(zip(header, record)), where)
+
+
+def parquet_file(file):
+    """An open Parquet file; of a local one pyarrow makes its own."""
+    store, inner = store_of(file)
+    return pq.ParquetFile(inner, filesystem=store)
+
+
 def parquet_contents(file, wanted):
     """(row, content) of a Parquet file."""
-    with pq.ParquetFile(file) as opened:
+    with parquet_file(file) as opened:
         layout = arrow_layout(opened.schema_arrow, wanted, file)
-        yield from batch_contents(opened.iter_batches(batch_size=1024, columns=layout.columns), layout, file)
+        yield from batch_contents(opened.iter_batches(batch_size=1024, columns=layout.columns), layout, file, wanted)
 
 
 def arrow_contents(file, wanted):
     """(row, content) of an Arrow file or stream, such as those of a folder that `datasets` saved."""
-    with pa.memory_map(file) as opened:
+    with pa.PythonFile(open_binary(file), mode="r") as opened:
         if opened.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(opened)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
@@ -174,14 +202,14 @@ def arrow_contents(file, wanted):
             opened.seek(0)
             reader = batches = pa.ipc.open_stream(opened)
         layout = arrow_layout(reader.schema, wanted, file)
-        yield from batch_contents((batch.select(layout.columns) for batch in batches), layout, file)
+        yield from batch_contents((batch.select(layout.columns) for batch in batches), layout, file, wanted)
 
 
-def batch_contents(batches, layout, file):
+def batch_contents(batches, layout, file, wanted):
     """(row from 0, content) of Arrow batches one after the other."""
     rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(arrow_rows(rows, layout.format != "text")):
-        yield number, layout.read(row, f"{file} row {number + 1}")
+        yield number, wanted.tried(layout.read, row, f"{file} row {number + 1}")
 
 
 def arrow_rows(rows, nested):

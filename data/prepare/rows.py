@@ -1,43 +1,66 @@
 """What a row of a table holds, told by its columns or named: a text, or a conversation in one of the spellings that are in use."""
 
 import difflib
-import json
 import re
 from functools import partial
 from typing import Any, NamedTuple
 
-from data.manifest import reason
+from data.prepare.values import checked, json_list, kind, parsed
 from fms_spec.errors import UserError, shown
 
+BAD_ROW = "unreadable"  # why it is left out
+ANY_TEXT = "any text"  # a format that is asked for what is evaluated on: every text of a row, whatever its column
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
 SHOWN_COLUMNS = 500  # characters of a message: a table without a header has a text for a name
 # Columns of each format: those that tell it, and those that are read where they are there.
 FORMATS = {
     "text": ((), ()),  # of the column that is named
-    "messages": (("messages",), ("system", "tools")),
-    "sharegpt": (("conversations",), ("system", "tools")),
-    "ultrachat": (("data",), ()),
-    "alpaca": (("instruction", "output"), ("input", "system")),
-    "prompt_completion": (("prompt", "completion"), ("tools",)),
+    "messages": (("messages",), ("system", "tools", "category")),
+    "sharegpt": (("conversations",), ("system", "tools", "category")),
+    "ultrachat": (("data",), ("category",)),
+    "alpaca": (("instruction", "output"), ("input", "system", "category")),
+    "prompt_completion": (("prompt", "completion"), ("tools", "category")),
 }
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 SPEAKERS = ROLES | {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+UNASKED = [name for name, role in SPEAKERS.items() if role not in ("user", "assistant")]
 
 
 class Conversation(NamedTuple):
-    """Messages as chat templates take them, {"role", "content", …}, and the tools that the assistant may call, None for none."""
+    """Messages as chat templates take them, {"role", "content", …}, the tools that the assistant may call, None for none, and the kind of
+    conversation that the row says it is, by which an evaluation tells them apart."""
 
     messages: list
     tools: list | None = None
+    category: str | None = None
+
+
+class BadRow(NamedTuple):
+    """A row that can't be read. problem: which, and why."""
+
+    problem: str
 
 
 class Wanted(NamedTuple):
-    """What a source's rows are to be read as. format: of FORMATS, None to be told by their columns."""
+    """What a source's rows are to be read as.
+
+    format: of FORMATS, None to be told by their columns, or ANY_TEXT. on_bad_row: "stop" or "skip".
+    """
 
     text_column: str = "text"
     format: str | None = None
+    on_bad_row: str = "stop"
+
+    def tried(self, read, *row):
+        """What `read` makes of a row; a `BadRow` where it raises UserError and such rows are skipped."""
+        try:
+            return read(*row)
+        except UserError as error:
+            if self.on_bad_row == "stop":
+                raise
+            return BadRow(str(error))
 
 
 class Layout(NamedTuple):
@@ -63,6 +86,8 @@ def layout_of(names, wanted, where):
     Raises:
         UserError: they are of no format, or of several, or lack those of the one that is wanted; names `where`.
     """
+    if wanted.format == ANY_TEXT:
+        return Layout(ANY_TEXT, list(names), lambda row, _: list(texts_within(row)))
     column = wanted.text_column
     needed = {name: (column,) if name == "text" else FORMATS[name][0] for name in FORMATS}
     if wanted.format or column != "text":
@@ -81,7 +106,7 @@ def layout_of(names, wanted, where):
     twice = [column for column in columns if names.count(column) > 1]
     if twice:
         raise UserError(f"{where}: two columns {twice[0]!r}")
-    return Layout(name, columns, partial(text_of, column=column) if name == "text" else READERS[name])
+    return Layout(name, columns, partial(text_of, column=column) if name == "text" else partial(conversation_of, read=READERS[name]))
 
 
 def text_of(row, where, column):
@@ -97,6 +122,27 @@ def text_of(row, where, column):
     if text is not None and not isinstance(text, str):
         raise no_text(where, column, type(text).__name__)
     return None if text and not text.isascii() and LONE_SURROGATE.search(text) else text or ""
+
+
+def texts_within(value):
+    """Yield every text in a JSON value, but not what system and tools say, nor descriptions of tools."""
+    if isinstance(value, str):
+        if not LONE_SURROGATE.search(value):
+            yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_within(item)
+    elif isinstance(value, dict) and not any(value.get(name) in UNASKED for name in ("role", "from")):
+        for name, item in value.items():
+            if name not in ("tools", "system", "role", "from"):
+                yield from texts_within(item)
+
+
+def conversation_of(row, where, read):
+    """A row's conversation as `read` finds it, with its category, a text or the number of a class."""
+    category = row.get("category")
+    name = str(category) if isinstance(category, int) else checked(category or "", f"{where}: category")
+    return read(row, where)._replace(category=name or None)
 
 
 def messages_of(row, where, column="messages"):
@@ -207,38 +253,6 @@ def field_of(row, column, where):
 
 def text_field(row, column, where):
     return checked(field_of(row, column, where), f"{where}: {column}")
-
-
-def checked(text, where):
-    """A text, refused where it is something else."""
-    if not isinstance(text, str):
-        raise UserError(f"{where}: {kind(text)}, not a text")
-    return text
-
-
-def json_list(value, column, where, separator=": "):
-    """A list, which tables without nested columns spell as JSON."""
-    where = f"{where}{separator}{column}"
-    value = parsed(value, where) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise UserError(f"{where}: {kind(value)}, not a list")
-    return value
-
-
-def parsed(content, where):
-    """The JSON value that a text or bytes spell."""
-    try:
-        return json.loads(content)
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a line of JSON ({reason(error)}); mend or remove the line") from None
-
-
-def kind(value):
-    """What a JSON value is, in a word."""
-    words = {type(None): "nothing", dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
-    return words.get(type(value), "a number")
 
 
 def no_text(where, column, kind):

@@ -3,8 +3,8 @@
 The documents are tokenised once into a file on disk (documents.DocumentSpool); everything after that works on document numbers.
 """
 
-import heapq
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -12,24 +12,31 @@ import numpy as np
 from data.manifest import CONVERSATIONS, MANIFEST, TEXTS, check_seed
 from data.prepare.chat import ChatTemplate
 from data.prepare.documents import DocumentSpool
-from data.prepare.encoding import encode_documents
 from data.prepare.folder import finished_set, refuse_inside, writing
-from data.prepare.rows import check_format
-from data.prepare.sources import Skipped, open_source
-from data.prepare.tables import READING, has_prompt, write_tables
-from data.progress import progress
-from data.tokenizer import load_tokenizer, refuse_unknown, use_threads
+from data.prepare.mixture import Mixture
+from data.prepare.near import NearCopies
+from data.prepare.overlap import Evaluation
+from data.prepare.reading import read_documents
+from data.prepare.tables import write_tables
+from data.tokenizer import load_tokenizer, use_threads
 from fms_spec.errors import UserError
 from fms_spec.files import write_json
 from fms_spec.timing import Stopwatch
 
 PROMPT_LENGTH = {False: 64, True: 1024}  # tokens: of a piece of text, and at most of a conversation
+UNSAID = {
+    "on_bad_row": "stop",
+    "near_duplicates": None,
+}  # recorded where they are others: folders of before lack them
 MOST_WORKERS = 1024  # threads; with many more the machine does nothing but make them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the output, besides the contents of the source and the tokenizer."""
+    """What decides the output, besides the contents of the source and the tokenizer.
+
+    on_bad_row: "stop" or "skip". near_duplicates: how similar a document may at most be to one before, see near.NearCopies.
+    """
 
     seq_length: int = 4096
     text_column: str = "text"
@@ -37,12 +44,16 @@ class Settings:
     held_out: int = 0
     max_tokens: int | None = None
     seed: int = 0
+    on_bad_row: str = "stop"
+    near_duplicates: float | None = None
 
     def __post_init__(self):
         check_seed(self.seed, f"--seed={self.seed}")
         for name, smallest in dict(seq_length=2, prompt_length=1, held_out=0).items():
             if getattr(self, name) is not None and not smallest <= getattr(self, name) < 2**31:  # Parquet's lengths have 32 bits
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least {smallest} and below 2^31")
+        if self.on_bad_row not in ("stop", "skip"):
+            raise UserError(f"--on_bad_row={self.on_bad_row}: stop or skip")
         if self.max_tokens is not None and self.max_tokens < self.seq_length:
             raise UserError(f"--max_tokens={self.max_tokens}: less than one row of --seq_length={self.seq_length}")
 
@@ -51,11 +62,12 @@ class Settings:
         return np.random.default_rng((self.seed, *stream))
 
 
-def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_template=None, **settings):
+def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_template=None, evaluation=None, **settings):
     """Write the folder that RowReader and read_prompts read, or find it written from the same inputs. Returns its manifest.
 
-    source, tokenizer, out_dir, format, chat_template: as typed by the user; workers: threads of the tokenizer (None: all cores), without
-    effect on the output; settings: see Settings. Same inputs give the same bytes, on the same day where a chat template asks for the date.
+    source, tokenizer, out_dir, format, chat_template, evaluation: as typed by the user; workers: threads of the tokenizer (None: all
+    cores), without effect on the output; settings: see Settings. Same inputs give the same bytes, on the same day where a chat template
+    asks for the date.
 
     Raises:
         UserError: anything wrong with the source, the tokenizer, a setting or `out_dir`; nothing is left behind.
@@ -63,58 +75,88 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
         raise UserError(f"--workers={workers}: must be from 1 to {MOST_WORKERS}")
     settings = Settings(**settings)
-    check_format(format, settings.text_column)
     use_threads(workers)
-    opened = open_source(source, settings.text_column, format)
+    mixture = Mixture(source, settings.text_column, format, settings.on_bad_row)
+    if settings.max_tokens is not None and len(mixture.parts) > 1 and not mixture.weights:
+        raise UserError(f"--max_tokens={settings.max_tokens}: of which source, is not said; give each in {source} a weight")
     if settings.prompt_length is None:
-        settings = replace(settings, prompt_length=PROMPT_LENGTH[opened.conversations])
-    refuse_inside(out_dir, source)
+        settings = replace(settings, prompt_length=PROMPT_LENGTH[mixture.conversations])
+    for part in mixture.parts:
+        refuse_inside(out_dir, part.settings.path)
     loaded = load_tokenizer(tokenizer)
     check_room(settings, loaded.prefix)
-    template = chat_template_of(opened, loaded, source, chat_template)
-    inputs = {
-        "format_version": CONVERSATIONS if template else TEXTS,
-        "source": opened.fingerprint(),
-        "tokenizer": loaded.sha256,
-        **asdict(settings),
-        **({"format": format, "chat_template": template.sha256} if template else {}),
-    }
+    template = chat_template_of(mixture, loaded, source, chat_template)
+    near = NearCopies(settings.near_duplicates) if settings.near_duplicates is not None else None
+    evaluated = Evaluation(evaluation, loaded) if evaluation else None
+    inputs, detailed = inputs_of(mixture, loaded, settings, template, format, evaluated)
     manifest = finished_set(out_dir, inputs)
     if manifest:
         print(f"{out_dir} already holds this set, nothing to do: {summary(manifest)}")
         return manifest
 
     tell_sizes(loaded)
-    skipped, watch = Skipped(opened), Stopwatch()
-    with watch.measure("all"), writing(out_dir, inputs) as folder, DocumentSpool(folder, copies=not template) as spool:
-        read_documents(spool, opened, loaded, template, settings, skipped)
-        if not len(spool):
-            raise UserError(f"source {source}: no documents" + (f"; {skipped}" if skipped.first else ""))
-        tables = write_tables(folder, spool, opened, loaded, settings)
+    watch, copies = Stopwatch(), not (template or mixture.named or near)  # one source's texts are what they have always been
+    with watch.measure("all"), writing(out_dir, inputs) as folder, DocumentSpool(folder, copies) as spool:
+        unwanted = [*([evaluated.overlap] if evaluated else []), spool.seen, *([near.seen] if near else [])]
+        read_documents(spool, mixture, loaded, template, settings, unwanted)
+        tables = write_tables(folder, spool, mixture, loaded, settings)
         manifest = {
             "inputs": inputs,
-            "source": about_source(source, spool, skipped, template),
+            "source": about_source(source, spool, mixture, template, detailed),
             "tokenizer": loaded.identity(),
             **({"chat_template": template.identity(chat_template)} if template else {}),
+            **({"evaluation": evaluated.identity()} if evaluated else {}),
             "tables": tables,
         }
         write_json(folder / MANIFEST, manifest, sort_keys=True, ensure_ascii=False)
-    if skipped.first:
-        print(f"warning: {skipped}", file=sys.stderr)
+    tell_left_out(mixture)
     rate = spool.token_count / watch.seconds["all"]
     print(f"{out_dir}: {summary(manifest)}; {rate:,.0f} tokens/s")
     return manifest
 
 
-def about_source(source, spool, skipped, template):
-    """What the manifest records of what was read and left out."""
-    read = {"documents_read": len(spool), "tokens_read": spool.token_count, "skipped": dict(skipped.counts)}
-    return {"name": source} | read | ({"first_skipped": skipped.first} if template and skipped.first else {})
+def inputs_of(mixture, tokenizer, settings, template, format, evaluated):
+    """(what the output depends on, whether there is anything in it that folders of before don't have)."""
+    inputs = {
+        "format_version": CONVERSATIONS if template else TEXTS,
+        "source": mixture.fingerprint(),
+        "tokenizer": tokenizer.sha256,
+        **{name: value for name, value in asdict(settings).items() if name not in UNSAID or value != UNSAID[name]},
+        **({"format": format, "chat_template": template.sha256} if template else {}),
+    }
+    evaluation = {"evaluation": evaluated.source.fingerprint()} if evaluated else {}
+    return inputs | mixture.inputs() | evaluation, bool(mixture.named or evaluation or UNSAID.keys() & inputs.keys())
 
 
-def chat_template_of(opened, tokenizer, source, path):
+def tell_left_out(mixture):
+    """Say on stderr what was left out of each source."""
+    for part in mixture.parts:
+        if part.skipped.first:
+            print(f"warning: {part.name and part.name + ': '}{part.skipped}", file=sys.stderr)
+
+
+def about_source(source, spool, mixture, template, detailed):
+    """What the manifest records of what was read and left out; detailed: with the first of each kind, which once was not recorded."""
+    skipped = sum((part.skipped.counts for part in mixture.parts), Counter())
+    first = next(filter(None, (part.skipped.first for part in mixture.parts)), None)
+    about = {"name": source, "documents_read": len(spool), "tokens_read": spool.token_count, "skipped": dict(skipped)}
+    about |= {"first_skipped": first} if template and first else {}
+    if not mixture.named:
+        return about | ({"firsts": mixture.parts[0].skipped.firsts} if detailed else {})
+    documents, tokens = (np.bincount(spool.parts, by, len(mixture.parts)).astype(int).tolist() for by in (None, spool.lengths))
+    about["mixture"] = {
+        part.name: {
+            "path": part.settings.path, "documents_read": documents[number], "tokens_read": tokens[number],
+            "skipped": dict(part.skipped.counts), "firsts": part.skipped.firsts,
+        }
+        for number, part in enumerate(mixture.parts)
+    }  # fmt: skip
+    return about
+
+
+def chat_template_of(mixture, tokenizer, source, path):
     """The `ChatTemplate` for a source of conversations, None for one of texts; path: --chat_template."""
-    if opened.conversations:
+    if mixture.conversations:
         return ChatTemplate(tokenizer, path)
     if path:
         raise UserError(f"--chat_template={path}: source {source} holds texts, which need none; leave it out")
@@ -146,41 +188,3 @@ def summary(manifest):
         if name != "token_counts"
     ]
     return ", ".join(parts)
-
-
-def read_documents(spool, source, tokenizer, template, settings, skipped):
-    """Tokenise the source into the spool; with max_tokens, only as much of it as is needed."""
-    enough = Enough(settings)
-    documents = source.documents(settings.generator(READING))
-    with progress(desc="tokenise", unit="token", unit_scale=True, total=settings.max_tokens) as bar:
-        for document, encoded in encode_documents(documents, tokenizer, template, skipped):
-            tokens, answers, _ = encoded
-            if tokenizer.overflows:
-                refuse_unknown(tokens, tokenizer.embedding_size, tokenizer.backend, source.label(document.file, document.row))
-            if not spool.append(encoded, document.file, document.row):
-                skipped.add("copies", document)
-                continue
-            bar.update(len(tokens))
-            length = settings.prompt_length
-            promptable = has_prompt(answers[:, 0], length, tokenizer.prefix).any() if template else len(tokens) > length
-            if enough.after(len(tokens), promptable):
-                return
-
-
-class Enough:
-    """Tells when max_tokens will be there for the train rows, whichever documents are held out later and whatever prefixes add."""
-
-    def __init__(self, settings):
-        self.settings, self.longest, self.total, self.promptable = settings, [], 0, 0
-
-    def after(self, length, promptable):
-        """True if, with one more document of `length` tokens, no more are needed. promptable: whether it may be held out."""
-        wanted, held_out = self.settings.max_tokens, self.settings.held_out
-        if wanted is None:
-            return False
-        self.total += length
-        self.promptable += bool(promptable)
-        heapq.heappush(self.longest, length)
-        if len(self.longest) > held_out:
-            heapq.heappop(self.longest)
-        return self.promptable >= held_out and self.total - sum(self.longest) >= wanted

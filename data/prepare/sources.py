@@ -1,4 +1,4 @@
-"""Where documents come from: files on this machine (see data.prepare.formats), or a dataset of the Hugging Face Hub."""
+"""Where documents come from: files (see data.prepare.formats), or a dataset of the Hugging Face Hub."""
 
 import glob
 import hashlib
@@ -11,53 +11,64 @@ from typing import NamedTuple
 from data.manifest import reason
 from data.prepare.finding import find_files
 from data.prepare.formats import UNREAD, arrow_rows, contents_of, has_conversations, has_mark, table_suffix
-from data.prepare.rows import Conversation, Wanted, layout_of
+from data.prepare.rows import BAD_ROW, BadRow, Conversation, Wanted, layout_of
+from data.prepare.stores import digest_of, is_url, reaching
 from data.progress import progress
 from fms_spec.errors import UserError
-from fms_spec.files import sha256_of
 
 
 class Document(NamedTuple):
     """One document as read: `content` is None where the bytes are not UTF-8; `row` is -1 where the file is the document."""
 
-    content: str | Conversation | None
+    content: str | Conversation | BadRow | None
     file: int
     row: int
 
+    @property
+    def messages(self):
+        """Of a conversation, none of anything else."""
+        return self.content.messages if isinstance(self.content, Conversation) else []
+
 
 class Skipped:
-    """Counts of the documents left out, and the first of them."""
+    """Counts of the documents left out of a source, and the first of each kind. label: function of (file, row)."""
 
-    def __init__(self, source):
-        self.source, self.counts, self.first = source, Counter(), None
+    def __init__(self, label):
+        self.label, self.counts, self.firsts = label, Counter(), {}
 
     def add(self, why, document, detail=""):
         """Count a document; `why`: in a few words that are the same for all of a kind. detail: more about this one."""
         self.counts[why] += 1
-        self.first = self.first or f"{self.source.label(document.file, document.row)} ({why}{detail and ': ' + detail})"
+        if why not in self.firsts:
+            self.firsts[why] = f"{self.label(document.file, document.row)} ({why}{detail and ': ' + detail})"
+
+    @property
+    def first(self):
+        """The first of all, with the reason; None where there is none."""
+        return next(iter(self.firsts.values()), None)
 
     def __str__(self):
         counts = ", ".join(f"{count} {why}" for why, count in sorted(self.counts.items()))
-        return f"skipped {self.counts.total()} documents ({counts}), the first is {self.first}"
+        bad = f"; the first {BAD_ROW} is {self.firsts[BAD_ROW]}" if BAD_ROW in self.firsts and len(self.firsts) > 1 else ""
+        return f"skipped {self.counts.total()} documents ({counts}), the first is {self.first}{bad}"
 
 
-def open_source(source, text_column="text", format=None):
-    """A folder (searched recursively, hidden files left out), a glob, one file, or a Hub dataset name[:config[:split]].
+def open_source(source, wanted=Wanted(), split=None):  # noqa: B008 - it is a tuple
+    """A folder (searched recursively, hidden files left out), a glob, one file, each here or a URL, or a Hub dataset name[:config[:split]].
 
-    text_column, format: see rows.Wanted.
+    wanted: `rows.Wanted`. split: of a data set's, None for train.
 
     Raises:
         UserError: nothing is there, or nothing that can be read (see data.prepare.finding), or a table has neither texts nor
             conversations, or some have texts and others conversations.
     """
-    wanted = Wanted(text_column, format)
     path = os.path.expanduser(source)
-    if os.path.isdir(path) or os.path.isfile(path) or glob.has_magic(path):
-        return FileSource(*find_files(path, source), wanted)
+    if is_url(path) or os.path.isdir(path) or os.path.isfile(path) or glob.has_magic(path):
+        return FileSource(*find_files(path, source, split), wanted)
     local = path.startswith((".", os.sep)) or path.count("/") > 1 or path.lower().endswith((*UNREAD, ".txt"))
     if local or table_suffix(path):
         raise UserError(f"source {source}: no such file or folder")
-    return HubSource(source, wanted)
+    return HubSource(source, wanted, split)
 
 
 class FileSource:
@@ -69,7 +80,7 @@ class FileSource:
         self.files, self.root, self.wanted = files, root, wanted
         kinds = {}  # whether they are conversations -> the first such file
         for file in files:
-            if not os.access(file, os.R_OK):
+            if not is_url(file) and not os.access(file, os.R_OK):
                 raise UserError(f"source {file}: cannot be read (permission denied)")
             kinds.setdefault(has_conversations(file, wanted), file)
         if {True, False} <= kinds.keys():
@@ -83,7 +94,8 @@ class FileSource:
         for index, file in enumerate(progress(self.files, desc="fingerprint", unit="file", leave=False)):
             # What once was read as one text, or not at all, must not pass for the same set.
             kind = "" if file.endswith((".jsonl", ".jsonl.gz", ".parquet")) else table_suffix(file) or ("mark" if has_mark(file) else "")
-            digest.update(f"{self.label(index, -1)}\0{sha256_of(file)}{kind}\n".encode())
+            with reaching(file):
+                digest.update(f"{self.label(index, -1)}\0{digest_of(file)}{kind}\n".encode())
         return digest.hexdigest()
 
     def documents(self, generator):
@@ -103,9 +115,11 @@ class HubSource:
 
     finite = False
 
-    def __init__(self, source, wanted):
-        self.name, self.config, self.split = (*source.split(":"), "", "")[:3]
-        self.config, self.split = self.config or None, self.split or "train"
+    def __init__(self, source, wanted, split):
+        self.name, self.config, named = (*source.split(":"), "", "")[:3]
+        if named and split:
+            raise UserError(f"source {source}: names a split, and split {split} is asked too; leave one of the two out")
+        self.config, self.split = self.config or None, named or split or "train"
         if source.count(":") > 2:
             raise UserError(f"source {source}: a dataset is given as name, name:config or name:config:split")
         import datasets
@@ -117,7 +131,7 @@ class HubSource:
         except Exception as error:  # the library raises its own kinds, OSError and ValueError, for one and the same mistake
             raise UserError(f"source {source}: no such file or folder here, nor a dataset on the Hub ({reason(error)})") from None
         self.stream = chain(first, rows)
-        self.layout = layout_of(list(first[0]), wanted, f"source {source}") if first else None
+        self.wanted, self.layout = wanted, layout_of(list(first[0]), wanted, f"source {source}") if first else None
         self.conversations = bool(first) and self.layout.format != "text"
 
     def fingerprint(self):
@@ -129,7 +143,7 @@ class HubSource:
         row = 0
         try:
             for row, example in enumerate(arrow_rows(self.stream, self.conversations)):
-                yield Document(self.layout.read(example, f"{self.name} row {row}"), 0, row)
+                yield Document(self.wanted.tried(self.layout.read, example, f"{self.name} row {row}"), 0, row)
         except UserError:
             raise
         except Exception as error:  # from whichever network or file library the stream uses

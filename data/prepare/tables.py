@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from data.manifest import CONVERSATIONS, TEXTS
 from data.parquet import TableWriter, metadata_of, prompts_schema, rows_schema, shard_entry, token_counts_schema
-from data.prepare.documents import choose_held_out, missing_prefix, pack, pack_whole
+from data.prepare.documents import by_weight, choose_held_out, missing_prefix, pack, pack_whole
 from data.progress import progress
 from fms_spec.errors import UserError
 
@@ -16,23 +16,23 @@ from fms_spec.errors import UserError
 READING, HOLDING_OUT, SHUFFLING, PROMPTING = range(4)
 
 
-def write_tables(folder, spool, source, tokenizer, settings):
+def write_tables(folder, spool, mixture, tokenizer, settings):
     """Write the tables of every split and the token counts; returns the manifest's entries."""
-    length, chats, prefix = settings.prompt_length, source.conversations, tokenizer.prefix
+    length, chats, prefix = settings.prompt_length, mixture.conversations, tokenizer.prefix
     promptable = has_prompt(spool.shortest_prompts, length, prefix) if chats else spool.lengths > length  # it has an end-of-text token
     try:
-        held_out, train = choose_held_out(spool, promptable, settings.held_out, settings.generator(HOLDING_OUT))
+        drawn = settings.generator(HOLDING_OUT)
+        held_out, train = choose_held_out(spool, promptable, settings.held_out, drawn, mixture.weights)
     except ValueError as error:
         what, more = (f"a prompt of at most {length} tokens", "raise") if chats else (f"the {length} tokens of a prompt", "lower")
         mend = f"lower --held_out or {more} --prompt_length"
         raise UserError(f"--held_out={settings.held_out}: {error} {what}; {mend}") from None
     about = metadata_of(tokenizer, settings.seq_length, settings.seed, CONVERSATIONS if chats else TEXTS)
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    counts = np.zeros((3 if chats else 1, tokenizer.vocab_size), np.int64)
     splits = {"train": train, "held_out": held_out} if settings.held_out else {"train": train}
     tables = {}
     for number, (split, documents) in enumerate(splits.items()):
-        if source.finite:
-            documents = settings.generator(SHUFFLING, number).permutation(documents)
+        documents = in_order(documents, spool, mixture, settings.generator(SHUFFLING, number), split == "train")
         schema = rows_schema(settings.seq_length, about, chats)
         rows = write_rows(folder, split, documents, spool, settings, schema, prefix, counts if split == "train" else None)
         if split == "train" and rows["rows"] == 0:
@@ -43,16 +43,45 @@ def write_tables(folder, spool, source, tokenizer, settings):
             raise UserError(f"only {tokens} tokens to train on, less than one row of --seq_length={settings.seq_length}; lower it")
         tables[f"rows-{split}"] = rows
         used = documents[: rows["documents"]]
+        if mixture.named:
+            rows["sources"] = shares_of(used, spool, mixture)
         schema, draw = prompts_schema(length, about, chats), settings.generator(PROMPTING, number)
-        prompts = write_prompts(folder, split, used, spool, source, length, schema, prefix, draw)
+        prompts = write_prompts(folder, split, used, spool, mixture, length, schema, prefix, draw)
         if prompts["rows"] == 0 and chats:
             raise UserError(f"--prompt_length={length}: no conversation comes to an answer within so many tokens; raise it")
         if prompts["rows"] == 0:
             longest = int(spool.lengths[used].max()) - 1
             raise UserError(f"--prompt_length={length}: no document is so long, the longest has {longest} tokens; lower it")
         tables[f"prompts-{split}"] = prompts
-    tables["token_counts"] = write_token_counts(folder, counts, about)
+    tables["token_counts"] = write_token_counts(folder, counts, token_counts_schema(about, chats))
     return tables
+
+
+def in_order(documents, spool, mixture, generator, weighed):
+    """Numbers of documents in the order in which they are packed: those of streams as they came, all others drawn from `generator`.
+
+    weighed: whether the sources' weights hold, so that some documents may be left over; otherwise all are there.
+    """
+    drawn, several = generator.permutation(documents), len(mixture.parts) > 1
+    queues = []
+    for number, part in enumerate(mixture.parts):
+        order = drawn if part.source.finite else documents
+        queues.append(order[spool.parts[order] == number] if several else order)
+    if not several:
+        return queues[0]
+    for number, part in enumerate(mixture.parts):
+        if weighed and not len(queues[number]):
+            mend = "lower --held_out; copies of held-out documents are left out of training"
+            raise UserError(f"source {part.settings.path}: no document of it is left to train on; {mend}")
+    weights = mixture.weights if weighed else None
+    return np.fromiter(by_weight(queues, spool.lengths, weights), np.int64)
+
+
+def shares_of(used, spool, mixture):
+    """{name: documents and tokens of it that rows were made of}; of what was read, the rest is left over, or held out."""
+    parts = spool.parts[used]
+    documents, tokens = (np.bincount(parts, by, len(mixture.parts)).astype(int).tolist() for by in (None, spool.lengths[used]))
+    return {part.name: {"documents": documents[n], "tokens": tokens[n]} for n, part in enumerate(mixture.parts)}
 
 
 def has_prompt(lengths, limit, prefix):
@@ -63,7 +92,7 @@ def has_prompt(lengths, limit, prefix):
 def write_rows(folder, split, documents, spool, settings, schema, prefix, counts):
     """Pack `documents` (numbers, in order) into rows. Returns the table's entry.
 
-    To `counts` [vocabulary], if given, the documents' own tokens are added: a prefix is never predicted.
+    To `counts`, if given, its tokens are added, see `count_tokens`.
     """
     seq_length = settings.seq_length
     limit = settings.max_tokens // seq_length if split == "train" and settings.max_tokens is not None else None
@@ -83,7 +112,7 @@ def write_rows(folder, split, documents, spool, settings, schema, prefix, counts
         answered += sum(end - start for start, end, _ in row.answers)
         padding += row.room
         if counts is not None:
-            np.add.at(counts, row.tokens[row.own], 1)
+            count_tokens(counts, row)
         answers = [{"start": start, "end": end, "last": last} for start, end, last in row.answers]
         writer.append((row.tokens, row.starts, answers, row.room)[: len(schema)])
     table = writer.close()
@@ -92,40 +121,54 @@ def write_rows(folder, split, documents, spool, settings, schema, prefix, counts
     return {**table, "documents": used, "tokens": table["rows"] * seq_length, "dropped_tail_tokens": dropped}
 
 
-def write_prompts(folder, split, documents, spool, source, length, schema, prefix, generator):
+def count_tokens(counts, row):
+    """Add a `documents.Row` to counts int64 [c, vocabulary]: the documents' own tokens, as a prefix is never predicted; of conversations
+    also those of answers, and of last answers."""
+    np.add.at(counts[0], row.tokens[row.own], 1)
+    for start, end, last in row.answers:
+        for kind in counts[1 : 2 + last]:
+            np.add.at(kind, row.tokens[start:end], 1)
+
+
+def write_prompts(folder, split, documents, spool, mixture, length, schema, prefix, generator):
     """Draw one prompt from each document that has one. Returns the table's entry."""
     writer = TableWriter(folder, f"prompts-{split}", schema, length)
     for document in documents.tolist():
         tokens, answers, prefixed = spool[document]
-        draw = conversation_prompt if source.conversations else text_prompt
-        prompt = draw(tokens, answers, length, prefix if prefixed else [], generator)
+        draw = conversation_prompt if mixture.conversations else text_prompt
+        prompt, turn = draw(tokens, answers, length, prefix if prefixed else [], generator)
         if prompt is not None:
-            writer.append((writer.rows, document, source.label(*spool.origin(document)), prompt))
+            part, *place = spool.origin(document)
+            category = spool.category(document) or mixture.parts[part].name
+            writer.append((writer.rows, document, mixture.label(part, *place), prompt, turn, category)[: len(schema)])
     return writer.close()
 
 
 def text_prompt(tokens, _, length, prefix, generator):
-    """A piece of a text that is long enough even without the prefix, otherwise None.
+    """(a piece of a text that is long enough even without the prefix, otherwise None; None, as a text has no turns).
 
     The offset is random because the beginnings of files are licence headers, all alike. The end-of-text token is left out: a
     continuation of it would be another document.
     """
     if len(tokens) - 1 < length:
-        return None
+        return None, None
     offset = int(generator.integers(len(tokens) - length))
     piece = tokens[offset : offset + length]
-    return [*missing_prefix(piece, prefix), *piece][:length]
+    return [*missing_prefix(piece, prefix), *piece][:length], None
 
 
 def conversation_prompt(tokens, answers, limit, prefix, generator):
-    """A conversation up to where one of its answers begins, any within `limit`; None where none is."""
-    ends = answers[has_prompt(answers[:, 0], limit, prefix), 0]
-    return [*prefix, *tokens[: ends[generator.integers(len(ends))]]] if len(ends) else None
+    """(a conversation up to where one of its answers begins, any within `limit`; which one that is, from 1); None and None for none."""
+    numbers = np.flatnonzero(has_prompt(answers[:, 0], limit, prefix))
+    if not len(numbers):
+        return None, None
+    number = int(numbers[generator.integers(len(numbers))])
+    return [*prefix, *tokens[: answers[number, 0]]], number + 1
 
 
-def write_token_counts(folder, counts, about):
-    """Write token frequencies, one file for the whole vocabulary. Returns the table's entry."""
-    path = folder / "token_counts.parquet"
-    columns = [pa.array(np.arange(len(counts), dtype=np.int32)), pa.array(counts)]
-    pq.write_table(pa.Table.from_arrays(columns, schema=token_counts_schema(about)), path, compression="zstd")
-    return {"rows": len(counts), "shards": [shard_entry(path, len(counts))]}
+def write_token_counts(folder, counts, schema):
+    """Write token frequencies [c, vocabulary], one file for the whole vocabulary. Returns the table's entry."""
+    path, size = folder / "token_counts.parquet", counts.shape[1]
+    columns = [pa.array(np.arange(size, dtype=np.int32)), *map(pa.array, counts)]
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), path, compression="zstd")
+    return {"rows": size, "shards": [shard_entry(path, size)]}

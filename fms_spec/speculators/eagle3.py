@@ -40,7 +40,7 @@ class Eagle3Settings(Settings):
     kv_heads: Side | None = None
     head_dim: Side | None = None
     inner_dim: Side | None = None
-    draft_vocab_size: int | None = Field(None, ge=2)  # the most frequent tokens of the corpus; None keeps all
+    draft_vocab_size: int | None = Field(None, ge=2)  # the tokens trained on most often; None keeps all
     base_layers: Layers = ()  # whose input is read; none given: 2, half of them, and 3 before the last, as published
     fc_norm: bool = False  # a norm of each before they are mixed, as in 3.1
     norm_output: bool = False  # hand on the step's normed state, as in 3.1
@@ -100,7 +100,7 @@ class Eagle3Speculator(Speculator):
 
     @classmethod
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
-        """The draft vocabulary is the corpus' most frequent tokens, and W starts as the base model's lm_head of them."""
+        """The draft vocabulary is the tokens trained on most often, and W starts as the base model's lm_head of them."""
         copying, size, d = settings.init == "induction", draft_vocabulary.size_of(settings, base_model), base_model.width
         draft_ids, layers = torch.zeros(size, dtype=torch.int64), cls.base_layers_of(settings, base_model)
         if corpus is not None:

@@ -68,7 +68,7 @@ class HiddenStateSettings(Settings):
     family: Literal["hidden_state"]
     width: Side = 768  # of the trunk
     inner_dim: Side = 4096
-    draft_vocab_size: int | None = Field(None, ge=2)  # the most frequent tokens of the corpus; None keeps all
+    draft_vocab_size: int | None = Field(None, ge=2)  # the tokens trained on most often; None keeps all
     pointer: PointerSettings | None = None  # onto the text; None: nothing is copied
     base_layers: Layers = Field((), exclude_if=lambda ids: not ids)  # whose input is read; none: a run is recorded as before there were any
 
@@ -135,7 +135,7 @@ class HiddenStateSpeculator(Speculator):
 
     @classmethod
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
-        """The draft vocabulary is the corpus' most frequent tokens, and sigma the spread of its states."""
+        """The draft vocabulary is the tokens trained on most often, and sigma the spread of its states."""
         d, v = base_model.width, base_model.vocab_size
         size, layers = draft_vocabulary.size_of(settings, base_model), cls.base_layers_of(settings, base_model)
         if corpus is None:

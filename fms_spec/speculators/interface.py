@@ -67,7 +67,7 @@ class Settings(Section):
 class Corpus:
     """What untrained heads are given of the text they will be trained on.
 
-    token_counts: int64 [tokenizer vocabulary], how often each token stands in it. states: fp32 [m, s] on the CPU, the base model's over a
+    token_counts: int64 [tokenizer vocabulary], how often each token is trained on. states: fp32 [m, s] on the CPU, the base model's over a
     family's `sample_rows`; None where it wants none.
     """
 

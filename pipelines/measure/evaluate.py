@@ -1,16 +1,16 @@
 """What a speculator earns, from the flags of scripts.evaluate to its report."""
 
-import os.path
+import math
 from functools import partial
 from pathlib import Path
 
 from data.prompts import load_prompts
 from fms_spec.errors import UserError
-from fms_spec.files import check_writable, write_json
+from fms_spec.files import write_json
 from fms_spec.loading import load_for_decoding
 from fms_spec.model_config import resolve_base_model
 from fms_spec.vllm.versions import installed_vllm
-from pipelines.cli import draft_shape
+from pipelines.cli import check_new, draft_shape
 from pipelines.generate.vllm_engine import need_vllm
 from pipelines.machine.environment import environment
 from pipelines.measure.figures import losslessness, summary
@@ -25,7 +25,7 @@ def evaluate(parsed):
     """Decode, compare, print, and write the report where one is asked for; parsed: the flags of scripts.evaluate."""
     out = Path(parsed.out) if parsed.out else None
     if out:
-        check_new(out)
+        check_report(out)
     if parsed.against:
         need_vllm("--against=vllm")
     prompts = load_prompts(parsed.prompts, resolve_base_model(parsed.base_model), parsed.limit)
@@ -38,7 +38,7 @@ def evaluate(parsed):
         values["against"] |= side_by_side(pairs, gaps) | {"partings": partings(pairs, gaps)}
     print_evaluation(values, parsed.speculator)
     if out:
-        write_json(out, values | {"environment": environment()})
+        write_json(out, numbers(values | {"environment": environment()}), allow_nan=False)
         plot_evaluation(values, out.with_suffix(".png"))
 
 
@@ -73,13 +73,18 @@ def partings(pairs, gaps):
     return [{"text": text, "place": place, "gap": gaps[text]} for text, place in enumerate(places) if place is not None]
 
 
-def check_new(out):
+def numbers(value):
+    """A JSON value with None where there is no number, as for the speed of texts that end with their first token."""
+    if isinstance(value, dict):
+        return {name: numbers(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_report(out):
     """Raise UserError where the report and its picture can't be written without harm."""
     if out.suffix == ".png":
         raise UserError(f"--out={out}: the plot beside the report takes this name; end it in .json")
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: no such folder to write to; make it, or give another --out")
     for path in (out, out.parent / f"{out.stem}.png"):
-        if os.path.lexists(path):
-            raise UserError(f"{path} exists already; give another --out")
-        check_writable(path)
+        check_new(path, "--out")

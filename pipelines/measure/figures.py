@@ -1,33 +1,60 @@
 """What samples add up to: acceptance, speed and losslessness, with intervals over prompts."""
 
 import math
+from bisect import bisect_left
 
 import torch
 
 from fms_spec.acceptance import pooled_acceptance
 
 RESAMPLES, INTERVAL = 1000, 0.95  # of the bootstrap over prompts
+TURNS = 5  # answers of a conversation that are told apart; those behind them are one group
+CONTEXTS = (128, 512, 2048, 8192)  # tokens with which ranges of the context's length end
 
 
 def summary(samples, proposer):
     """The figures of `samples.decode_in_turn`'s, as JSON values.
 
     Returns:
-        dict: the speculator's figures (see `figures`) over all prompts; prompt_lookup: the same figures for it; categories: {name: the
-        speculator's figures, prompt lookup's tokens a forward and speed}.
+        dict: the speculator's figures (see `figures`) over all prompts; prompt_lookup: the same figures for it; categories, turns and
+        contexts: those of each group of texts, see `grouped`. Texts of no conversation are in no turn.
     """
-    categories = {}
-    for category in dict.fromkeys(sample.category for sample in samples):
-        own = [sample for sample in samples if sample.category == category]
-        lookup = figures(own, "prompt_lookup", 1)
-        theirs = {f"prompt_lookup_{name}": lookup[name] for name in ("tokens_per_forward", "speedup")}
-        categories[category] = figures(own, "speculator", proposer.lookahead) | theirs
+    rest = "other" if any(sample.category for sample in samples) else "all"
+    of_turns = sorted((sample for sample in samples if sample.turn), key=lambda sample: sample.turn)
+    by_length = sorted(samples, key=lambda sample: sample.prompt_length)
     return figures(samples, "speculator", proposer.lookahead) | {
         "lookahead": proposer.lookahead,
         "nodes": proposer.nodes,
         "prompt_lookup": figures(samples, "prompt_lookup", proposer.nodes),
-        "categories": categories,
+        "categories": grouped(samples, lambda sample: sample.category or rest, proposer.lookahead),
+        "turns": grouped(of_turns, lambda sample: str(sample.turn) if sample.turn <= TURNS else f"over {TURNS}", proposer.lookahead),
+        "contexts": grouped(by_length, lambda sample: context_range(sample.prompt_length), proposer.lookahead),
     }
+
+
+def grouped(samples, group_of, lookahead):
+    """{group: how many prompts and texts, the speculator's figures, prompt lookup's tokens a forward and speed}, in the samples' order.
+
+    Args:
+        group_of: function of a `samples.Sample` that names its group.
+    """
+    groups = {}
+    for sample in samples:
+        groups.setdefault(group_of(sample), []).append(sample)
+    values = {}
+    for name, own in groups.items():
+        lookup, counts = figures(own, "prompt_lookup", 1), [sample.prompt for sample in own if sample.kind == "speculator"]
+        theirs = {f"prompt_lookup_{figure}": lookup[figure] for figure in ("tokens_per_forward", "speedup")}
+        values[name] = {"prompts": len({*counts}), "texts": len(counts)} | figures(own, "speculator", lookahead) | theirs
+    return values
+
+
+def context_range(length):
+    """The name of the range of `CONTEXTS` that a prompt of so many tokens is in."""
+    place = bisect_left(CONTEXTS, length)
+    if place == len(CONTEXTS):
+        return f"over {CONTEXTS[-1]}"
+    return f"{CONTEXTS[place - 1] + 1 if place else 1} to {CONTEXTS[place]}"
 
 
 def losslessness(samples, prompts):

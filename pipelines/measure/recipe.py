@@ -10,12 +10,12 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from data.yaml_files import read_yaml
 from fms_spec.acceptance import pooled_acceptance
 from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError, first_difference
 from pipelines.config import Section, load_config
 from pipelines.measure.figures import interval, resampled
-from pipelines.yaml_files import read_yaml
 
 AVERAGE = 0.99  # the moving average of the weights that is judged beside them reaches back over about a hundred steps
 

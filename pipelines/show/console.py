@@ -2,9 +2,11 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+GROUPS = {"categories": "{}", "turns": "turn {}", "contexts": "{} tokens"}  # of texts, and what a group is called
 COMPARED = ("acceptance_length", "tokens_per_forward", "tokens_per_s", "speedup")
-WIDTH = 110  # columns, where the terminal doesn't say: tables in logs keep their headings whole
+WIDTH = 120  # columns, where the terminal doesn't say: tables in logs keep their headings whole
 
 
 def print_values(values, title):
@@ -16,23 +18,36 @@ def print_values(values, title):
 
 
 def print_evaluation(values, title):
-    """`scripts.evaluate`'s values: all prompts, vLLM where it was asked for, each category, and the trees that would have been fastest."""
-    nested = ("prompt_lookup", "categories", "suggestion", "against")
+    """`scripts.evaluate`'s values: all prompts, vLLM where asked for, groups of texts, and the trees that would have been fastest."""
+    nested = ("prompt_lookup", *GROUPS, "suggestion", "against")
     lookup = {f"prompt_lookup_{name}": values["prompt_lookup"][name] for name in COMPARED}
     against = against_rows(values["against"]) if "against" in values else {}
     print_values({name: value for name, value in values.items() if name not in nested} | lookup | against, title)
-    table = Table("category", "acceptance length", "tokens a forward", "prompt lookup's", "speed-up", "95%", "prompt lookup's")
-    for name, group in values["categories"].items():
-        columns = ("acceptance_length", "tokens_per_forward", "prompt_lookup_tokens_per_forward", "speedup")
-        figures = [f"{group[column]:.2f}" for column in columns]
-        table.add_row(name, *figures, span(group["speedup_interval"]), f"{group['prompt_lookup_speedup']:.2f}")
-    show(table)
+    print_groups(values)
     shape = ("lookahead", "nodes", "min_probability", "lookup")
     figures = ("candidates", "acceptance_length", "drafting_ms", "verifying_ms", "speedup")
     table = Table(*[name.replace("_", " ") for name in (*shape, *figures)], title="trees on this machine, and the speed-up expected")
     for row in values["suggestion"]:
         table.add_row(*[str(row[name] or "-") for name in shape], *[f"{row[name]:.2f}" for name in figures])
     show(table)
+
+
+def print_groups(values):
+    """The texts by category, turn and length of context, where there is more than one group of a kind."""
+    lookup, title = "prompt\nlookup's", "groups of texts, with 95% intervals over prompts"
+    table = Table("texts", "count", "acceptance length", "tokens a forward", lookup, "speed-up", lookup, title=title)
+    for kind, shown_as in GROUPS.items():
+        for name, group in values[kind].items() if len(values[kind]) > 1 else ():
+            cells = []
+            for figure in ("acceptance_length", "tokens_per_forward", "speedup"):
+                theirs = f"prompt_lookup_{figure}"
+                told = f" ({span(group[f'{figure}_interval'])})" if group["prompts"] > 1 else ""  # one prompt says nothing of others
+                cells += [f"{group[figure]:.2f}{told}"]
+                cells += [f"{group[theirs]:.2f}"] if theirs in group else []
+            table.add_row(Text(shown_as.format(name)), str(group["texts"]), *cells)  # a category may look like rich's markup
+        table.add_section()
+    if table.row_count:
+        show(table)
 
 
 def against_rows(values):

@@ -6,6 +6,7 @@ from io import BytesIO
 import matplotlib
 
 from fms_spec.files import write_whole
+from pipelines.show.console import GROUPS
 
 matplotlib.use("Agg")  # files, never a window
 from matplotlib import pyplot
@@ -20,15 +21,16 @@ def save(figure, path):
 
 
 def plot_evaluation(values, path):
-    """Acceptance per position, and speed-up by category with its interval, of `figures.summary`'s values."""
+    """Acceptance per position, and speed-up with its interval of all texts and of groups where there are several, of `figures.summary`'s
+    values."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(1, 2), layout="constrained")
     shares = values["acceptance_per_position"]
     left.bar(range(1, len(shares) + 1), shares)
     left.set(title=f"acceptance length {values['acceptance_length']:.2f}", xlabel="candidate depth", ylabel="share of steps", ylim=(0, 1))
     left.set_xticks(range(1, len(shares) + 1))
-    groups = {"all": values | {"prompt_lookup_speedup": values["prompt_lookup"]["speedup"]}} | values["categories"]
-    if len(values["categories"]) == 1:
-        groups = {"all": groups["all"]}
+    groups = {"all": values | {"prompt_lookup_speedup": values["prompt_lookup"]["speedup"]}}
+    for kind, shown_as in GROUPS.items():
+        groups |= {shown_as.format(name): group for name, group in values[kind].items() if len(values[kind]) > 1}
     ticks = range(len(groups))
     middles = [group["speedup"] for group in groups.values()]
     errors = [
@@ -37,7 +39,7 @@ def plot_evaluation(values, path):
     right.bar([tick - 0.2 for tick in ticks], middles, 0.4, yerr=errors, capsize=3, label="speculator")
     right.bar([tick + 0.2 for tick in ticks], [group["prompt_lookup_speedup"] for group in groups.values()], 0.4, label="prompt lookup")
     right.axhline(1.0, color="black", linewidth=0.8)
-    right.set_xticks(list(ticks), groups, rotation=30, ha="right")
+    right.set_xticks(list(ticks), groups, rotation=30, ha="right", parse_math=False)
     right.set(title="speed against plain decoding", ylabel="times")
     right.legend()
     save(figure, path)

@@ -1,5 +1,6 @@
 """A prepared folder, to be looked at before it is trained on: in a few lines, and row by row with what is trained on in colour."""
 
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,30 +14,80 @@ from data.manifest import CONVERSATIONS, check_contents, read_manifest, table_of
 from data.reader import RowShard, read_prompts
 from data.tokenizer import check_tokenizer
 from fms_spec.errors import UserError
-from pipelines.show.console import show
+from fms_spec.files import write_whole
+from pipelines.cli import check_new
+from pipelines.show.console import WIDTH
 
 BAR = 40  # characters of a histogram's longest bar
 SHOWN_ROWS = 3
 ANSWER, MARK, OTHER = "green", "bold cyan", "dim"  # what is trained on; special tokens, which mark the roles; the rest
+# A terminal would obey these, and a page may not hold them: they are shown by their pictures, where they have one.
+CONTROLS = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)} | {code: "�" for code in range(127, 160)}
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>prepared data</title>
+<style>
+{stylesheet}
+body {{ color: {foreground}; background-color: {background}; max-width: 120ch; margin: 2em auto; font-family: monospace }}
+pre {{ font-family: inherit; white-space: pre-wrap; overflow-wrap: anywhere }}
+</style>
+</head>
+<body>
+<pre>{code}</pre>
+</body>
+</html>
+"""
 
 
-def summary_of(data_dir):
-    """What a folder holds, in three lines or four."""
+def summary_of(data_dir, train_on=None):
+    """What a folder holds, in four lines, from its manifest alone. train_on: `RowReader.train_on` of a run that reads it."""
     manifest = read_manifest(data_dir)
     source, rows, prompts = manifest["source"], *(table_of(manifest, data_dir, name) for name in ("rows-train", "prompts-train"))
-    skipped = ", ".join(f"{count} {why}" for why, count in sorted(source["skipped"].items())) or "nothing"
-    skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source else ""
+    skipped = left_out(source) or "nothing"
+    skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source and "firsts" not in source else ""
     kind = "conversations" if has_answers(manifest) else "texts"
-    lines = [
+    share = f"{share_of(rows):.1%} of them {'answers' if has_answers(manifest) else 'trained on'}"
+    asked = f"; phase 1 trains on: {train_on}" if train_on else ""
+    used = {name: part["tokens"] for name, part in rows.get("sources", {}).items()}
+    mixed = f" ({', '.join(f'{name} {tokens / sum(used.values()):.1%}' for name, tokens in used.items())})" if used else ""
+    return [
         f"{data_dir}: {source['documents_read']:,} {kind} of {source['name']}, {source['tokens_read']:,} tokens; left out: {skipped}",
-        f"rows to train on: {rows['rows']:,} of {manifest['inputs']['seq_length']:,} tokens, {share_of(rows):.1%} of them {said(manifest)}",
+        f"rows to train on: {rows['rows']:,} of {manifest['inputs']['seq_length']:,} tokens{mixed}, {share}{asked}",
         f"prompts: {prompts['rows']:,}; held out: {manifest['tables'].get('prompts-held_out', {'rows': 0})['rows']:,}",
+        f"tokenizer: {identity(manifest['tokenizer']['name'], manifest['tokenizer'])}; chat template: {template_of(manifest)}",
     ]
-    if has_answers(manifest):
-        template = manifest["chat_template"]
-        origin = "the tokenizer's own" if template["origin"] == "tokenizer" else template["origin"]
-        dated = f", with the date {template['date']}" if "date" in template else ""
-        lines.append(f"chat template: {origin} (sha256 {template['sha256'][:12]}){dated}")
+
+
+def details_of(data_dir):
+    """What a folder was kept apart from, and each source of its mixture, a line each."""
+    manifest, lines = read_manifest(data_dir), []
+    if "evaluation" in manifest:
+        about = manifest["evaluation"]
+        told = f"{about['texts'] - about['shorter_texts']:,} texts, and {about['shorter_texts']:,} shorter that can't be told"
+        lines.append(f"without documents that share {about['tokens_shared']} tokens with {about['path']}: {told}")
+    return lines + mixture_lines(manifest, table_of(manifest, data_dir, "rows-train"))
+
+
+def left_out(read):
+    """What was left out of what was read, "" for nothing; of each kind the first, where the manifest has it."""
+    firsts = read.get("firsts", {})
+    shown = {why: f", first {first}" for why, first in firsts.items()}
+    return "; ".join(f"{count:,} {why}{shown.get(why, '')}" for why, count in sorted(read["skipped"].items()))
+
+
+def mixture_lines(manifest, rows):
+    """A line for each source of a mixture: its share of what is trained on, and what was left out."""
+    lines, used = [], rows.get("sources", {})
+    total, held_out = sum(part["tokens"] for part in used.values()), manifest["tables"].get("rows-held_out", {}).get("sources", {})
+    weights = {name: manifest["inputs"]["mixture"][name].get("weight", used[name]["tokens"]) for name in used}
+    for name, part in used.items():
+        read, weight = manifest["source"]["mixture"][name], weights[name] / sum(weights.values())
+        rest = read["documents_read"] - part["documents"] - held_out.get(name, {"documents": 0})["documents"]
+        out = "; ".join(filter(None, [left_out(read), f"{rest:,} left over" if rest else ""]))
+        share = f"{part['tokens'] / total:.2%} of the tokens (asked {weight:.2%})"
+        lines.append(f"  {name}: {share}, {part['documents']:,} documents of {read['path']}; left out: {out or 'nothing'}")
     return lines
 
 
@@ -44,8 +95,17 @@ def has_answers(manifest):
     return manifest["inputs"]["format_version"] == CONVERSATIONS
 
 
-def said(manifest):
-    return "answers" if has_answers(manifest) else "trained on"
+def template_of(manifest):
+    """Which chat template wrote a folder's conversations."""
+    if not has_answers(manifest):
+        return "none, as for texts"
+    template = manifest["chat_template"]
+    dated = f", with the date {template['date']}" if "date" in template else ""
+    return identity("the tokenizer's own" if template["origin"] == "tokenizer" else template["origin"], template) + dated
+
+
+def identity(name, recorded):
+    return f"{name} (sha256 {recorded['sha256'][:12]})"
 
 
 def share_of(rows):
@@ -53,27 +113,39 @@ def share_of(rows):
     return rows.get("answer_tokens", rows["tokens"]) / max(1, rows["tokens"] - rows.get("padding_tokens", 0))
 
 
-def print_prepared(data_dir, row=None, tokenizer=None):
-    """Print the summary, lengths and first rows of a folder, or one of its rows. tokenizer: where it is now, if it has moved.
+def print_prepared(data_dir, row=None, tokenizer=None, html=None):
+    """Print the summary, lengths and first rows of a folder, or one of its rows; html: write them there as a page instead.
+
+    tokenizer: where it is now, if it has moved.
 
     Raises:
-        UserError: the folder is not whole, there is no such row, or its tokenizer isn't to be had.
+        UserError: the folder is not whole, there is no such row, its tokenizer isn't to be had, or `html` can't be written.
     """
-    manifest, console = read_manifest(data_dir), Console(highlight=False, soft_wrap=True)
+    if html:
+        check_new(Path(html), "--html")
+    console = Console(highlight=False, soft_wrap=True, **({"record": True, "file": StringIO(), "width": WIDTH} if html else {}))
+    for part in parts_of(data_dir, row, tokenizer):
+        console.print(part)
+    if html:
+        write_whole(Path(html), console.export_html(code_format=PAGE).encode(errors="replace"))
+        print(html)
+
+
+def parts_of(data_dir, row, tokenizer):
+    """What `print_prepared` shows of a folder, one after the other, for a `rich` console."""
+    manifest = read_manifest(data_dir)
     table = table_of(manifest, data_dir, "rows-train")
     if row is not None and row >= table["rows"]:
         raise UserError(f"--row={row}: {data_dir} has rows 0 to {table['rows'] - 1}")
     backend = check_tokenizer(manifest, tokenizer or manifest["tokenizer"]["name"]).backend
-    for line in summary_of(data_dir) if row is None else []:
-        console.print(line, markup=False)
     if row is None:
-        show(histogram(piece_lengths(data_dir, table, manifest["inputs"]["seq_length"]), "tokens of a document's piece in a row"))
-        show(histogram(np.array(list(map(len, read_prompts(data_dir).tokens))), "tokens of a prompt"))
+        yield from map(Text, [*summary_of(data_dir), *details_of(data_dir)])
+        yield histogram(piece_lengths(data_dir, table, manifest["inputs"]["seq_length"]), "tokens of a document's piece in a row")
+        yield histogram(np.array(list(map(len, read_prompts(data_dir).tokens))), "tokens of a prompt")
     for number in range(min(SHOWN_ROWS, table["rows"])) if row is None else [row]:
-        console.print(Text(f"\nrow {number}", style="bold"))
-        for document in shown_row(data_dir, manifest, table, number, backend):
-            console.print(document)
-    console.print(Text.assemble("\n", ("trained on", ANSWER), ", ", ("special tokens", MARK), ", ", ("seen, and not trained on", OTHER)))
+        yield Text(f"\nrow {number}", style="bold")
+        yield from shown_row(data_dir, manifest, table, number, backend)
+    yield Text.assemble("\n", ("trained on", ANSWER), ", ", ("special tokens", MARK), ", ", ("seen, and not trained on", OTHER))
 
 
 def piece_lengths(data_dir, table, seq_length):
@@ -118,5 +190,5 @@ def shown_row(data_dir, manifest, table, number, backend):
             texts.append(Text.assemble((f"[document {segment}] ", "bold")))
             stream = DecodeStream(skip_special_tokens=False)
         style = ANSWER if answer else MARK if token in special else OTHER
-        texts[-1].append((stream.step(backend, token) or "").replace("\x1b", "␛"), style)  # a terminal would obey it
+        texts[-1].append((stream.step(backend, token) or "").translate(CONTROLS), style)
     return texts

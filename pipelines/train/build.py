@@ -48,7 +48,8 @@ def build_speculator(config, base_model, processes, fresh=True):
     """
     family = FAMILIES[config.speculator.family]
     base_model.give_layers(family.base_layers_of(config.speculator, base_model))
-    corpus = Corpus(read_token_counts(config.data.dir), sample_states(config, base_model, family.sample_rows))
+    counts = read_token_counts(config.data.dir, config.data.train_on)
+    corpus = Corpus(counts, sample_states(config, base_model, family.sample_rows))
     torch.manual_seed(config.seed)
     speculator = family.build(config.speculator, base_model, corpus)
     if config.speculator.init_from and fresh:

@@ -56,7 +56,7 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None, ba
         rows, prompts, held_out = read_data(config)
         sizes = sizes_of(rows, prompts, held_out)
         if processes.main:
-            print("\n".join([*summary_of(config.data.dir), f"phase 1 trains on: {rows.train_on}"]))
+            print("\n".join(summary_of(config.data.dir, rows.train_on)))
         check_sizes(config, sizes, processes.count)
         fresh = not checkpoints(out_dir / "checkpoints")
         if fresh:
