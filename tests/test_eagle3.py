@@ -15,7 +15,10 @@ from fms_spec.proposers import Step, TopKProposer
 
 STEPS, WORDS = 3, 24
 WEIGHTS = LossWeights(0.3, 0.7, 0.0, (1.0, 0.5, 0.25), 0.4)
-VARIANTS = {"published": {}, "3.1": {"fc_norm": True, "norm_output": True}, "speculators": {"norm_before_residual": True}}
+VARIANTS = {
+    "published": {}, "3.1": {"fc_norm": True, "norm_output": True}, "speculators": {"norm_before_residual": True},
+    "three layers": {"layers": 3},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ class Reference:
     def __init__(self, speculator, embedding):
         self.own = {name: value.detach().double().requires_grad_() for name, value in speculator.named_parameters()}
         self.heads, self.groups, self.width, self.theta, self.eps = 4, 2, 8, 100.0, 1e-5
-        self.embedding, self.names = embedding.double(), set(self.own)
+        self.embedding, self.names, self.layers = embedding.double(), set(self.own), len(speculator.layers)
         self.normed_residual, self.normed_output = speculator.norm_before_residual, speculator.norm_output
 
     def norm(self, x, name):
@@ -67,22 +70,30 @@ class Reference:
             states = torch.cat([self.norm(low, "fc_norm.0"), self.norm(high, "fc_norm.1")], -1)
         return states @ self.own["fc.weight"].T
 
-    def last(self, g, tokens):
-        """The layer's output at the last place of a sequence: states g [n, d] beside tokens [n]."""
-        mine = lambda name: self.own[f"layers.0.{name}.weight"]  # noqa: E731
-        normed = self.norm(g, "layers.0.hidden_norm")
-        x = torch.cat([self.norm(self.embedding[tokens], "layers.0.input_layernorm"), normed], -1)
-        query = self.turn((x @ mine("self_attn.q_proj").T).view(-1, self.heads, self.width))[-1]
+    def layer(self, number, x, residual):
+        """A layer's output [n, d] at every place of a sequence: its attention reads x [n, inputs] and is added to residual [n, d]."""
+        mine = lambda name: self.own[f"layers.{number}.{name}.weight"]  # noqa: E731
+        query = self.turn((x @ mine("self_attn.q_proj").T).view(-1, self.heads, self.width))
         keys = self.turn((x @ mine("self_attn.k_proj").T).view(-1, self.groups, self.width))
         values = (x @ mine("self_attn.v_proj").T).view(-1, self.groups, self.width)
-        read = []
+        read, later = [], torch.ones(len(x), len(x)).triu(1).bool()
         for head in range(self.heads):
             group = head // (self.heads // self.groups)
-            read.append((keys[:, group] @ query[head] / self.width**0.5).softmax(0) @ values[:, group])
-        residual = (normed if self.normed_residual else g)[-1] + mine("self_attn.o_proj") @ torch.cat(read)
-        y = self.norm(residual, "layers.0.post_attention_layernorm")
-        gate = mine("mlp.gate_proj") @ y
-        return residual + mine("mlp.down_proj") @ (gate * torch.sigmoid(gate) * (mine("mlp.up_proj") @ y))
+            scores = (query[:, head] @ keys[:, group].T / self.width**0.5).masked_fill(later, -torch.inf)
+            read.append(scores.softmax(-1) @ values[:, group])
+        residual = residual + torch.cat(read, -1) @ mine("self_attn.o_proj").T
+        y = self.norm(residual, f"layers.{number}.post_attention_layernorm")
+        gate = y @ mine("mlp.gate_proj").T
+        return residual + (gate * torch.sigmoid(gate) * (y @ mine("mlp.up_proj").T)) @ mine("mlp.down_proj").T
+
+    def last(self, g, tokens):
+        """The layers' output at the last place of a sequence: states g [n, d] beside tokens [n]."""
+        normed = self.norm(g, "layers.0.hidden_norm")
+        x = torch.cat([self.norm(self.embedding[tokens], "layers.0.input_layernorm"), normed], -1)
+        x = self.layer(0, x, normed if self.normed_residual else g)
+        for number in range(1, self.layers):
+            x = self.layer(number, self.norm(x, f"layers.{number}.input_layernorm"), x)
+        return x[-1]
 
     def drafts(self, states, tokens, drafted):
         """Logits of each step after a text's states [n, 2 d] and the n tokens that follow each, then after each of `drafted`."""

@@ -160,10 +160,11 @@ class Speculator(nn.Module):
         """Draft-vocabulary entry of each token, -1 where it has none: int64, the tokens' shape."""
         return tokens
 
-    def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor) -> torch.Tensor:
+    def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor, seen: Seen | None = None) -> torch.Tensor:
         """Of families with a `context_width`: what is kept of slots, [..., w].
 
-        states: [..., s]. recent: of as many. slots: int64 [...], place of each in its text, from 0.
+        states: [..., s]. recent: of as many. slots: int64 [...], place of each in its text, from 0. seen: what each of them, flattened,
+        sees of its text up to and with itself (`with_newest`), where what is kept hangs on that; vLLM's drafter has none.
         """
         raise NotImplementedError
 
