@@ -28,6 +28,7 @@ FAMILIES = {
     "pointer": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 32, pointer: {width: 16}}",
     "medusa": "{family: medusa, n_predict: 3}",
     "eagle3": "{family: eagle3, n_predict: 3, draft_vocab_size: 64, base_layers: [0, 1, 2]}",
+    "eagle3_deep": "{family: eagle3, n_predict: 3, layers: 2, draft_vocab_size: 64, base_layers: [0, 1, 2], init: last_layers}",
     "layers": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 64, base_layers: [1], pointer: {width: 8}}",
 }
 CONFIG = """
