@@ -13,7 +13,7 @@ n_predict - 1 further steps are run on their own outputs in training as in decod
 states they will see. All of it is trained, W among it, which starts as the base model's lm_head.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -63,6 +63,7 @@ class Eagle3Speculator(Speculator):
     settings, sizes = Eagle3Settings, Eagle3Sizes
     sample_rows = 8  # for the scale of the deepest state
     needs_embedding, distinct_heads, vllm_method = True, 1, "eagle3"
+    layouts: ClassVar = {"speculators": eagle3_layout.as_speculators}
     draft_ids: torch.Tensor
     layers: Any  # `nn.ModuleList` of a `FirstLayer` and further `DraftLayer`s
 
@@ -181,6 +182,10 @@ class Eagle3Speculator(Speculator):
 
     def read_out_logits(self, state: Any, head: int) -> torch.Tensor:
         return self.lm_head(self.features(state))
+
+    def prune(self, entries: torch.Tensor) -> None:
+        super().prune(entries)
+        self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach()[entries])
 
     def pack(self) -> None:
         pack_linears(self)

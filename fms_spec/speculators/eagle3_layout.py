@@ -25,6 +25,8 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 TOLD = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", IDS)
 FIRST, NORM = "layers.0.", ".input_layernorm.weight"
 LATER = re.compile(r"layers\.[1-9]\d*\.hidden_norm\.weight")
+OURS = ("base_model_fingerprint", "weights_sha256", "torch_dtype", "draft_vocab_coverage")
+REPLACED = ("n_predict", "architectures", "base_model_name_or_path")  # what speculators_config says
 One = Annotated[float, Field(ge=1, le=1)]
 LayersLeft = Annotated[tuple[Annotated[int, Field(ge=-1, le=2**16)], ...], as_tuple, AfterValidator(ascending)]
 
@@ -124,13 +126,35 @@ class SpeculatorsLayout(BaseModel):
     transformer_layer_config: dict[str, Any]
 
 
+def as_speculators(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], base_config: Any
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the package `speculators` (0.9) writes and reads, and vLLM too, of a published config.json and its tensors.
+
+    base_config: the base model's. What vLLM counts the states by that are read, eagle_config, stays with the layers' own values.
+    """
+    above = {key: config[key] for key in (*TOLD, *OURS) if key in config}
+    section = {key: value for key, value in config.items() if key not in above and key not in REPLACED}
+    method = {"proposal_type": "greedy", "speculative_tokens": config["n_predict"], "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    verifier = {"name_or_path": config["base_model_name_or_path"], "architectures": base_config.architectures}
+    proposals = {
+        "algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": [method], "verifier": verifier,
+    }  # fmt: skip
+    layout = {
+        "architectures": ["Eagle3DraftModel"], "speculators_model_type": "eagle3", "tie_word_embeddings": False,
+        "speculators_config": proposals, "transformer_layer_config": section,
+    }  # fmt: skip
+    kept = {key.replace("midlayer.", FIRST): value for key, value in tensors.items() if not LATER.fullmatch(key)}
+    return layout | above, kept
+
+
 def translated(config: Any) -> Any:
     """A config.json in `SpeculatorsLayout` as vLLM translates it; any other value as it is."""
     try:
         layout = SpeculatorsLayout.model_validate(config)
     except ValidationError:
         return config
-    own = {"norm_before_residual": True} | {key: config[key] for key in TOLD if config.get(key) is not None}
+    own = {"norm_before_residual": True} | {key: config[key] for key in (*TOLD, *OURS) if config.get(key) is not None}
     told = {"n_predict": layout.speculators_config.proposal_methods[0].speculative_tokens}
     name = layout.speculators_config.verifier.name_or_path
     return layout.transformer_layer_config | own | told | {"architectures": [ARCHITECTURE], "base_model_name_or_path": name}
