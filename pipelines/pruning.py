@@ -47,7 +47,7 @@ class Pruning:
         return (
             f"draft vocabulary pruned from {found['pruned_from']:,} to {config['draft_vocab_size']:,} tokens: "
             f"{found['share']:.2%} of the {found['counted_tokens']:,} tokens in the training rows of {self.data_dir} are in it, "
-            f"{found['before'] - found['share']:.2%} fewer than before"
+            f"{100 * (found['before'] - found['share']):.2f} points fewer than before"
         )
 
 

@@ -136,7 +136,7 @@ def as_speculators(
     above = {key: config[key] for key in (*TOLD, *OURS) if key in config}
     section = {key: value for key, value in config.items() if key not in above and key not in REPLACED}
     method = {"proposal_type": "greedy", "speculative_tokens": config["n_predict"], "verifier_accept_k": 1, "accept_tolerance": 0.0}
-    verifier = {"name_or_path": config["base_model_name_or_path"], "architectures": base_config.architectures}
+    verifier = {"name_or_path": config["base_model_name_or_path"], "architectures": base_config.architectures or []}
     proposals = {
         "algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": [method], "verifier": verifier,
     }  # fmt: skip
