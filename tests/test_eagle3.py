@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_eagle3, write_model
+from conftest import prompts_of, tiny_eagle3, write_model
 
 from fms_spec import context as context_module
+from fms_spec import decoding
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
 from fms_spec.context import of_text
 from fms_spec.losses import LossWeights, head_losses
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Step, TopKProposer
 
 STEPS, WORDS = 3, 24
@@ -173,3 +175,23 @@ def test_a_chain_is_what_the_published_formulas_find_likeliest(model, rows, vari
     for root, chain in zip(roots.tolist(), chains):
         logits = reference.drafts(states[:root, model.width :].double(), text[1 : root + 1], chain[:-1])
         assert [int(speculator.draft_ids[step.argmax()]) for step in logits] == chain.tolist()
+
+
+@pytest.mark.parametrize("variant", ["published", "three layers"])
+def test_what_is_kept_while_texts_grow_is_what_each_gives_when_it_is_read_at_once(model, variant, monkeypatch):
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
+    speculator, steps = heads_of(model, variant), []
+
+    class Watching(TopKProposer):
+        def propose(self, step):
+            steps.extend((text[:], kept[:end]) for text, kept, end in zip(step.texts, step.context.kept.clone(), step.context.end.tolist()))
+            return super().propose(step)
+
+    prompts = prompts_of(3, 11, 6, words=WORDS)
+    list(decoding.stream(model, prompts, DecodingOptions(max_new_tokens=16, ignore_eos=True), Watching(speculator, [2, 1])))
+    for text, kept in steps:
+        tokens = torch.tensor(text)
+        states = model.hidden_states(tokens[None], torch.zeros(1, len(text), dtype=torch.int64))[0]
+        whole = of_text(speculator, states, tokens, torch.tensor([len(text) - 1]))
+        torch.testing.assert_close(kept, whole.kept[0], rtol=1e-4, atol=1e-4)
+    assert len(steps) > 20
