@@ -8,7 +8,7 @@ over whole packed rows in training, in a cache that is accepted and dropped with
 known to a context: engines hand a draft the tokens from the second on (vLLM shows it x_{t+1} beside h_t), and one slot is nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -47,6 +47,13 @@ class Context:
         hidden = torch.arange(slots, device=self.end.device) >= self.end[:, None]
         return Laid(self.kept, hidden.repeat_interleave(rows.stop // len(self.end), 0).view(texts, -1, slots))
 
+    def with_newest(self, part: torch.Tensor, first: int) -> "Context":
+        """Lay `part` [b, w'] in each sequence's last slot, as columns `first` onwards of what is kept, and see those columns alone."""
+        kept = self.kept[..., first : first + part.shape[-1]]
+        texts = torch.arange(len(kept), device=part.device).repeat_interleave(len(part) // len(kept))
+        kept[texts, self.end - 1] = part.to(kept.dtype)
+        return replace(self, kept=kept)
+
     def scores(self, query: torch.Tensor) -> torch.Tensor:
         """query . kept, fp32 [m, n], -inf where a position doesn't look; query [m, w], m / b positions for each sequence."""
         texts, slots = self.tokens.shape
@@ -82,13 +89,15 @@ class Recent:
 class Text:
     """Packed rows, as the positions of a training step see them, flattened to s = b * n slots.
 
-    recent: of the s slots, none for tokens of another document. slots: int64 [s], place of each within its document. before, at: int64 [m],
-    x_t of each position, -1 for none, and its t within the document. spans: int64 [m, 2] on the host, a position sees the slots from the
-    first to before the second. length: n. kept: [s, w], once a family has said what it keeps.
+    recent: of the s slots, none for tokens of another document. slots: int64 [s], place of each within its document. starts: int64 [s] on
+    the host, first slot of each one's document. before, at: int64 [m], x_t of each position, -1 for none, and its t within the document.
+    spans: int64 [m, 2] on the host, a position sees the slots from the first to before the second. length: n. kept: [s, w], once a family
+    has said what it keeps.
     """
 
     recent: Recent
     slots: torch.Tensor
+    starts: numpy.ndarray
     before: torch.Tensor
     at: torch.Tensor
     spans: numpy.ndarray
@@ -111,6 +120,11 @@ class Text:
         hidden = (slot < block.begin[:, None]) | (slot >= block.end[:, None])
         return Laid(block.of_slots(self.kept), block.by_row(hidden), block)
 
+    def with_newest(self, part: torch.Tensor, first: int) -> "Text":
+        """Every slot as a position, which sees `part` [s, w'] of its document up to itself."""
+        spans = numpy.stack([self.starts, numpy.arange(len(self.starts)) + 1], axis=1)
+        return replace(self, before=self.recent.tokens(1), at=self.slots, spans=spans, kept=part)
+
     def block(self, rows: slice, count: int) -> "Block":
         """The first `count` positions of `rows` beside the slots that any of them sees."""
         spans = self.spans[rows][:count]
@@ -126,7 +140,13 @@ class Text:
         return Block(begin, end, number, cell, used, int(each.max()), self.length, *bounds)
 
 
-Seen = Context | Text  # what positions see, in decoding and in training: its `before`, `places`, `blocks` and `lay`
+Seen = Context | Text  # what positions see, in decoding and in training: its `before`, `places`, `blocks`, `lay` and `with_newest`
+
+
+def parts_of(seen: Seen, count: int) -> list[Seen]:
+    """It with each of `count` equal parts of what is kept, side by side in w."""
+    assert seen.kept is not None
+    return [seen] if count == 1 else [replace(seen, kept=part) for part in seen.kept.chunk(count, dim=-1)]
 
 
 @dataclass(frozen=True)
@@ -205,7 +225,8 @@ def packed_text(tokens: torch.Tensor, segment_ids: torch.Tensor, index: torch.Te
     three = torch.stack([after.where(follows, -1), own, before.where(same, -1)], dim=-1).flatten(0, 1)
     spans = torch.stack([first[index], index + 1], dim=1)
     before, at = upload(torch.stack([tokens.where(same, -1).flatten()[index], index - spans[:, 0]]), device)
-    return Text(Recent(upload(listed, device), upload(three, device)), within, before, at, spans.numpy(), tokens.shape[1])
+    recent = Recent(upload(listed, device), upload(three, device))
+    return Text(recent, within, first.numpy(), before, at, spans.numpy(), tokens.shape[1])
 
 
 def without_first(tokens: torch.Tensor) -> torch.Tensor:
@@ -228,9 +249,9 @@ def of_text(speculator: Any, states: torch.Tensor, tokens: torch.Tensor, ends: t
     if not speculator or not speculator.context_width:
         return None
     known = without_first(tokens[None])
-    slots = torch.arange(len(tokens) - 1, device=tokens.device)[None]
-    kept = speculator.keep(states[None, :-1], recent_tokens(known).slots(0, -1), slots)
-    return Context(kept, tokens[None, 1:], ends, known[0, ends - 1])
+    cache = ContextCache(speculator, 1, len(tokens) - 1, states.dtype, tokens.device)
+    cache.read([0], states[None, :-1], recent_tokens(known).slots(0, -1))
+    return Context(cache.kept, tokens[None, 1:], ends, known[0, ends - 1])
 
 
 class ContextCache:
@@ -244,12 +265,14 @@ class ContextCache:
         self.kept = torch.zeros(batch, capacity, speculator.context_width, dtype=dtype, device=device)
         self.tokens, self.own = torch.zeros(2, batch, capacity, dtype=torch.int64, device=device)
 
-    def read(self, first: torch.Tensor, states: torch.Tensor, recent: Recent) -> None:
-        """Fill the slots from first int64 [b] on: states [b, n, d]. What stands behind an end is never seen."""
-        rows = torch.arange(len(states), device=states.device)[:, None]
-        slots = first[:, None] + torch.arange(states.shape[1], device=states.device)
-        self.kept[rows, slots] = self.speculator.keep(states, recent, slots).to(self.kept.dtype)
+    def read(self, firsts: list[int], states: torch.Tensor, recent: Recent) -> None:
+        """Fill the slots of each text from its first on: states [b, n, d]. What stands behind an end is never seen."""
+        rows, count = torch.arange(len(states), device=states.device)[:, None], states.shape[1]
+        slots = torch.tensor(firsts, device=states.device)[:, None] + torch.arange(count, device=states.device)
         self.tokens[rows, slots], self.own[rows, slots] = recent.tokens(0).clamp(min=0), recent.tokens(1)
+        longest = max(firsts) + count
+        seen = Context(self.kept[:, :longest], self.tokens[:, :longest], slots.flatten() + 1, recent.tokens(1).flatten())
+        self.kept[rows, slots] = self.speculator.keep(states, recent, slots, seen).to(self.kept.dtype)
 
     def keep_sequences(self, kept: list[int]) -> None:
         """Drop finished sequences: `kept` list of ints, ascending."""

@@ -180,7 +180,8 @@ class Decoding:
             self.cache.hold([start] * len(ends))
             states = self.base_model.extend(padded[:, start : start + PREFILL_CHUNK], self.cache)
             if self.context:
-                self.context.read(self.cache.lengths, states, recent_tokens(without_first(padded)).slots(start, start + PREFILL_CHUNK))
+                recent = recent_tokens(without_first(padded)).slots(start, start + PREFILL_CHUNK)
+                self.context.read([start] * len(ends), states, recent)
             here = [row for row, end in enumerate(ends) if start < end <= start + PREFILL_CHUNK]
             self.hidden[here] = states[here, [ends[row] - 1 - start for row in here]]
         self.cache.hold(ends)
@@ -228,7 +229,7 @@ class Decoding:
             lines.append(line + [-1] * (longest + 2 - len(line)))
         nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=states.device)
         recent = recent_tokens(torch.tensor(lines, device=states.device)).slots(1, -1)
-        self.context.read(torch.tensor(firsts, device=states.device), states[self.rows()[:, None], nodes], recent)
+        self.context.read(firsts, states[self.rows()[:, None], nodes], recent)
 
     def propose(self, numbers: torch.Tensor | None) -> Candidates:
         """The proposer's `Candidates`, or none at all for a plain step."""

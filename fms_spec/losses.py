@@ -214,7 +214,7 @@ def head_losses(
     scales = (upload(torch.tensor(weights.heads), device) / counts.clamp(min=1))[:run]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         if text := windows.text:
-            text = replace(text, kept=speculator.keep(windows.states.to(dtype), text.recent, text.slots))
+            text = replace(text, kept=speculator.keep(windows.states.to(dtype), text.recent, text.slots, text))
         features, readouts, pointers = zip(*speculator.heads(windows.hidden.to(dtype), windows.tokens, windows.counts[:run], text))
         targets = [speculator.draft_targets(windows.targets(head)) for head in range(len(features))]
         final = replace(windows, states=speculator.final(windows.states))

@@ -13,11 +13,15 @@ import torch
 
 from fms_spec.errors import UserError
 from fms_spec.files import cannot_write, owned, owner_of, read_json, sync
+from fms_spec.model_config import read_config, resolve_base_model
 from fms_spec.speculators.directory import Description, check_config, from_config, save_speculator, speculative_config
+from fms_spec.speculators.registry import family_of
 from fms_spec.vllm.versions import TRIED
+from pipelines.pruning import Pruning
 from pipelines.train.checkpoint import damage, load_weights, newest_checkpoint
 from pipelines.train.metrics import read_lines
 
+OWN = "vllm"  # the layout of every family, read by vLLM itself or by our plugin
 CARD = """---
 library_name: fms-spec
 tags: [speculative-decoding]
@@ -51,19 +55,41 @@ With {needed}:
 """
 
 
-def export(checkpoint, out_dir):
+def export(checkpoint, out_dir, draft_vocab_size=None, layout=OWN):
     """Write the speculator of a checkpoint, or of a run's newest one, in the base model's dtype; returns `out_dir`.
 
+    draft_vocab_size: see `Pruning`. layout: `OWN`, or one of the family's `layouts`.
+
     Raises:
-        UserError: no checkpoint there, a damaged one, or an out_dir that exists or can't be written.
+        UserError: no checkpoint there, a damaged one, an out_dir that exists or can't be written, a layout that the family hasn't, or as
+        `Pruning`.
     """
     checkpoint, config = find_checkpoint(checkpoint)
+    layout = find_layout(layout, config)
+    pruning = draft_vocab_size and Pruning(draft_vocab_size, config, checkpoint.parent.parent)
     with appearing(out_dir) as partial:
-        speculator = read_weights(checkpoint, config)
-        card = model_card(speculator, config, checkpoint, out_dir)
-        save_speculator(partial, speculator, config)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        speculator, facts = read_weights(checkpoint, config), []
+        if pruning:
+            config = config | pruning.apply(speculator) | speculator.saved_config()
+            facts.append(pruning.told(config))
+        facts += training_facts(checkpoint)
+        save_speculator(partial, speculator, config, layout)
+        (partial / "README.md").write_text(model_card(speculator, config, out_dir, facts), encoding="utf-8")
+    if pruning:
+        print(facts[0])
     return out_dir
+
+
+def find_layout(name, config):
+    """What makes a layout, for `save_speculator`; None for the family's own. Raises UserError where there is none of this name."""
+    if name == OWN:
+        return None
+    layouts = family_of(config["model_type"]).layouts
+    if name not in layouts:
+        known = ", ".join([f"{OWN} (SGLang's too)" if layouts else OWN, *layouts])
+        raise UserError(f"--layout={name}: {config['architectures'][0]} can be written as {known}")
+    base_config = read_config(resolve_base_model(config["base_model_name_or_path"]))
+    return lambda *own: layouts[name](*own, base_config)
 
 
 def find_checkpoint(path):
@@ -133,8 +159,8 @@ def appearing(out_dir):
         raise cannot_write(out_dir, error) from None
 
 
-def model_card(speculator, config, checkpoint, out_dir):
-    """README.md of an exported speculator, with the commands that serve and measure it from where it was written."""
+def model_card(speculator, config, out_dir, facts):
+    """README.md of an exported speculator, with the commands that serve and measure it from where it was written, and a list of facts."""
     base_model, heads = config["base_model_name_or_path"], config["n_predict"]
     settings = speculative_config(out_dir, config, heads)
     needed = "vLLM, which knows its layout" if speculator.vllm_method else f"`fms-spec` and vLLM {TRIED} installed in the same environment"
@@ -143,12 +169,12 @@ def model_card(speculator, config, checkpoint, out_dir):
         base_model=base_model, heads=heads, family=speculator.name, fingerprint=config["base_model_fingerprint"], needed=needed,
         parameters=sum(weight.numel() for weight in speculator.parameters()) / 1e6, settings=settings,
         serve=shlex.join(["vllm", "serve", base_model, "--host", "127.0.0.1", "--speculative-config", json.dumps(settings)]),
-        measure=shlex.join(["python", "-m", "scripts.evaluate", *flags]), training=training_facts(checkpoint),
+        measure=shlex.join(["python", "-m", "scripts.evaluate", *flags]), training="\n".join(f"- {fact}" for fact in facts),
     )  # fmt: skip
 
 
 def training_facts(checkpoint):
-    """What the checkpoint and the run around it say of the training, as Markdown; what can't be read is left out, and told on stderr."""
+    """What the checkpoint and the run around it say of the training, a line each; what can't be read is left out, and told on stderr."""
     run, facts = checkpoint.parent.parent, []
     for file, tell in ((checkpoint / "progress.json", progress), (run / "run.json", origin), (run / "metrics.jsonl", acceptance)):
         if not file.exists():
@@ -157,7 +183,7 @@ def training_facts(checkpoint):
             facts += tell(file, checkpoint)
         except (UserError, AttributeError, LookupError, TypeError, ValueError):
             print(f"warning: {file}: can't be used, and the model card leaves it out", file=sys.stderr)
-    return "\n".join(f"- {fact}" for fact in facts)
+    return facts
 
 
 def progress(file, _):

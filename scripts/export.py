@@ -2,6 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from pipelines.cli import arguments, main
 from pipelines.export import export
@@ -14,14 +17,19 @@ class Arguments:
     Args:
         checkpoint: a checkpoint directory, or a run's out_dir for its newest one.
         out_dir: where to write; must not exist yet.
+        draft_vocab_size: keep so many of the draft vocabulary's tokens, the most frequent by the counts of the run's prepared data, and
+            say how much of it they cover. All by default.
+        layout: of eagle3 heads, "speculators" writes what that package reads. What is written by default, "vllm", is SGLang's too.
     """
 
     checkpoint: str
     out_dir: str
+    draft_vocab_size: Annotated[int, Field(ge=2)] | None = None
+    layout: str = "vllm"
 
 
 def run(parsed):
-    print(export(Path(parsed.checkpoint), Path(os.path.normpath(parsed.out_dir))))
+    print(export(Path(parsed.checkpoint), Path(os.path.normpath(parsed.out_dir)), parsed.draft_vocab_size, parsed.layout))
 
 
 if __name__ == "__main__":

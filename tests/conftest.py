@@ -204,7 +204,7 @@ def tiny_speculator(base_model, family, seed=0, n_predict=4):
         for weight in speculator.parameters():
             torch.nn.init.normal_(weight, std=0.3)
     elif family == ATTENDING:
-        speculator = tiny_eagle3(base_model, n_predict)
+        speculator = tiny_eagle3(base_model, n_predict, layers=2)
     else:
         layers = (0, base_model.layers) if family == INNER else ()
         draft_ids, scale = torch.randperm(v)[: max(6, v // 2)].sort().values, torch.rand(d * (1 + len(layers))) + 0.5
@@ -221,12 +221,12 @@ def tiny_speculator(base_model, family, seed=0, n_predict=4):
     return speculator
 
 
-def tiny_eagle3(base_model, n_predict=4, **variant):
+def tiny_eagle3(base_model, n_predict=4, layers=1, **variant):
     """An `Eagle3Speculator` with two query heads to a key-value head, random weights, and half of the vocabulary."""
     d, v = base_model.width, base_model.vocab_size
     config = LlamaConfig(
         hidden_size=d, vocab_size=v, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        num_hidden_layers=layers, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
     )  # fmt: skip
     draft_ids = torch.randperm(v)[: max(6, v // 2)].sort().values
     speculator = Eagle3Speculator(config, draft_ids, n_predict, (0, base_model.layers), **variant)

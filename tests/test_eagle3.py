@@ -4,18 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_eagle3, write_model
+from conftest import prompts_of, tiny_eagle3, write_model
 
 from fms_spec import context as context_module
+from fms_spec import decoding
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
 from fms_spec.context import of_text
 from fms_spec.losses import LossWeights, head_losses
+from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Step, TopKProposer
 
 STEPS, WORDS = 3, 24
 WEIGHTS = LossWeights(0.3, 0.7, 0.0, (1.0, 0.5, 0.25), 0.4)
-VARIANTS = {"published": {}, "3.1": {"fc_norm": True, "norm_output": True}, "speculators": {"norm_before_residual": True}}
+VARIANTS = {
+    "published": {}, "3.1": {"fc_norm": True, "norm_output": True}, "speculators": {"norm_before_residual": True},
+    "three layers": {"layers": 3},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ class Reference:
     def __init__(self, speculator, embedding):
         self.own = {name: value.detach().double().requires_grad_() for name, value in speculator.named_parameters()}
         self.heads, self.groups, self.width, self.theta, self.eps = 4, 2, 8, 100.0, 1e-5
-        self.embedding, self.names = embedding.double(), set(self.own)
+        self.embedding, self.names, self.layers = embedding.double(), set(self.own), len(speculator.layers)
         self.normed_residual, self.normed_output = speculator.norm_before_residual, speculator.norm_output
 
     def norm(self, x, name):
@@ -67,22 +72,30 @@ class Reference:
             states = torch.cat([self.norm(low, "fc_norm.0"), self.norm(high, "fc_norm.1")], -1)
         return states @ self.own["fc.weight"].T
 
-    def last(self, g, tokens):
-        """The layer's output at the last place of a sequence: states g [n, d] beside tokens [n]."""
-        mine = lambda name: self.own[f"layers.0.{name}.weight"]  # noqa: E731
-        normed = self.norm(g, "layers.0.hidden_norm")
-        x = torch.cat([self.norm(self.embedding[tokens], "layers.0.input_layernorm"), normed], -1)
-        query = self.turn((x @ mine("self_attn.q_proj").T).view(-1, self.heads, self.width))[-1]
+    def layer(self, number, x, residual):
+        """A layer's output [n, d] at every place of a sequence: its attention reads x [n, inputs] and is added to residual [n, d]."""
+        mine = lambda name: self.own[f"layers.{number}.{name}.weight"]  # noqa: E731
+        query = self.turn((x @ mine("self_attn.q_proj").T).view(-1, self.heads, self.width))
         keys = self.turn((x @ mine("self_attn.k_proj").T).view(-1, self.groups, self.width))
         values = (x @ mine("self_attn.v_proj").T).view(-1, self.groups, self.width)
-        read = []
+        read, later = [], torch.ones(len(x), len(x)).triu(1).bool()
         for head in range(self.heads):
             group = head // (self.heads // self.groups)
-            read.append((keys[:, group] @ query[head] / self.width**0.5).softmax(0) @ values[:, group])
-        residual = (normed if self.normed_residual else g)[-1] + mine("self_attn.o_proj") @ torch.cat(read)
-        y = self.norm(residual, "layers.0.post_attention_layernorm")
-        gate = mine("mlp.gate_proj") @ y
-        return residual + mine("mlp.down_proj") @ (gate * torch.sigmoid(gate) * (mine("mlp.up_proj") @ y))
+            scores = (query[:, head] @ keys[:, group].T / self.width**0.5).masked_fill(later, -torch.inf)
+            read.append(scores.softmax(-1) @ values[:, group])
+        residual = residual + torch.cat(read, -1) @ mine("self_attn.o_proj").T
+        y = self.norm(residual, f"layers.{number}.post_attention_layernorm")
+        gate = y @ mine("mlp.gate_proj").T
+        return residual + (gate * torch.sigmoid(gate) * (y @ mine("mlp.up_proj").T)) @ mine("mlp.down_proj").T
+
+    def last(self, g, tokens):
+        """The layers' output at the last place of a sequence: states g [n, d] beside tokens [n]."""
+        normed = self.norm(g, "layers.0.hidden_norm")
+        x = torch.cat([self.norm(self.embedding[tokens], "layers.0.input_layernorm"), normed], -1)
+        x = self.layer(0, x, normed if self.normed_residual else g)
+        for number in range(1, self.layers):
+            x = self.layer(number, self.norm(x, f"layers.{number}.input_layernorm"), x)
+        return x[-1]
 
     def drafts(self, states, tokens, drafted):
         """Logits of each step after a text's states [n, 2 d] and the n tokens that follow each, then after each of `drafted`."""
@@ -162,3 +175,23 @@ def test_a_chain_is_what_the_published_formulas_find_likeliest(model, rows, vari
     for root, chain in zip(roots.tolist(), chains):
         logits = reference.drafts(states[:root, model.width :].double(), text[1 : root + 1], chain[:-1])
         assert [int(speculator.draft_ids[step.argmax()]) for step in logits] == chain.tolist()
+
+
+@pytest.mark.parametrize("variant", ["published", "three layers"])
+def test_what_is_kept_while_texts_grow_is_what_each_gives_when_it_is_read_at_once(model, variant, monkeypatch):
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
+    speculator, steps = heads_of(model, variant), []
+
+    class Watching(TopKProposer):
+        def propose(self, step):
+            steps.extend((text[:], kept[:end]) for text, kept, end in zip(step.texts, step.context.kept.clone(), step.context.end.tolist()))
+            return super().propose(step)
+
+    prompts = prompts_of(3, 11, 6, words=WORDS)
+    list(decoding.stream(model, prompts, DecodingOptions(max_new_tokens=16, ignore_eos=True), Watching(speculator, [2, 1])))
+    for text, kept in steps:
+        tokens = torch.tensor(text)
+        states = model.hidden_states(tokens[None], torch.zeros(1, len(text), dtype=torch.int64))[0]
+        whole = of_text(speculator, states, tokens, torch.tensor([len(text) - 1]))
+        torch.testing.assert_close(kept, whole.kept[0], rtol=1e-4, atol=1e-4)
+    assert len(steps) > 20

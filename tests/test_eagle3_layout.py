@@ -47,11 +47,16 @@ def test_an_exported_directory_is_the_published_layout_and_is_read_back_under_ei
     draft_ids = speculator.draft_ids
     assert torch.equal(torch.arange(len(draft_ids)) + tensors["d2t"], draft_ids) and tensors["d2t"].dtype == torch.int64
     assert tensors["t2d"].dtype == torch.bool and torch.equal(tensors["t2d"].nonzero()[:, 0], draft_ids)
-    assert {"fc.weight", "layers.0.hidden_norm.weight", "layers.0.self_attn.q_proj.weight", "norm.weight", "lm_head.weight"} <= set(tensors)
+    assert {"fc.weight", "midlayer.hidden_norm.weight", "midlayer.self_attn.q_proj.weight", "norm.weight", "lm_head.weight"} <= set(tensors)
+    for number in range(1, config["num_hidden_layers"]):  # the norm of what enters it, as vLLM and as SGLang name it
+        assert torch.equal(*(tensors[f"layers.{number}.{name}.weight"] for name in ("input_layernorm", "hidden_norm")))
     assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["model_type"] == "llama"
     assert config[IDS] == [0, 2] and config["eagle_config"][IDS] == [-1, 1]  # as vLLM and as SGLang count them
     embedding = {"embed_tokens.weight": model.embedding_weight.clone()}  # as many published ones have it
-    rewrite(tmp_path, lambda tensors: {key.replace("layers.0.", "midlayer."): value for key, value in tensors.items()} | embedding)
+    for name in ("input_layernorm", "hidden_norm"):  # each engine's own trainers write one of them
+        left = {key: value for key, value in tensors.items() if not (key.startswith("layers.") and key.endswith(f".{name}.weight"))}
+        rewrite(tmp_path, lambda _, left=left: {key.replace("midlayer.", "layers.0."): value for key, value in left.items()} | embedding)
+        assert load_speculator(tmp_path, model).config.num_hidden_layers == len(speculator.layers)
     loaded = load_speculator(tmp_path, model)
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in speculator.state_dict().items())
 
@@ -98,7 +103,14 @@ WRONG = {
     "layers out of order": ({IDS: [2, 0]}, None, "layer_ids is .*ascending order"),
     "the states alone": ({"eagle_config": {"use_aux_hidden_state": False}}, None, "eagle_config.use_aux_hidden_state is False"),
     "a draft vocabulary over the base's": ({"draft_vocab_size": 25}, None, "draft_vocab_size is 25: Input is over vocab_size, 24"),
-    "two layers": ({"num_hidden_layers": 2}, None, "num_hidden_layers is 2"),
+    "no layers": ({"num_hidden_layers": 0}, None, "num_hidden_layers is 0"),
+    "a layer that isn't there": ({"num_hidden_layers": 2}, None, "layers.1.input_layernorm.weight: the file says missing"),
+    "a layer more than it says": ({}, lambda all: all.update({"layers.1.mlp.up_proj.weight": torch.zeros(20, 32)}), "layers.1.* not exp"),
+    "norms of two kinds": (
+        {"num_hidden_layers": 2},
+        lambda all: all.update({"layers.1.input_layernorm.weight": torch.ones(32), "layers.1.hidden_norm.weight": torch.zeros(32)}),
+        "layers.1.hidden_norm.weight: another than layers.1.input_layernorm.weight",
+    ),
     "a base model": ({"architectures": ["LlamaForCausalLM"]}, None, "architectures.0 is 'LlamaForCausalLM'"),
     "no number of heads": ({"num_attention_heads": None}, None, "lacks num_attention_heads"),
     "heads that don't divide the width": ({"num_attention_heads": 5}, None, "num_attention_heads is 5: Input is no divisor of .*, 32"),
@@ -153,12 +165,14 @@ def built(model, **settings):
     return Eagle3Speculator.build(settings, model, Corpus(torch.arange(WORDS, 0, -1), torch.randn(50, 3 * model.width)))
 
 
-def test_heads_start_from_the_base_models_lm_head_and_if_asked_from_its_last_layer(model):
-    speculator, theirs = built(model, init="last_layer"), load_file(f"{model.path}/model.safetensors")
-    own = speculator.state_dict()
+def test_heads_start_from_the_base_models_lm_head_and_if_asked_from_its_last_layers(model):
+    speculator, theirs = built(model, init="last_layers"), load_file(f"{model.path}/model.safetensors")
+    own, two = speculator.state_dict(), built(model, init="last_layers", layers=2).state_dict()
     assert torch.equal(own["lm_head.weight"], theirs["lm_head.weight"][speculator.draft_ids])
     for name in ("self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm"):
         assert torch.equal(own[f"layers.0.{name}.weight"], theirs[f"model.layers.1.{name}.weight"])
+        assert torch.equal(two[f"layers.0.{name}.weight"], theirs[f"model.layers.0.{name}.weight"])
+        assert torch.equal(two[f"layers.1.{name}.weight"], theirs[f"model.layers.1.{name}.weight"])
     assert torch.equal(own["layers.0.self_attn.k_proj.weight"][:, 32:], theirs["model.layers.1.self_attn.k_proj.weight"])
     assert own["layers.0.self_attn.k_proj.weight"][:, :32].abs().max() < 0.02
     other = built(model).state_dict()
@@ -166,10 +180,10 @@ def test_heads_start_from_the_base_models_lm_head_and_if_asked_from_its_last_lay
 
 
 def test_heads_start_from_the_whole_layer_where_a_process_holds_some_of_its_heads(model, monkeypatch):
-    whole = built(model, init="last_layer").layer.self_attn.o_proj.weight
+    whole = built(model, init="last_layers").layers[0].self_attn.o_proj.weight
     monkeypatch.setattr(model, "query_heads", model.query_heads // 2)
     monkeypatch.setattr(model, "kv_groups", model.kv_groups // 2)
-    assert torch.equal(built(model, init="last_layer").layer.self_attn.o_proj.weight, whole)
+    assert torch.equal(built(model, init="last_layers").layers[0].self_attn.o_proj.weight, whole)
 
 
 def test_heads_that_start_as_induction_heads_copy_before_they_are_trained(tmp_path):
@@ -179,21 +193,22 @@ def test_heads_that_start_as_induction_heads_copy_before_they_are_trained(tmp_pa
     text = torch.randperm(96, generator=torch.Generator().manual_seed(5))[:40].repeat(2)
     states = model.hidden_states(text[None], torch.zeros(1, 80, dtype=torch.int64))[0]
     roots, found = torch.arange(42, 78), {}
-    for init in ("last_layer", "induction"):
+    for init, layers in [("last_layers", 1), ("induction", 1), ("induction", 2)]:
         torch.manual_seed(0)
-        settings = settings_of({"family": "eagle3", "base_layers": [0, 2], "init": init})
+        settings = settings_of({"family": "eagle3", "base_layers": [0, 2], "init": init, "layers": layers})
         speculator = Eagle3Speculator.build(settings, model, Corpus(torch.ones(96), states))
         speculator.attach(model)
         context = of_text(speculator, states, text, roots)
         drafted = TopKProposer(speculator, [1, 1]).propose(Step(states[roots - 1], text[roots], [], context=context)).tokens
-        found[init] = (drafted[:, 0] == text[roots + 1]).float().mean().item()
-    assert found["induction"] > 0.5 and found["last_layer"] < 0.1, found
+        found[init, layers] = (drafted[:, 0] == text[roots + 1]).float().mean().item()
+    assert found["induction", 1] > 0.5 and found["induction", 2] > 0.5 and found["last_layers", 1] < 0.1, found
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"init": "last_layer", "inner_dim": 48}, r"init: base model .* has no model.layers.1.mlp.gate_proj.weight of \[48, 32\]"),
+        ({"init": "last_layers", "inner_dim": 48}, r"init: base model .* has no model.layers.1.mlp.gate_proj.weight of \[48, 32\]"),
+        ({"init": "last_layers", "layers": 3}, "layers 3: the base model has 2 to start as"),
         ({"base_layers": []}, "the published ones are none of a base model of 2 layers; give them"),
         ({"base_layers": [0, 3]}, "base_layers 3: the base model has 2 layers; give some of 0 to 2"),
         ({"draft_vocab_size": 25}, "draft_vocab_size 25 is over the base model's vocabulary, 24"),

@@ -45,7 +45,10 @@ WAYS = {
 }
 
 
-ATTENDING = {"speculator": "{family: eagle3, n_predict: 3, draft_vocab_size: 64, base_layers: [0, 1]}", "phase1.loss.smooth_l1": 0.0}
+ATTENDING = {
+    "speculator": "{family: eagle3, n_predict: 3, layers: 2, draft_vocab_size: 64, base_layers: [0, 1]}",
+    "phase1.loss.smooth_l1": 0.0,
+}
 
 
 TEMPLATE = "{% for message in messages %}{{ message.content + ' <eos> ' }}{% endfor %}"

@@ -176,7 +176,7 @@ def test_heads_that_read_the_text_plan_train_resume_export_evaluate_and_decode(
 ):
     config_file(family)
     words, settings = [f"--config={tmp_path / 'run.yaml'}"], ["checkpoint.keep=9"]
-    settings += [] if family == "eagle3" else ["speculator.pointer.width=16"]
+    settings += ["speculator.layers=2"] if family == "eagle3" else ["speculator.pointer.width=16"]
     main(scripts.train.Arguments, scripts.train.run, words=[*words, f"--out_dir={tmp_path / 'none'}", "--plan", *settings], overrides=True)
     assert "fits" in capsys.readouterr().out
     trained = []

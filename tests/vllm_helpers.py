@@ -21,6 +21,7 @@ from pipelines.train.run import train
 
 # vLLM's attention on a CPU takes heads from 32 coordinates on.
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)
+TURNING = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}  # another base than whoever forgets to read it takes
 FAMILIES = {
     "hidden_state": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 64}",
     "mlp_tied": "{family: mlp, n_predict: 3, inner_dim: 48}",
@@ -28,6 +29,7 @@ FAMILIES = {
     "pointer": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 32, pointer: {width: 16}}",
     "medusa": "{family: medusa, n_predict: 3}",
     "eagle3": "{family: eagle3, n_predict: 3, draft_vocab_size: 64, base_layers: [0, 1, 2]}",
+    "eagle3_deep": "{family: eagle3, n_predict: 3, layers: 2, draft_vocab_size: 64, base_layers: [0, 1, 2], init: last_layers}",
     "layers": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 64, base_layers: [1], pointer: {width: 8}}",
 }
 CONFIG = """
@@ -44,7 +46,7 @@ checkpoint: {{every: 120}}
 """
 
 
-def make_place(place, families=FAMILIES, write=lambda directory: write_model(directory, **SIZES)):
+def make_place(place, families=FAMILIES, write=lambda directory: write_model(directory, **SIZES, **TURNING)):
     """Write base_model/, data/ with 64 documents, and a speculator of each family that knows what the base model says after them.
 
     write: writes the base model.

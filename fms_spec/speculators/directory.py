@@ -4,6 +4,7 @@ A speculator directory holds config.json and model.safetensors. The MLP family i
 it, among them the fingerprint of the base model it was trained for, and the sha256 of the weights.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -82,8 +83,12 @@ def describe(speculator: Speculator, base_model: FrozenModel) -> dict[str, Any]:
     }
 
 
-def save_speculator(directory: Path | str, speculator: Speculator, config: dict[str, Any]) -> None:
+def save_speculator(
+    directory: Path | str, speculator: Speculator, config: dict[str, Any], layout: Callable[..., Any] | None = None
+) -> None:
     """Write model.safetensors and config.json; `config` is from `describe`, weights are written in its torch_dtype.
+
+    layout: what makes another of config and tensors; None writes the family's own.
 
     Raises:
         UserError: no room for them.
@@ -95,6 +100,7 @@ def save_speculator(directory: Path | str, speculator: Speculator, config: dict[
         key: value.to(dtype if value.is_floating_point() else value.dtype).cpu().contiguous()
         for key, value in speculator.published_state().items()
     }
+    config, tensors = layout(config, tensors) if layout else (config, tensors)
     file = directory / SINGLE
     try:
         save_file(tensors, file, metadata={"format": "pt"})

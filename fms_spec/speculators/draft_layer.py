@@ -1,4 +1,4 @@
-"""A Llama decoder layer that drafts: it attends to what is kept of a text and to what has been drafted since.
+"""Llama decoder layers that draft: they attend to what is kept of a text and to what has been drafted since.
 
 Shapes: m positions, d width, h query heads, g key-value heads, a head width, w = 2 g a, i tokens drafted before.
 
@@ -105,23 +105,31 @@ class FeedForward(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """EAGLE-3's decoder layer, whose attention reads a token's embedding beside a state: its parts are named as published."""
+    """A layer on the state alone: its parts are named as published. inputs: width of what its attention reads."""
 
-    def __init__(self, config: LlamaConfig, norm_before_residual: bool) -> None:
+    def __init__(self, config: LlamaConfig, inputs: int) -> None:
         super().__init__()
-        self.norm_before_residual = norm_before_residual
-        self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = (
-            Norm(config.hidden_size, config.rms_norm_eps) for _ in range(3)
-        )
-        self.self_attn, self.mlp = Attention(config, 2 * config.hidden_size), FeedForward(config)
+        self.input_layernorm, self.post_attention_layernorm = (Norm(config.hidden_size, config.rms_norm_eps) for _ in range(2))
+        self.self_attn, self.mlp = Attention(config, inputs), FeedForward(config)
 
-    def read(self, embedded: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the attention reads, [..., 2 d]; what it is added to, [..., d])."""
-        normed = self.hidden_norm(hidden)
-        return torch.cat([self.input_layernorm(embedded), normed], dim=-1), normed if self.norm_before_residual else hidden
+    def read(self, hidden: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the attention reads, [..., inputs]; what it is added to, [..., d]) of states and token embeddings [..., d]."""
+        return self.input_layernorm(hidden), hidden
 
     def forward(self, *arguments: Any) -> torch.Tensor:
         """As `Attention.forward`, with the sum behind x: [m, d]."""
         x, residual, *rest = arguments
         residual = residual + self.self_attn(x, *rest)
         return residual + self.mlp(self.post_attention_layernorm(residual))
+
+
+class FirstLayer(DraftLayer):
+    """EAGLE-3's first layer, whose attention reads the token's embedding beside the state."""
+
+    def __init__(self, config: LlamaConfig, norm_before_residual: bool) -> None:
+        super().__init__(config, 2 * config.hidden_size)
+        self.hidden_norm, self.norm_before_residual = Norm(config.hidden_size, config.rms_norm_eps), norm_before_residual
+
+    def read(self, hidden: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = self.hidden_norm(hidden)
+        return torch.cat([self.input_layernorm(embedded), normed], dim=-1), normed if self.norm_before_residual else hidden

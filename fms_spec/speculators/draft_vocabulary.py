@@ -7,14 +7,23 @@ import torch
 from fms_spec.errors import UserError
 
 
-def most_frequent(token_counts: torch.Tensor, size: int, base_model: Any) -> torch.Tensor:
-    """Ids of the `size` most frequent tokens and of EOS, ascending: int64 [size]. Equal counts go to the lower id."""
+def most_frequent(token_counts: torch.Tensor, size: int, base_model: Any, among: torch.Tensor | None = None) -> torch.Tensor:
+    """Ids of the `size` most frequent tokens and of EOS, ascending: int64 [size]. Equal counts go to the lower id.
+
+    among: ids int64 [r], ascending, that they are chosen of; None: all.
+    """
     counts = torch.zeros(base_model.vocab_size, dtype=torch.int64)
     known = min(len(token_counts), base_model.vocab_size)
     counts[:known] = token_counts[:known]
     for eos in base_model.eos_token_ids:
         counts[eos] = counts.max() + 1
-    return counts.argsort(descending=True, stable=True)[:size].sort().values
+    among = torch.arange(base_model.vocab_size) if among is None else among
+    return among[counts[among].argsort(descending=True, stable=True)[:size]].sort().values
+
+
+def coverage(token_counts: torch.Tensor, draft_ids: torch.Tensor) -> float:
+    """Share of the counted tokens that are among these ids int64 [r]."""
+    return (token_counts[draft_ids[draft_ids < len(token_counts)]].sum() / token_counts.sum()).item()
 
 
 def size_of(settings: Any, base_model: Any) -> int:

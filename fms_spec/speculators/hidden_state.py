@@ -184,7 +184,7 @@ class HiddenStateSpeculator(Speculator):
     def output(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         return read_out(state[1] * self.final(self.state_scale), self.frozen[1]), self.frozen[1]
 
-    def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor) -> torch.Tensor:
+    def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor, seen: Seen | None = None) -> torch.Tensor:
         return self.pointer.keys(recent, states.dtype)
 
     def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:

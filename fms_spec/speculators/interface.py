@@ -7,9 +7,9 @@ Alignment, the same in training and decoding: h_t is the base model's state afte
 seen h_t and the tokens x_{t+1} ... x_{t+1+i}, and predicts x_{t+2+i}.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import BaseModel as Checked
@@ -99,6 +99,8 @@ class Speculator(nn.Module):
     vocab_size: int
     n_predict: int
     draft_ids: Any  # int64 [r]: the token of each draft-vocabulary entry; None where it is the whole vocabulary
+    # Others than the family's own: of config.json's values, {key: tensor} and the base model's config they make the first two anew.
+    layouts: ClassVar[dict[str, Callable[..., Any]]] = {}
 
     @classmethod
     def base_layers_of(cls, settings: Any, base_model: Any) -> tuple[int, ...]:
@@ -160,10 +162,11 @@ class Speculator(nn.Module):
         """Draft-vocabulary entry of each token, -1 where it has none: int64, the tokens' shape."""
         return tokens
 
-    def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor) -> torch.Tensor:
+    def keep(self, states: torch.Tensor, recent: Recent, slots: torch.Tensor, seen: Seen | None = None) -> torch.Tensor:
         """Of families with a `context_width`: what is kept of slots, [..., w].
 
-        states: [..., s]. recent: of as many. slots: int64 [...], place of each in its text, from 0.
+        states: [..., s]. recent: of as many. slots: int64 [...], place of each in its text, from 0. seen: what each of them, flattened,
+        sees of its text up to and with itself (`with_newest`), where what is kept hangs on that; vLLM's drafter has none.
         """
         raise NotImplementedError
 
@@ -211,6 +214,10 @@ class Speculator(nn.Module):
     def read_out_logits(self, state: Any, head: int) -> torch.Tensor:
         """`output`'s product: [m, r]."""
         return F.linear(*self.output(state, head))
+
+    def prune(self, entries: torch.Tensor) -> None:
+        """Draft from these entries of the draft vocabulary alone, int64 [r'], ascending; before it is attached."""
+        self.draft_ids = self.draft_ids[entries]
 
     def pack(self) -> None:
         """Lay the weights out for proposing, where that pays; see `BaseModel.pack`. It can't be trained or saved any more."""

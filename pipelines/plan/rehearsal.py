@@ -232,7 +232,7 @@ class Rehearsal:
         spans = numpy.stack([slots // n * n, slots + 1], axis=1)
         listed = torch.zeros(min(b * n, self.base_model.vocab_size), dtype=torch.int64)
         recent, at = Recent(listed, torch.zeros(b * n, 3, dtype=torch.int64)), torch.zeros(count, dtype=torch.int64)
-        return Text(recent, torch.zeros(b * n, dtype=torch.int64), at, at, spans, n)
+        return Text(recent, torch.zeros(b * n, dtype=torch.int64), numpy.arange(b * n) // n * n, at, at, spans, n)
 
     def one_chunk(self, weights, count, n, dtype):
         hidden, tokens, text = self.states(1, count)[0], torch.zeros(1, count, dtype=torch.int64).T, None
