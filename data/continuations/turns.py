@@ -1,0 +1,144 @@
+"""Conversations that the base model writes turn by turn: what it is to continue next, and what its tokens say.
+
+From where the chat template begins a user's turn it writes a question, as Magpie has it (arXiv 2406.08464), and then answers it.
+"""
+
+import json
+from dataclasses import dataclass
+
+from data.prepare.chat import PROBE
+from fms_spec.errors import UserError
+
+PASSAGE, REPEATED = 8, 0.5  # tokens; a turn loops where over this share of its passages of so many tokens stood in it before
+
+
+@dataclass
+class Dialogue:
+    """A conversation on its way.
+
+    messages: as chat templates take them; those without "content" are to be written, the first of them next. tools: see
+    `rows.Conversation`. ended: why it goes no further, None while it does.
+    """
+
+    messages: list
+    tools: list | None = None
+    ended: str | None = None
+
+    @property
+    def next(self):
+        """The number of the message that is to be written next, None where none is."""
+        unwritten = (number for number, message in enumerate(self.messages) if "content" not in message)
+        return None if self.ended else next(unwritten, None)
+
+    @property
+    def answered(self):
+        """The messages up to the last answer that is there: what may be trained on, [] for nothing."""
+        answers = []
+        for number, message in enumerate(self.messages, start=1):
+            if "content" not in message:
+                break
+            if message["role"] == "assistant":
+                answers.append(number)
+        return self.messages[: answers[-1]] if answers else []
+
+
+def own_dialogues(count, questions):
+    """So many `Dialogue`s that are all to be written, each of some questions with their answers."""
+    return [Dialogue([{"role": "user"}, {"role": "assistant"}] * questions) for _ in range(count)]
+
+
+def rewritten(conversation):
+    """The `Dialogue` of a `rows.Conversation` whose answers are to be written anew; so is one to a last question that has none.
+
+    Calls of tools stay: what the tools gave back answers those very calls.
+    """
+    messages = [
+        {"role": "assistant"} if message["role"] == "assistant" and "tool_calls" not in message else message
+        for message in conversation.messages
+    ]
+    asks = messages and messages[-1]["role"] in ("user", "tool")
+    return Dialogue(messages + [{"role": "assistant"}] * bool(asks), conversation.tools)
+
+
+class Turns:
+    """Turns as the base model's chat template parts them.
+
+    Args:
+        template: `chat.ChatTemplate`. roles: whose turns are to be written, of "user" and "assistant".
+
+    Attributes:
+        ends: {role: set of the special tokens' ids that end its turn}, at first the template's alone.
+
+    Raises:
+        UserError: the template ends such a turn with no special token, so that where it ends isn't known.
+    """
+
+    def __init__(self, template, roles):
+        self.template, self._seen = template, set()
+        self.ends = {role: {self.end_of(role)} for role in roles}
+
+    def end_of(self, role):
+        asked = [] if role == "user" else [{"role": "user", "content": "?"}]
+        behind = self.template.behind_probe([*asked, {"role": role, "content": PROBE}], None) or ""
+        ids, places = self.encoded(behind)
+        end = next((number for number, token in enumerate(ids) if token in self.template.special), None)
+        if end is None or behind[: places[end][0]].strip():
+            mend = "give another, --chat_template=FILE"
+            raise UserError(f"the chat template ends no turn of the {role}'s with a special token, so where it ends isn't known; {mend}")
+        return ids[end]
+
+    def encoded(self, text):
+        """(ids, the (start, end) of each in characters) of a text."""
+        encoding = self.template.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def prompt(self, dialogue):
+        """What the base model is to continue with the next message: a list of ids, None where the template refuses what is there."""
+        number, tools = dialogue.next, dialogue.tools
+        before = dialogue.messages[:number]
+        if dialogue.messages[number]["role"] == "assistant":
+            text = self.template.tried(before, tools, prompt=True)
+            return self.encoded(text)[0] if text else None
+        text = self.template.tried([*before, {"role": "user", "content": PROBE}], tools) or ""
+        ids, places = self.encoded(text)
+        # A token that holds the template's last blank and the text's first letter is the model's to write.
+        return [token for token, (_, end) in zip(ids, places) if end <= text.rfind(PROBE)] or None
+
+    def longest_prompt(self, dialogue, max_tokens):
+        """About how many tokens the prompt for the dialogue's last turn has where all written before it come to so many."""
+        messages = [message if "content" in message else message | {"content": PROBE} for message in dialogue.messages]
+        text = self.template.tried(messages, dialogue.tools, prompt=True) or ""
+        return len(self.encoded(text)[0]) + max_tokens * (sum("content" not in message for message in dialogue.messages) - 1)
+
+    def take(self, dialogue, tokens):
+        """Put what the base model wrote, a list of ids, into the dialogue, or end it there and say why."""
+        number = dialogue.next
+        role = dialogue.messages[number]["role"]
+        end = next((place for place, token in enumerate(tokens) if token in self.template.special), None)
+        text = self.template.backend.decode(tokens[:end], skip_special_tokens=False).strip()
+        if end is None:
+            dialogue.ended = "cut at the limit"
+        elif tokens[end] not in self.ends[role]:
+            dialogue.ended = "ended by another token"
+        elif not text:
+            dialogue.ended = "empty"
+        elif "\ufffd" in text:
+            dialogue.ended = "not UTF-8"
+        elif repeated_share(tokens[:end]) > REPEATED:
+            dialogue.ended = "loops"
+        if dialogue.ended:
+            return
+        messages = [*dialogue.messages]
+        messages[number] = {"role": role, "content": text}
+        key = json.dumps([messages, dialogue.tools])
+        if key in self._seen:
+            dialogue.ended = "copies"
+            return
+        self._seen.add(key)
+        dialogue.messages = messages
+
+
+def repeated_share(tokens):
+    """The share of passages of PASSAGE tokens that stood in the list before; 0 where it is no longer than one."""
+    passages = [tuple(tokens[start : start + PASSAGE]) for start in range(len(tokens) - PASSAGE + 1)]
+    return 1 - len(set(passages)) / len(passages) if passages else 0.0
