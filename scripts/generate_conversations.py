@@ -46,7 +46,7 @@ class Arguments:
     engine: Literal["vllm", "embedded"] = "vllm"
     max_tokens: Count = 1024
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_k: CountOrZero = 0
+    top_k: CountOrZero = 10
     top_p: float = 1.0
     seed: Seed = 0
     shard_prompts: Count = 96

@@ -3,6 +3,7 @@
 From where the chat template begins a user's turn it writes a question, as Magpie has it (arXiv 2406.08464), and then answers it.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 
@@ -75,13 +76,14 @@ class Turns:
 
     def __init__(self, template, roles):
         self.template, self._seen = template, set()
+        self.special = template.special | {template.served.unk_token_id}  # what no text of a turn has
         self.ends = {role: {self.end_of(role)} for role in roles}
 
     def end_of(self, role):
         asked = [] if role == "user" else [{"role": "user", "content": "?"}]
         behind = self.template.behind_probe([*asked, {"role": role, "content": PROBE}], None) or ""
         ids, places = self.encoded(behind)
-        end = next((number for number, token in enumerate(ids) if token in self.template.special), None)
+        end = next((number for number, token in enumerate(ids) if token in self.special), None)
         if end is None or behind[: places[end][0]].strip():
             mend = "give another, --chat_template=FILE"
             raise UserError(f"the chat template ends no turn of the {role}'s with a special token, so where it ends isn't known; {mend}")
@@ -100,9 +102,8 @@ class Turns:
             text = self.template.tried(before, tools, prompt=True)
             return self.encoded(text)[0] if text else None
         text = self.template.tried([*before, {"role": "user", "content": PROBE}], tools) or ""
-        ids, places = self.encoded(text)
-        # A token that holds the template's last blank and the text's first letter is the model's to write.
-        return [token for token, (_, end) in zip(ids, places) if end <= text.rfind(PROBE)] or None
+        begin = len(text[: text.rfind(PROBE)].rstrip(" "))  # a blank before a word is mostly of its first token, which the model writes
+        return [token for token, (_, end) in zip(*self.encoded(text)) if end <= begin] or None
 
     def longest_prompt(self, dialogue, max_tokens):
         """About how many tokens the prompt for the dialogue's last turn has where all written before it come to so many."""
@@ -111,31 +112,39 @@ class Turns:
         return len(self.encoded(text)[0]) + max_tokens * (sum("content" not in message for message in dialogue.messages) - 1)
 
     def take(self, dialogue, tokens):
-        """Put what the base model wrote, a list of ids, into the dialogue, or end it there and say why."""
-        number = dialogue.next
-        role = dialogue.messages[number]["role"]
-        end = next((place for place, token in enumerate(tokens) if token in self.template.special), None)
+        """Put what the base model wrote, a list of ids, into the dialogue as its next message, or end it there."""
+        number, tools = dialogue.next, dialogue.tools
+        role, end = dialogue.messages[number]["role"], next((at for at, token in enumerate(tokens) if token in self.special), None)
         text = self.template.backend.decode(tokens[:end], skip_special_tokens=False).strip()
+        messages = [*dialogue.messages[:number], {"role": role, "content": text}, *dialogue.messages[number + 1 :]]
         if end is None:
             dialogue.ended = "cut at the limit"
         elif tokens[end] not in self.ends[role]:
-            dialogue.ended = "ended by another token"
+            dialogue.ended = "special tokens within"
         elif not text:
             dialogue.ended = "empty"
         elif "\ufffd" in text:
             dialogue.ended = "not UTF-8"
         elif repeated_share(tokens[:end]) > REPEATED:
             dialogue.ended = "loops"
-        if dialogue.ended:
-            return
-        messages = [*dialogue.messages]
-        messages[number] = {"role": role, "content": text}
-        key = json.dumps([messages, dialogue.tools])
-        if key in self._seen:
+        elif role == "assistant" and not self.writes(messages[: number + 1], tools):
+            dialogue.ended = "not written so by the chat template"
+        elif self.is_copy(messages, tools):
             dialogue.ended = "copies"
-            return
-        self._seen.add(key)
-        dialogue.messages = messages
+        else:
+            dialogue.messages = messages
+
+    def writes(self, messages, tools):
+        """Whether the template has the last message's text where the base model was to write it, as for thoughts it need not."""
+        before, text = self.template.tried(messages[:-1], tools, prompt=True), self.template.tried(messages, tools) or ""
+        return text.startswith(before) and text[len(before) :].lstrip().startswith(messages[-1]["content"])
+
+    def is_copy(self, messages, tools):
+        """Whether the same was asked before; from now on it was."""
+        digest = hashlib.blake2b(json.dumps([messages, tools]).encode(), digest_size=16).digest()
+        known = digest in self._seen
+        self._seen.add(digest)
+        return known
 
 
 def repeated_share(tokens):

@@ -84,12 +84,17 @@ def dialogues_of(parsed):
         if parsed.conversations is None:
             raise UserError("--conversations is required where there is no --source: say how many the base model is to write")
         return own_dialogues(parsed.conversations, parsed.questions)
+    if parsed.questions != 1:
+        raise UserError(f"--questions={parsed.questions}: --source={parsed.source} has its own; leave one of the two out")
     check_format(parsed.format, "text")
     opened = open_source(parsed.source, format=parsed.format)
     if not opened.conversations:
         raise UserError(f"source {parsed.source}: holds texts, and only conversations have answers to write anew")
-    documents = opened.documents(np.random.default_rng(parsed.seed))
-    return [rewritten(document.content) for document in islice(documents, parsed.conversations)]
+    documents = islice(opened.documents(np.random.default_rng(parsed.seed)), parsed.conversations)
+    dialogues = [rewritten(document.content) for document in documents]
+    if all(dialogue.next is None for dialogue in dialogues):
+        raise UserError(f"source {parsed.source}: no answer is to be written in any of {len(dialogues)} conversations")
+    return dialogues
 
 
 def prompts_of(dialogues, turns, longest):
@@ -125,7 +130,7 @@ def finish(out_dir, dialogues, written):
     shortened = Counter(dialogue.ended for dialogue in kept if dialogue.ended)
     told = "".join(f"; {name}: {listed(counts)}" for name, counts in (("left out", left_out), ("shortened", shortened)) if counts)
     if not kept:
-        raise UserError(f"{out_dir}: none of {len(dialogues)} conversations came to an answer{told}")
+        raise UserError(f"{out_dir}: none of {len(dialogues)} conversations came to an answer{told}; give another --max_tokens")
     lines = [json.dumps({"messages": one.answered} | ({"tools": one.tools} if one.tools else {}), ensure_ascii=False) for one in kept]
     write_whole(out_dir / CONVERSATIONS, "".join(f"{line}\n" for line in lines).encode(errors="surrogatepass"))
     reasons = sum((Counter(turn["finish_reasons"]) for turn in written), Counter())
