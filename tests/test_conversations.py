@@ -67,6 +67,23 @@ def test_what_a_template_would_not_write_so_is_no_answer(tmp_path):
         Turns(template_of(tmp_path / "headings", TEMPLATES["headings"]), ["user"])
 
 
+def test_thoughts_that_a_template_takes_from_an_answer_are_left_out_of_the_next_prompt_as_it_does(tmp_path):
+    template = template_of(
+        tmp_path,
+        """{%- for m in messages -%}
+{%- set thought = m.content.split('</think>') -%}
+{{ '<|im_start|>' + m.role + '\\n' + (m.content if loop.last else thought[-1]) + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}""",
+    )
+    turns, (dialogue,) = Turns(template, ["user", "assistant"]), own_dialogues(1, 2)
+    for said in ("hello world", "<think>maybe</think>yes", "maybe"):
+        turns.take(dialogue, template.backend.encode(said + "<|im_end|>").ids)
+        prompt = template.backend.decode(turns.prompt(dialogue), skip_special_tokens=False)
+    assert prompt.count("yes") == 1 and "think" not in prompt
+    assert dialogue.messages[1]["content"] == "<think>maybe</think>yes"
+
+
 def test_degenerate_turns_end_a_conversation_before_them_and_say_why(tmp_path):
     template = template_of(tmp_path, CHATML)
     turns = Turns(template, ["user", "assistant"])
@@ -94,6 +111,7 @@ def test_calls_of_tools_stay_with_what_the_tools_said_and_a_last_question_is_ans
     given = [*CONVERSATION, {"role": "user", "content": "why"}, call, {"role": "tool", "content": "42"}]
     answer = {"role": "assistant"}
     expected = [given[0], answer, given[2], answer, *given[4:], answer]
+    assert rewritten(Conversation([{"role": "user", "content": "\ud800"}])) == Dialogue([], ended="not UTF-8")
     assert rewritten(Conversation(given, [{"name": "look"}])) == Dialogue(expected, [{"name": "look"}])
 
 

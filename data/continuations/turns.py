@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 
 from data.prepare.chat import PROBE
+from data.prepare.rows import LONE_SURROGATE
 from fms_spec.errors import UserError
 
 PASSAGE, REPEATED = 8, 0.5  # tokens; a turn loops where over this share of its passages of so many tokens stood in it before
@@ -53,6 +54,8 @@ def rewritten(conversation):
 
     Calls of tools stay: what the tools gave back answers those very calls.
     """
+    if LONE_SURROGATE.search(json.dumps(conversation, ensure_ascii=False)):
+        return Dialogue([], ended="not UTF-8")
     messages = [
         {"role": "assistant"} if message["role"] == "assistant" and "tool_calls" not in message else message
         for message in conversation.messages
@@ -102,8 +105,10 @@ class Turns:
             text = self.template.tried(before, tools, prompt=True)
             return self.encoded(text)[0] if text else None
         text = self.template.tried([*before, {"role": "user", "content": PROBE}], tools) or ""
+        if PROBE not in text:
+            return None
         begin = len(text[: text.rfind(PROBE)].rstrip(" "))  # a blank before a word is mostly of its first token, which the model writes
-        return [token for token, (_, end) in zip(*self.encoded(text)) if end <= begin] or None
+        return [token for token, (_, end) in zip(*self.encoded(text)) if end <= begin]
 
     def longest_prompt(self, dialogue, max_tokens):
         """About how many tokens the prompt for the dialogue's last turn has where all written before it come to so many."""
