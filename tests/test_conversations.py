@@ -8,6 +8,7 @@ import pytest
 import torch
 from chat_templates import CHATML, TEMPLATES, unmarked, write_chat_tokenizer
 from conftest import WORDS, write_model
+from forked import Command
 from test_chat_training import TEMPLATE
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -177,6 +178,18 @@ def test_interrupted_and_begun_again_it_writes_the_same_and_nothing_twice(tmp_pa
         assert (tmp_path / "chats" / name).read_bytes() == (folder / name).read_bytes()
     with pytest.raises(UserError, match="manifest.json: written with another temperature .1.0 there, 0.5 asked"):
         write(chat_model, tmp_path / "chats", conversations=30, questions=2, temperature=0.5)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_turns_and_end_with_the_same_conversations(tmp_path, own, chat_model):
+    words = [f"--base_model={chat_model}", f"--out_dir={tmp_path / 'chats'}", "--conversations=30", "--questions=2", "--engine=embedded"]
+    words += ["--dtype=float32", "--max_tokens=60", "--shard_prompts=8"]
+    commands = [Command(["scripts.generate_conversations", *words]) for _ in range(2)]
+    for command in commands:
+        printed, errors = command.communicate(300)
+        assert command.returncode == 0, errors
+        assert f"{len(own[1])} of 30 conversations" in printed and "left out: " in printed
+    assert (tmp_path / "chats/conversations.jsonl").read_bytes() == (own[0] / "conversations.jsonl").read_bytes()
 
 
 def test_answers_are_written_anew_with_the_models_own_earlier_ones_in_context(tmp_path, chat_model):

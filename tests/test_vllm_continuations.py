@@ -74,7 +74,7 @@ validation: {{prompts: 0}}
     assert (place / "run/checkpoints/step-00000014").is_dir()
 
 
-def test_vllm_writes_the_greedy_answers_of_the_embedded_engine_turn_by_turn_without_a_new_start(place):
+def test_vllm_writes_the_greedy_answers_of_the_embedded_engine_turn_by_turn(place):
     (place / "chat.jinja").write_text(TEMPLATE)
     texts = [" ".join(f"w{number}" for number in prompt.tolist()) for prompt in prompts_of(*range(2, 22), words=90)]
     conversations = [[{"role": "user", "content": text}, {"role": "assistant"}] * 2 for text in texts]

@@ -11,7 +11,7 @@ from data.prepare.chat import PROBE
 from data.prepare.rows import LONE_SURROGATE
 from fms_spec.errors import UserError
 
-PASSAGE, REPEATED = 8, 0.5  # tokens; a turn loops where over this share of its passages of so many tokens stood in it before
+PASSAGE, REPEATED = 8, 0.25  # a turn loops where over this share of its passages of so many tokens stood in it before
 
 
 @dataclass
