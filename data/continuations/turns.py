@@ -11,7 +11,9 @@ from data.prepare.chat import PROBE
 from data.prepare.rows import LONE_SURROGATE
 from fms_spec.errors import UserError
 
-PASSAGE, REPEATED = 8, 0.25  # a turn loops where over this share of its passages of so many tokens stood in it before
+# A turn loops where over REPEATED of its passages of so many tokens stood in it before: what is said three times over has 2/3. Of 49
+# answers that SmolLM2-135M-Instruct ended by itself none has over 0.30, and all but two have under 0.1.
+PASSAGE, REPEATED = 8, 0.5
 
 
 @dataclass
