@@ -52,7 +52,7 @@ class Pruning:
 
 
 def counts_of(run):
-    """(prepared folder of a run, how often each token stands in its training rows: int64 [tokenizer vocabulary]).
+    """(prepared folder of a run, how often each token is trained on there: int64 [tokenizer vocabulary]).
 
     Raises:
         UserError: the run's folder says of none, it isn't there, or holds other data by now.
@@ -61,8 +61,9 @@ def counts_of(run):
     if record is None:
         raise UserError(f"{what}, and {run} has no run.json that names them; give a checkpoint within its run")
     try:
-        data_dir, known = record["config"]["data"]["dir"], record["inputs"]["data_fingerprint"]
-        same, counts = data_fingerprint(data_dir) == known, read_token_counts(data_dir)
+        data, known = record["config"]["data"], record["inputs"]["data_fingerprint"]
+        data_dir = data["dir"]
+        same, counts = data_fingerprint(data_dir) == known, read_token_counts(data_dir, data.get("train_on"))
     except (KeyError, TypeError):
         raise UserError(f"{what}, and {run}/run.json names none; export all of the vocabulary") from None
     except UserError as error:

@@ -156,6 +156,7 @@ def write_chat_tokenizer(folder, template=None, pieces=False):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if pieces:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
     else:
         tokenizer.post_processor, tokenizer.decoder = processors.ByteLevel(trim_offsets=False), decoders.ByteLevel()
     alphabet = [] if pieces else pre_tokenizers.ByteLevel.alphabet()

@@ -229,6 +229,6 @@ def test_what_a_terminal_would_obey_is_shown_and_not_handed_on(tmp_path, capsys)
 def test_a_base_model_that_does_not_stop_where_answers_end_is_refused_before_it_writes_any(tmp_path, chat_config, chat_model):
     shutil.copytree(chat_model, tmp_path / "other")
     (tmp_path / "other" / "generation_config.json").write_text('{"eos_token_id": 7}')
-    with pytest.raises(UserError, match="stops at w5, and answers end with <eos> in the data; add it to eos_token_id"):
+    with pytest.raises(UserError, match="stops at w5, and answers end with <eos>; add it to eos_token_id"):
         train(chat_config(**{"base_model.name": tmp_path / "other"}), tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()

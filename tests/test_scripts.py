@@ -140,6 +140,7 @@ def test_the_settings_in_docs_are_taken(tmp_path):
         (f"{CONTINUE} --prompts=prepared --base_model=base_model --max_tokens=249", "over the context"),
         (f"{CONTINUE} --prompts=prepared --base_model=base_model --temperature=-1", "--temperature"),
         (f"{CONTINUE} --prompts=prepared --base_model=base_model --max_tokens=9 --shards=1:9", "--shards=1:9"),
+        ("scripts.generate_conversations --base_model=base_model --conversations=2 --out_dir=new", "has no chat template; give"),
         ("scripts.export --checkpoint=corpus --out_dir=new", "corpus is no checkpoint"),
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared", "corpus: no config.json"),
         ("scripts.evaluate --base_model=base_model --speculator=corpus --prompts=prepared --dtype=fp8", "--dtype"),

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from conftest import prompts_of, write_model
 from forked import run
+from test_chat_training import TEMPLATE
 from test_house import ROOT
 
 from data.prepare.run import prepare
@@ -71,6 +72,24 @@ validation: {{prompts: 0}}
 """)
     train(load_config(place / "run.yaml"), place / "run", resume=False)
     assert (place / "run/checkpoints/step-00000014").is_dir()
+
+
+def test_vllm_writes_the_greedy_answers_of_the_embedded_engine_turn_by_turn(place):
+    (place / "chat.jinja").write_text(TEMPLATE)
+    texts = [" ".join(f"w{number}" for number in prompt.tolist()) for prompt in prompts_of(*range(2, 22), words=90)]
+    conversations = [[{"role": "user", "content": text}, {"role": "assistant"}] * 2 for text in texts]
+    (place / "chats.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in conversations))
+    for engine in ("vllm", "embedded"):
+        words = ["scripts.generate_conversations", f"--base_model={place / 'base_model'}", f"--source={place / 'chats.jsonl'}"]
+        words += [f"--out_dir={place / 'chats' / engine}", f"--engine={engine}", f"--chat_template={place / 'chat.jinja'}"]
+        words += ["--max_tokens=40", "--temperature=0", "--top_k=0", "--shard_prompts=5", "--dtype=float32"]
+        finished = run(*words) if engine == "embedded" else start(*words)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    vllm, embedded = ((place / "chats" / engine) for engine in ("vllm", "embedded"))
+    assert (vllm / "conversations.jsonl").read_bytes() == (embedded / "conversations.jsonl").read_bytes()
+    for turn in ("turn-00", "turn-01"):
+        assert rows(vllm / turn) == rows(embedded / turn)
+    assert not (vllm / "turn-02").exists()
 
 
 def test_an_engine_that_is_killed_is_started_again_and_no_row_is_lost(place, capfd):

@@ -92,9 +92,13 @@ class ContinuationStore:
         Raises:
             UserError: the file cannot be read or was written with other settings; names the file and the setting.
         """
-        ids, *lists, _ = self._table(index).columns
+        return [row[:3] for row in self.rows(index) if len(row[2]) >= USEFUL_TOKENS]
+
+    def rows(self, index):
+        """All rows of a shard, each with its finish reason behind what `read` has; raises as that."""
+        ids, *lists, reasons = self._table(index).columns
         prompts, continuations = ([part.values.to_numpy().astype(np.int64) for part in column] for column in lists)
-        return [row for row in zip(ids.to_pylist(), prompts, continuations) if len(row[2]) >= USEFUL_TOKENS]
+        return list(zip(ids.to_pylist(), prompts, continuations, reasons.to_pylist()))
 
     def claim(self, index):
         """A `Claim` on shard `index`, or None: the shard is there, or another live claim holds it.

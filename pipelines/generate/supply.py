@@ -31,21 +31,24 @@ def open_store(out_dir, data_dir, prompts, base_model, settings, seed):
     """
     path = resolve_base_model(base_model.name)
     tokenizer = check_tokenizer(read_manifest(data_dir), path)
-    check_stops(read_manifest(data_dir), path, tokenizer)
+    check_stops(map(int, read_manifest(data_dir).get("chat_template", {}).get("answers_end_with", {})), path, tokenizer)
     check_vocabulary(data_dir, read_config(path).vocab_size)
     check_context(path, prompts.longest, settings.max_new_tokens)
     described = describe_generation(settings, fingerprint(path), base_model.dtype)
     return ContinuationStore(out_dir, prompts, shard_prompts=settings.batch_size, settings=described, seed=seed)
 
 
-def check_stops(manifest, path, tokenizer):
-    """Raise UserError where answers of conversations end with no token at which the base model stops: it would go on to the other side."""
-    ends = {int(token) for token in manifest.get("chat_template", {}).get("answers_end_with", {})}
-    stops = read_eos_token_ids(path, read_config(path))
+def check_stops(ends, path, tokenizer):
+    """Raise UserError where answers of conversations end with no token at which the base model stops: it would go on to the other side.
+
+    ends: ids of the tokens that answers end with. Returns those at which the base model stops, a set.
+    """
+    ends, stops = {*ends}, read_eos_token_ids(path, read_config(path))
     if ends and not ends & stops:
         names, known = (", ".join(tokenizer.backend.id_to_token(token) or str(token) for token in sorted(some)) for some in (ends, stops))
-        mend = "add it to eos_token_id in its generation_config.json, or prepare with its own chat template"
-        raise UserError(f"base model {path}: stops at {known or 'no token'}, and answers end with {names} in the data; {mend}")
+        mend = "add it to eos_token_id in its generation_config.json, or take its own chat template"
+        raise UserError(f"base model {path}: stops at {known or 'no token'}, and answers end with {names}; {mend}")
+    return stops
 
 
 def open_supply(config, store, out_dir, processes):

@@ -17,31 +17,58 @@ from pipelines.machine.environment import environment
 
 def write_continuations(parsed):
     """Write the shards that are missing and, when all are there, the manifest; parsed: the flags of scripts.generate_continuations."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception: claims are released
     if parsed.parent:
         end_with_parent(parsed.parent)
+    settings, base_model = sections_of(parsed)
+    prompts = read_prompts(parsed.prompts, limit=parsed.limit)
+    store = open_store(parsed.out_dir, parsed.prompts, prompts, base_model, settings, parsed.seed)
+    indices = shard_numbers(parsed.shards, store.shard_count, parsed.shard_prompts)
+    with Writer(settings, base_model, prompts.longest) as writer:
+        writer.write(store, indices, parsed.ahead, Path(parsed.status) if parsed.status else None)
+    manifest = store.finish(environment())
+    if manifest:
+        print(f"{parsed.out_dir} is complete: {manifest['rows']:,} rows, {manifest['tokens']:,} tokens")
+
+
+def sections_of(parsed):
+    """(`GenerationSection`, `BaseModelSection`) of a command's flags."""
     settings = GenerationSection(
         engine=parsed.engine, batch_size=parsed.shard_prompts, max_new_tokens=parsed.max_tokens, memory_share=parsed.memory_share,
         temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p,
     )  # fmt: skip
-    base_model = BaseModelSection(name=parsed.base_model, backend=parsed.backend, dtype=parsed.dtype)
-    prompts = read_prompts(parsed.prompts, limit=parsed.limit)
-    store = open_store(parsed.out_dir, parsed.prompts, prompts, base_model, settings, parsed.seed)
-    indices = shard_numbers(parsed.shards, store.shard_count, parsed.shard_prompts)
-    missing = [index for index in indices if not store.has(index)]
-    if missing:
-        engine = make_engine(settings, base_model, prompts.longest, parsed.seed)
-        if settings.engine == "embedded":
-            engine.use(BaseModel(base_model.name, dtype=base_model.dtype, backend=base_model.backend))
-        try:
-            tally = write_shards(store, engine, missing, parsed.ahead, Path(parsed.status) if parsed.status else None)
-        finally:
-            engine.close()
+    return settings, BaseModelSection(name=parsed.base_model, backend=parsed.backend, dtype=parsed.dtype)
+
+
+class Writer:
+    """An engine that is started when the first shard is missing, for stores one after the other; SIGTERM ends it and all claims.
+
+    settings: `GenerationSection`. base_model: `BaseModelSection`. prompt_length: tokens of the longest prompt.
+    """
+
+    def __init__(self, settings, base_model, prompt_length):
+        self.settings, self.base_model, self.prompt_length, self.engine = settings, base_model, prompt_length, None
+
+    def __enter__(self):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception: claims are released
+        return self
+
+    def __exit__(self, *_):
+        if self.engine:
+            self.engine.close()
+
+    def write(self, store, indices, ahead=None, status=None):
+        """`write_shards` of what is missing of `indices`."""
+        missing = [index for index in indices if not store.has(index)]
+        if not missing:
+            return
+        if self.engine is None:
+            self.engine = make_engine(self.settings, self.base_model, self.prompt_length, store.seed)
+            if self.settings.engine == "embedded":
+                self.engine.use(BaseModel(self.base_model.name, dtype=self.base_model.dtype, backend=self.base_model.backend))
+        self.engine.seed = store.seed
+        tally = write_shards(store, self.engine, missing, ahead, status)
         rate = tally.values()["tokens_per_s"]
-        print(f"{parsed.out_dir}: {tally.shards} shards of {len(indices)} written, {tally.tokens:,} tokens, {rate:,.0f} tokens/s")
-    manifest = store.finish(environment())
-    if manifest:
-        print(f"{parsed.out_dir} is complete: {manifest['rows']:,} rows, {manifest['tokens']:,} tokens")
+        print(f"{store.out_dir}: {tally.shards} shards of {len(indices)} written, {tally.tokens:,} tokens, {rate:,.0f} tokens/s")
 
 
 def shard_numbers(text, count, shard_prompts):
