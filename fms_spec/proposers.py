@@ -13,7 +13,7 @@ import torch
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.context import Context
 from fms_spec.sampling import Sampling, best_token, draw
-from fms_spec.speculators.interface import Speculator, select
+from fms_spec.speculators.interface import Speculator, State
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,13 @@ class BestNodesProposer:
 def started(speculator: Speculator, step: Step) -> Any:
     """The running state of a step."""
     return speculator.start(step.hidden) if step.context is None else speculator.start(step.hidden, step.context.before)
+
+
+def select(state: State, index: torch.Tensor) -> State:
+    """Positions `index` int64 [m'] of a running state: a tensor, or a tuple of tensors and None."""
+    if isinstance(state, tuple):
+        return tuple(None if part is None else part[index] for part in state)
+    return state[index]
 
 
 def best_nodes(scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, count: int) -> Candidates:

@@ -293,13 +293,6 @@ class Speculator(nn.Module):
         return whole.index_copy_(-1, self.draft_ids, probabilities)
 
 
-def select(state: State, index: torch.Tensor) -> State:
-    """Positions `index` int64 [m'] of a running state: a tensor, or a tuple of tensors and None."""
-    if isinstance(state, tuple):
-        return tuple(None if part is None else part[index] for part in state)
-    return state[index]
-
-
 def first(state: State, count: int) -> State:
     """The first `count` positions of a running state: a tensor, or a tuple of tensors and None."""
     if isinstance(state, tuple):
