@@ -71,6 +71,7 @@ def test_heads_in_the_layout_of_the_speculators_package_are_read_back_and_held_t
     }  # fmt: skip
     section = config["transformer_layer_config"]
     assert section["model_type"] == "llama" and section["num_hidden_layers"] == 2 and "draft_vocab_size" not in section
+    assert section["rope_theta"] == 10000.0 and section["rope_scaling"] is None
     assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2] and config["norm_before_residual"] is False
     assert not any("midlayer" in key or key.startswith("layers.1.hidden_norm") for key in tensors) and "d2t" in tensors
     loaded = load_speculator(out, base_model)

@@ -21,7 +21,6 @@ from pipelines.train.run import train
 
 # vLLM's attention on a CPU takes heads from 32 coordinates on.
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)
-TURNING = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}  # another base than whoever forgets to read it takes
 FAMILIES = {
     "hidden_state": "{family: hidden_state, n_predict: 3, width: 32, inner_dim: 64, draft_vocab_size: 64}",
     "mlp_tied": "{family: mlp, n_predict: 3, inner_dim: 48}",
@@ -46,7 +45,7 @@ checkpoint: {{every: 120}}
 """
 
 
-def make_place(place, families=FAMILIES, write=lambda directory: write_model(directory, **SIZES, **TURNING)):
+def make_place(place, families=FAMILIES, write=lambda directory: write_model(directory, **SIZES)):
     """Write base_model/, data/ with 64 documents, and a speculator of each family that knows what the base model says after them.
 
     write: writes the base model.
