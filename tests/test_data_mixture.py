@@ -85,12 +85,18 @@ def test_without_weights_all_of_every_source_is_there(mixed):
     assert {name: part["documents"] for name, part in sources.items()} == {"short": 400, "long": 60}
 
 
-def test_the_mixture_stays_when_tokens_are_bounded_and_documents_held_out(mixed):
-    folder = mixed(TWO, max_tokens=2048, held_out=40)
+def test_the_mixture_stays_when_tokens_are_bounded_and_no_source_is_read_further_than_its_share_takes(mixed):
+    folder = mixed(TWO, max_tokens=2048)
     assert abs(shares(rows_of(folder)) - 0.75) < 0.06
+    read = {name: part["tokens_read"] for name, part in read_manifest(folder)["source"]["mixture"].items()}
+    assert 1536 <= read["short"] <= 1536 + 20 and 512 <= read["long"] <= 512 + 200
+
+
+def test_documents_are_held_out_by_weight_too(mixed):
+    folder = mixed(TWO, held_out=100)
     held_out = read_manifest(folder)["tables"]["rows-held_out"]["sources"]
-    assert sum(part["documents"] for part in held_out.values()) == 40 and held_out["long"]["documents"] < 10
-    assert read_manifest(folder)["source"]["documents_read"] < 460
+    assert sum(part["documents"] for part in held_out.values()) == 100 and held_out["long"]["documents"] < 8  # 13 of all alike
+    assert abs(shares(rows_of(folder)) - 0.75) < 0.03
 
 
 def test_the_same_mixture_gives_the_same_bytes_and_another_weight_is_told(mixed, tmp_path):

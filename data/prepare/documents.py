@@ -2,6 +2,7 @@
 
 import hashlib
 import heapq
+import os
 import tempfile
 from array import array
 
@@ -30,13 +31,11 @@ class DocumentSpool:
         self._parts, self._files, self._rows = array("H"), array("q"), array("q")
         self._digests, self._shortest = array("Q"), array("l")
         self._categories, self._one_of_each = [], {}  # equal texts are one in memory
-        self._numbers = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._numbers = None
         self._file.close()
 
     def append(self, encoded, part, file, row, category=None):
@@ -66,12 +65,12 @@ class DocumentSpool:
 
     def __getitem__(self, index):
         """One document as encoding.Encoded."""
-        if self._numbers is None or len(self._numbers) != self._ends[-1]:
-            self._file.flush()
-            self._numbers = np.memmap(self._file, np.int32, mode="r")
+        self._file.flush()
         begin, end = self._ends[index], self._ends[index + 1]
-        answers = begin + self._lengths[index]
-        return Encoded(self._numbers[begin:answers], self._numbers[answers:end].reshape(-1, 3), bool(self._prefixed[index]))
+        # Not mapped: all pages that were ever read would count as this process's memory.
+        numbers = np.frombuffer(os.pread(self._file.fileno(), (end - begin) * 4, begin * 4), np.int32)
+        length = self._lengths[index]
+        return Encoded(numbers[:length], numbers[length:].reshape(-1, 3), bool(self._prefixed[index]))
 
     def origin(self, index):
         """(source, file, row) of one document."""
