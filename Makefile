@@ -1,18 +1,22 @@
-# make quickstart: train, measure and export a speculator for a small real model. make test: the whole test suite, with vLLM.
+# make quickstart: train, measure and export a speculator for a small real model. make quickstart-chat: the same for chat, from nothing but
+# the model. make test: the whole test suite, with vLLM.
 # make check: lint and what tests in two minutes, for use while working. make lint: ruff and mypy. make vllm: add vLLM.
 # All make .venv once, from pyproject.toml, and reuse it until pyproject.toml changes.
 PYTHON ?= python3
-OUT ?= quickstart
+OUT ?= $@
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 # Two workers side by side, each with whole files, as tests/conftest.py orders them: the long ones first.
 PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder
 NVIDIA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart test check lint install vllm
+.PHONY: quickstart quickstart-chat test check lint install vllm
 
 quickstart: install
 	$(VENV)/bin/python -m scripts.quickstart --out_dir=$(OUT)
+
+quickstart-chat: install
+	$(VENV)/bin/python -m scripts.quickstart --chat --out_dir=$(OUT)
 
 test: vllm
 	$(PYTEST) --durations=10

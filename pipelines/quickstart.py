@@ -1,5 +1,9 @@
-"""The whole way on one machine with a small real model: prepare, train, export, measure."""
+"""The whole way on one machine with a small real model: prepare, train, export, measure.
 
+The text is Python's own sources, or chats: conversations that the base model writes itself.
+"""
+
+import json
 import resource
 from functools import partial
 from pathlib import Path
@@ -7,26 +11,30 @@ from pathlib import Path
 from data.prepare.python_sources import copy_python_sources
 from data.prepare.run import prepare
 from data.prompts import load_prompts
+from data.reader import read_manifest
 from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
 from fms_spec.files import OWNER, owned, read_json, write_json
 from fms_spec.loading import load_for_decoding
 from fms_spec.timing import timed
-from pipelines.config import load_config
+from pipelines.config import BaseModelSection, GenerationSection, load_config
 from pipelines.export import export
+from pipelines.generate.conversations import CONVERSATIONS, write_conversations
 from pipelines.machine.environment import environment
 from pipelines.machine.small_model import unpack_small_model
-from pipelines.measure.figures import losslessness, summary
+from pipelines.measure.figures import losslessness, numbers, summary
 from pipelines.measure.samples import decode_in_turn, settle, usual_methods
 from pipelines.measure.suggestion import chain_acceptance, greedy_texts
 from pipelines.plan.devices import faster_dtype
-from pipelines.show.console import GROUPS, print_values
+from pipelines.show.console import GROUPS, print_groups, print_values
 from pipelines.train.checkpoint import newest_checkpoint, read_progress
 from pipelines.train.run import train
 
-CONFIG = Path(__file__).parent / "configs/quickstart.yaml"
+CONFIGS = Path(__file__).parent / "configs"
 ROW_TOKENS = 512  # rows of one document each, mostly: short enough that attention costs little, longer than any evaluated context
-HELD_OUT = 40  # documents that no training step sees
+CHAT_ROW_TOKENS = 1024  # two questions with their answers come to about 600: they stand whole in their rows
+CHATS, QUESTIONS, TURN_TOKENS = 200, 2, 512  # written, of which about a fifth are lost: of 63 answers 14 had no end within 512 tokens
+HELD_OUT = 40  # documents that no training step sees: those evaluated, and validation's 16
 SHAPE = DraftShape(min_probability=0.1, lookup=10)  # chosen on prompts that are in no split
 PROMPTS, NEW_TOKENS = 24, 64  # evaluated: one prompt a held-out document
 
@@ -53,8 +61,8 @@ class Parts:
             write_json(self.path, self.seconds)
 
 
-def quickstart(out, scale):
-    """Go the whole way in the folder `out` (Path), or what is left of it.
+def quickstart(out, scale, chat):
+    """Go the whole way in the folder `out` (Path), or what is left of it. chat: with conversations for text.
 
     Raises:
         UserError: a scale that isn't over 0 and at most 1, or a folder that holds something else.
@@ -62,13 +70,16 @@ def quickstart(out, scale):
     if not 0 < scale <= 1:
         raise UserError(f"--scale={scale}: must be over 0 and at most 1")
     with owned(out):
-        go_through(out, scaled_config(out, scale, claim(out, scale)), scale)
+        go_through(out, scale, chat, claim(out, scale, chat))
 
 
-def go_through(out, config, scale):
+def go_through(out, scale, chat, dtype):
     parts = Parts(out / "parts.json")
     parts.run("base model", lambda: unpack_small_model(out / "base_model"))
-    parts.run("data", lambda: prepare_data(out))
+    if chat:
+        parts.run("conversations", lambda: write_chats(out, scale, dtype))
+    parts.run("data", lambda: prepare_data(out, scale, chat))
+    config = scaled_config(out, scale, chat, dtype)
     parts.run("training", lambda: train(config, out / "run", resume=True))
     parts.run("export", lambda: (out / "speculator").exists() or export(out / "run", out / "speculator"))
     if not isinstance(read_or_none(out / "evaluation.json"), dict):
@@ -77,51 +88,71 @@ def go_through(out, config, scale):
     write_report(out, config, parts.seconds)
 
 
-def claim(out, scale):
-    """Refuse an out_dir that holds something else, or a quickstart at another scale; returns the dtype the base model trains in."""
+def claim(out, scale, chat):
+    """Refuse an out_dir that holds something else, or another quickstart; returns the dtype the base model trains in."""
     record = out / "quickstart.json"
     if not any(path.name not in (record.name, OWNER) for path in out.iterdir()):  # nothing yet that an older one would say something of
-        write_json(record, {"scale": scale, "dtype": faster_dtype()})
+        write_json(record, {"scale": scale, "chat": chat, "dtype": faster_dtype()})
     if not record.is_file():
         raise UserError(f"{out} holds other files; give an empty or new --out_dir")
     values = read_or_none(record)
-    if not isinstance(values, dict) or not {"scale", "dtype"} <= values.keys():
+    if not isinstance(values, dict) or not {"scale", "chat", "dtype"} <= values.keys():
         raise UserError(f"{record}: can't be read, it may be damaged; give another --out_dir")
-    if values["scale"] != scale:
-        raise UserError(f"{out} holds a quickstart at --scale={values['scale']}; give that scale to go on, or another --out_dir")
+    if (values["scale"], values["chat"]) != (scale, chat):
+        flags = f"--scale={values['scale']} --chat={values['chat']}"
+        raise UserError(f"{out} holds a quickstart with {flags}; give those to go on, or another --out_dir")
     return values["dtype"]
 
 
-def scaled_config(out, scale, dtype):
-    """quickstart.yaml with this run's paths and dtype, and with its budget scaled."""
+def scaled(count, scale, least):
+    """A share of the budget's `count`, `least` at the smallest."""
+    return max(least, round(count * scale))
+
+
+def scaled_config(out, scale, chat, dtype):
+    """The shipped config with this run's paths and dtype, and with its budget scaled; no step reads more than is prepared."""
+    path = CONFIGS / ("quickstart_chat.yaml" if chat else "quickstart.yaml")
     overrides = [f"base_model.name={out / 'base_model'}", f"data.dir={out / 'data'}", f"base_model.dtype={dtype}"]
-    full = load_config(CONFIG, overrides)
+    full, tables = load_config(path, overrides), read_manifest(out / "data")["tables"]
+    rows, prompts = (tables[name]["rows"] for name in ("rows-train", "prompts-train"))
     smaller = {
-        "schedule.steps": max(7, round(full.schedule.steps * scale)),
-        "data.rows": max(full.phase1.batch_size, round(full.data.rows * scale)),
-        "data.prompts": max(full.phase2.batch_size, round(full.data.prompts * scale)),
-        "generation.batch_size": max(full.phase2.batch_size, round(full.generation.batch_size * scale)),
-        "validation.every": max(7, round(full.validation.every * scale)),
-        "checkpoint.every": max(7, round(full.checkpoint.every * scale)),
+        "schedule.steps": scaled(full.schedule.steps, scale, 7),
+        "phase1.batch_size": min(full.phase1.batch_size, rows),
+        "phase2.batch_size": min(full.phase2.batch_size, prompts),
+        "data.rows": full.data.rows and scaled(full.data.rows, scale, full.phase1.batch_size),  # None reads all
+        "data.prompts": full.data.prompts and scaled(full.data.prompts, scale, full.phase2.batch_size),
+        "generation.batch_size": scaled(full.generation.batch_size, scale, full.phase2.batch_size),
+        "validation.every": scaled(full.validation.every, scale, 7),
+        "validation.prompts": scaled(full.validation.prompts, scale, 2),
+        "checkpoint.every": scaled(full.checkpoint.every, scale, 7),
     }
-    return load_config(CONFIG, overrides + [f"{key}={value}" for key, value in smaller.items()])
+    return load_config(path, overrides + [f"{key}={json.dumps(value)}" for key, value in smaller.items()])
 
 
-def prepare_data(out):
-    files = copy_python_sources(out / "corpus")
-    print(f"{files} Python files")
-    prepare(
-        source=str(out / "corpus"), tokenizer=str(out / "base_model"), out_dir=str(out / "data"), seq_length=ROW_TOKENS, held_out=HELD_OUT
-    )
+def write_chats(out, scale, dtype):
+    """Have the base model write the conversations, all of a turn together."""
+    count = scaled(CHATS, scale, 16)
+    settings = GenerationSection(batch_size=count, max_new_tokens=TURN_TOKENS)
+    base_model = BaseModelSection(name=str(out / "base_model"), dtype=dtype)
+    write_conversations(base_model, settings, out / "chats", conversations=count, questions=QUESTIONS)
+
+
+def prepare_data(out, scale, chat):
+    if chat:
+        source, row_tokens = out / "chats" / CONVERSATIONS, CHAT_ROW_TOKENS
+    else:
+        source, row_tokens = out / "corpus", ROW_TOKENS
+        print(f"{copy_python_sources(source)} Python files")
+    tokenizer, held_out = str(out / "base_model"), scaled(HELD_OUT, scale, 4)
+    prepare(source=str(source), tokenizer=tokenizer, out_dir=str(out / "data"), seq_length=row_tokens, held_out=held_out)
 
 
 def measure(out, scale):
     """Decode held-out prompts; the result waits in evaluation.json for the report."""
     load = partial(load_for_decoding, str(out / "base_model"), out / "speculator", SHAPE)
-    prompts = load_prompts(out / "data", out / "base_model", max(2, round(PROMPTS * scale)))
+    prompts = load_prompts(out / "data", out / "base_model", scaled(PROMPTS, scale, 2))
     samples, values = decode_prompts(load, prompts)
     samples, _ = settle(samples, [], load, NEW_TOKENS)
-    values = {name: value for name, value in values.items() if name not in GROUPS}  # there is but one of each
     write_json(out / "evaluation.json", values | losslessness(samples, prompts))
 
 
@@ -146,5 +177,6 @@ def write_report(out, config, seconds):
         "seconds_in_all": sum(seconds.values()),
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,  # Linux counts in KiB
     }
-    write_json(out / "report.json", values | {"environment": environment()})
-    print_values(values, str(out / "report.json"))
+    write_json(out / "report.json", numbers(values | {"environment": environment()}), allow_nan=False)
+    print_values({name: value for name, value in values.items() if name not in GROUPS}, str(out / "report.json"))
+    print_groups(values)

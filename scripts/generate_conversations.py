@@ -7,6 +7,7 @@ from pydantic import Field
 from pipelines.cli import arguments, main
 from pipelines.config import Count, CountOrZero, Seed
 from pipelines.generate.conversations import write_conversations
+from pipelines.generate.write import sections_of
 
 
 @arguments
@@ -55,5 +56,11 @@ class Arguments:
     backend: Literal["auto", "fms", "transformers"] = "auto"
 
 
+def run(parsed):
+    settings, base_model = sections_of(parsed)
+    flags = ("source", "conversations", "questions", "format", "chat_template", "seed")
+    write_conversations(base_model, settings, parsed.out_dir, **{name: getattr(parsed, name) for name in flags})
+
+
 if __name__ == "__main__":
-    main(Arguments, write_conversations)
+    main(Arguments, run)

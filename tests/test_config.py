@@ -34,6 +34,14 @@ def test_every_shipped_config_loads_and_says_how_it_is_run(path):
     assert text.startswith("#") and ("scripts.train" in text or "make quickstart" in text)
 
 
+def test_the_chat_quickstart_differs_from_the_other_only_where_it_says_why():
+    plain, chat = (next(path for path in CONFIGS if path.stem == name) for name in ("quickstart", "quickstart_chat"))
+    settings = lambda line: line.partition(" #")[0].rstrip()  # noqa: E731
+    known = [settings(line) for line in plain.read_text().splitlines()]
+    other = [line for line in chat.read_text().splitlines() if settings(line) not in known and not line.startswith("#")]
+    assert other and all(" # " in line for line in other)
+
+
 def test_the_ibm_recipe_is_the_published_one():
     config = load_config(next(path for path in CONFIGS if "ibm" in path.name))
     assert config.schedule.build().phase_steps() == {"phase1": 15000, "phase2": 6000} and config.schedule.mode == "sequential"

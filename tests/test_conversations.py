@@ -20,9 +20,8 @@ from data.prepare.run import prepare
 from data.reader import RowReader
 from data.tokenizer import load_tokenizer
 from fms_spec.errors import UserError
-from pipelines.generate.conversations import write_conversations
 from pipelines.generate.engines import EmbeddedEngine
-from scripts.generate_conversations import Arguments
+from scripts.generate_conversations import Arguments, run
 
 CONVERSATION = [
     {"role": "user", "content": "hello world"},
@@ -126,7 +125,7 @@ def chat_model(tmp_path_factory):
 def write(model, folder, **changes):
     """What scripts.generate_conversations makes of a tiny model: (its conversations, its manifest)."""
     flags = {"base_model": str(model), "out_dir": str(folder), "engine": "embedded", "dtype": "float32", "max_tokens": 60} | changes
-    write_conversations(Arguments(shard_prompts=8, **flags))
+    run(Arguments(shard_prompts=8, **flags))
     lines = (folder / "conversations.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], json.loads((folder / "manifest.json").read_text())
 

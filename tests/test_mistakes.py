@@ -185,17 +185,18 @@ def test_a_folder_that_another_process_writes_is_refused_by_quickstart_and_recip
 def test_damaged_records_of_a_quickstart_are_taken_as_not_written_where_nothing_is_lost(tmp_path):
     record = tmp_path / "quickstart.json"
     record.write_text("")
-    dtype = claim(tmp_path, 0.5)
-    assert claim(tmp_path, 0.5) == dtype, "what was written can be read again"
+    dtype = claim(tmp_path, 0.5, False)
+    assert claim(tmp_path, 0.5, False) == dtype, "what was written can be read again"
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match="--scale=0.5"):
-        claim(tmp_path, 1.0)
+    for scale, chat in ((1.0, False), (0.5, True)):
+        with pytest.raises(UserError, match="holds a quickstart with --scale=0.5 --chat=False"):
+            claim(tmp_path, scale, chat)
     record.write_text('{"scale": 0.')
     with pytest.raises(UserError, match="quickstart.json: can't be read"):
-        claim(tmp_path, 0.5)
+        claim(tmp_path, 0.5, False)
     record.unlink()
     with pytest.raises(UserError, match="holds other files"):
-        claim(tmp_path, 0.5)
+        claim(tmp_path, 0.5, False)
     (tmp_path / "parts.json").write_text('{"data": 3')
     done = []
     parts = Parts(tmp_path / "parts.json")

@@ -1,4 +1,4 @@
-"""The quickstart on the real small model: the whole way, stopped in the middle and started again."""
+"""The quickstart, stopped in the middle and started again: the whole way on the real small model, and that for chat on a tiny one."""
 
 import json
 import os
@@ -6,19 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
+from conftest import write_model, write_tokenizer
+from test_chat_training import TEMPLATE
 from test_house import ROOT
+from transformers import LlamaForCausalLM
 
+from data.reader import read_manifest, read_prompts
+from pipelines import quickstart
 from pipelines.machine.small_model import PACKAGE
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"{PACKAGE} carries the small base model; make test installs it"),
-]
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"{PACKAGE} carries the small base model; make test installs it")
 def test_a_quickstart_stopped_in_training_goes_on_and_ends_with_a_lossless_report(tmp_path):
     out = tmp_path / "quickstart"
     command = [sys.executable, "-m", "scripts.quickstart", f"--out_dir={out}", "--scale=0.05"]
@@ -48,3 +52,42 @@ def test_a_quickstart_stopped_in_training_goes_on_and_ends_with_a_lossless_repor
     assert set(parts) == {"base model", "data", "training", "export", "evaluation"} and parts["training"] >= within * 0.999
     assert sum(parts.values()) == pytest.approx(report["seconds_in_all"])
     assert (out / "speculator/model.safetensors").is_file() and list((out / "run/continuations").glob("*.parquet"))
+
+
+def write_chat_model(folder):
+    """A tiny model with words enough for the shipped draft vocabulary, which ends its turns after some of them."""
+    write_model(folder, vocab_size=4096, max_position_embeddings=2048)
+    write_tokenizer(folder, words=4096)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data[0] *= 2.5
+    model.save_pretrained(folder)
+
+
+def test_a_chat_quickstart_stopped_in_training_goes_on_from_conversations_of_its_own_and_ends_with_a_lossless_report_by_turn(
+    tmp_path, monkeypatch, capsys
+):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "unpack_small_model", lambda folder: folder.exists() or write_chat_model(folder))
+    with monkeypatch.context() as first, pytest.raises(KeyboardInterrupt):
+        first.setattr(quickstart, "train", stopped)
+        quickstart.quickstart(tmp_path / "chat", 0.1, True)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("chat/[cd]*/**/*")}
+    assert "== conversations" in capsys.readouterr().out
+
+    quickstart.quickstart(tmp_path / "chat", 0.1, True)
+    printed = capsys.readouterr().out
+    assert "== conversations" not in printed and written == {path: path.stat().st_mtime_ns for path in written}
+    conversations = [json.loads(line)["messages"] for line in (tmp_path / "chat/chats/conversations.jsonl").read_text().splitlines()]
+    tables = read_manifest(tmp_path / "chat/data")["tables"]
+    assert tables["prompts-held_out"]["rows"] == 4 and tables["prompts-train"]["rows"] == len(conversations) - 4
+    assert {len(messages) for messages in conversations} == {2, 4}
+
+    report = json.loads((tmp_path / "chat/report.json").read_text())
+    assert report["lossless"] is True and report["texts"] == 2 and report["phase1_steps"] == 90 and report["phase2_steps"] == 36
+    turns = Counter(map(str, read_prompts(tmp_path / "chat/data", "held_out").turns[:2]))
+    assert {turn: group["texts"] for turn, group in report["turns"].items()} == turns
+    assert set(report["seconds_by_part"]) >= {"base model", "conversations", "data", "training", "export", "evaluation"}
+    assert "prompt_lookup" in printed and (tmp_path / "chat/speculator/model.safetensors").is_file()

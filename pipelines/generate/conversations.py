@@ -27,22 +27,26 @@ from fms_spec.seeds import mixed
 from fms_spec.weights import fingerprint
 from pipelines.generate.engines import describe_generation
 from pipelines.generate.supply import check_stops
-from pipelines.generate.write import Writer, sections_of
+from pipelines.generate.write import Writer
 from pipelines.machine.environment import environment
 
 CONVERSATIONS = "conversations.jsonl"
 OURS = re.compile(rf"turn-\d+|{CONVERSATIONS}|{MANIFEST}|\..*")
 
 
-def write_conversations(parsed):
-    """Write all turns that are missing, and then the conversations that came of them; parsed: flags of scripts.generate_conversations."""
-    out_dir, (settings, base_model) = checked_folder(parsed.out_dir), sections_of(parsed)
-    path = resolve_base_model(base_model.name)
+def write_conversations(
+    base_model, settings, out_dir, *, source=None, conversations=None, questions=1, format=None, chat_template=None, seed=0
+):
+    """Write all turns that are missing, and then the conversations that came of them, `CONVERSATIONS` in `out_dir`.
+
+    base_model: `BaseModelSection`. settings: `GenerationSection`. The rest: flags of scripts.generate_conversations.
+    """
+    out_dir, path = checked_folder(out_dir), resolve_base_model(base_model.name)
     tokenizer = load_tokenizer(str(path))
-    template = ChatTemplate(tokenizer, parsed.chat_template)
+    template = ChatTemplate(tokenizer, chat_template)
     template.date = date_of(out_dir) or template.date
-    dialogues = dialogues_of(parsed)
-    turns = Turns(template, ["assistant"] if parsed.source else ["user", "assistant"])
+    dialogues = dialogues_of(source, conversations, questions, format, seed)
+    turns = Turns(template, ["assistant"] if source else ["user", "assistant"])
     turns.ends["assistant"] |= check_stops(turns.ends["assistant"], path, tokenizer)
     room = context_length(read_config(path)) - settings.max_new_tokens
     longest = min(room, max(turns.longest_prompt(dialogue, settings.max_new_tokens) for dialogue in dialogues))
@@ -52,7 +56,7 @@ def write_conversations(parsed):
     with Writer(settings, base_model, longest) as writer:
         while len(prompts := prompts_of(dialogues, turns, longest)):
             refuse_unknown(torch.cat(prompts.tokens), tokenizer.embedding_size, tokenizer.backend, "conversations")
-            folder, seed = out_dir / f"turn-{len(written):02d}", mixed(parsed.seed, len(written))
+            folder, seed = out_dir / f"turn-{len(written):02d}", mixed(seed, len(written))
             store = ContinuationStore(folder, prompts, shard_prompts=settings.batch_size, settings=made_by, seed=seed)
             writer.write(store, range(store.shard_count))
             written.append(store.finish(environment()))
@@ -78,22 +82,22 @@ def date_of(out_dir):
     return day and date.fromisoformat(day)
 
 
-def dialogues_of(parsed):
+def dialogues_of(source, conversations, questions, format, seed):
     """The `Dialogue`s that the flags ask for."""
-    if parsed.source is None:
-        if parsed.conversations is None:
+    if source is None:
+        if conversations is None:
             raise UserError("--conversations is required where there is no --source: say how many the base model is to write")
-        return own_dialogues(parsed.conversations, parsed.questions)
-    if parsed.questions != 1:
-        raise UserError(f"--questions={parsed.questions}: --source={parsed.source} has its own; leave one of the two out")
-    check_format(parsed.format, "text")
-    opened = open_source(parsed.source, format=parsed.format)
+        return own_dialogues(conversations, questions)
+    if questions != 1:
+        raise UserError(f"--questions={questions}: --source={source} has its own; leave one of the two out")
+    check_format(format, "text")
+    opened = open_source(source, format=format)
     if not opened.conversations:
-        raise UserError(f"source {parsed.source}: holds texts, and only conversations have answers to write anew")
-    documents = islice(opened.documents(np.random.default_rng(parsed.seed)), parsed.conversations)
+        raise UserError(f"source {source}: holds texts, and only conversations have answers to write anew")
+    documents = islice(opened.documents(np.random.default_rng(seed)), conversations)
     dialogues = [rewritten(document.content) for document in documents]
     if all(dialogue.next is None for dialogue in dialogues):
-        raise UserError(f"source {parsed.source}: no answer is to be written in any of {len(dialogues)} conversations")
+        raise UserError(f"source {source}: no answer is to be written in any of {len(dialogues)} conversations")
     return dialogues
 
 

@@ -1,6 +1,5 @@
 """What a speculator earns, from the flags of scripts.evaluate to its report."""
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from fms_spec.vllm.versions import installed_vllm
 from pipelines.cli import check_new, draft_shape
 from pipelines.generate.vllm_engine import need_vllm
 from pipelines.machine.environment import environment
-from pipelines.measure.figures import losslessness, summary
+from pipelines.measure.figures import losslessness, numbers, summary
 from pipelines.measure.samples import decode_in_turn, free_memory, parting, settle, side_by_side, usual_methods
 from pipelines.measure.serving import serve
 from pipelines.measure.suggestion import LOOKUPS, chain_acceptance, greedy_texts, suggest
@@ -71,15 +70,6 @@ def partings(pairs, gaps):
     """Where texts part, as JSON values: which text, at which new token, and how far apart the logits are; see `logit_gap`."""
     places = [parting(first, second) for _, first, second in pairs]
     return [{"text": text, "place": place, "gap": gaps[text]} for text, place in enumerate(places) if place is not None]
-
-
-def numbers(value):
-    """A JSON value with None where there is no number, as for the speed of texts that end with their first token."""
-    if isinstance(value, dict):
-        return {name: numbers(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [numbers(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_report(out):

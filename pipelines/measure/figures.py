@@ -135,3 +135,12 @@ def interval(values):
     edge = (1 - INTERVAL) / 2
     finite = values[values.isfinite()]
     return finite.quantile(torch.tensor([edge, 1 - edge], dtype=torch.float64)).tolist() if len(finite) else [math.nan, math.nan]
+
+
+def numbers(value):
+    """A JSON value with None where there is no number, as for the speed of texts that end with their first token."""
+    if isinstance(value, dict):
+        return {name: numbers(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
