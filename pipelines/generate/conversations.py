@@ -16,7 +16,7 @@ from data.continuations.turns import Turns, own_dialogues, rewritten
 from data.manifest import MANIFEST
 from data.parquet import shard_entry
 from data.prepare.chat import ChatTemplate
-from data.prepare.rows import check_format
+from data.prepare.rows import Wanted, check_format
 from data.prepare.sources import open_source
 from data.reader import Prompts
 from data.tokenizer import load_tokenizer, refuse_unknown
@@ -87,7 +87,7 @@ def dialogues_of(parsed):
     if parsed.questions != 1:
         raise UserError(f"--questions={parsed.questions}: --source={parsed.source} has its own; leave one of the two out")
     check_format(parsed.format, "text")
-    opened = open_source(parsed.source, format=parsed.format)
+    opened = open_source(parsed.source, Wanted(format=parsed.format))
     if not opened.conversations:
         raise UserError(f"source {parsed.source}: holds texts, and only conversations have answers to write anew")
     documents = islice(opened.documents(np.random.default_rng(parsed.seed)), parsed.conversations)
@@ -110,7 +110,8 @@ def prompts_of(dialogues, turns, longest):
             dialogue.ended = "over the base model's context"
         else:
             found[number] = torch.tensor(ids)
-    return Prompts([*found.values()], torch.tensor([*found], dtype=torch.int64), [*map(str, found)])
+    unknown = [None] * len(found)
+    return Prompts([*found.values()], torch.tensor([*found], dtype=torch.int64), [*map(str, found)], unknown, unknown)
 
 
 def take_all(store, dialogues, turns):
