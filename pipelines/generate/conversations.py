@@ -16,7 +16,7 @@ from data.continuations.turns import Turns, own_dialogues, rewritten
 from data.manifest import MANIFEST
 from data.parquet import shard_entry
 from data.prepare.chat import ChatTemplate
-from data.prepare.rows import check_format
+from data.prepare.rows import Wanted, check_format
 from data.prepare.sources import open_source
 from data.reader import Prompts
 from data.tokenizer import load_tokenizer, refuse_unknown
@@ -91,7 +91,7 @@ def dialogues_of(source, conversations, questions, format, seed):
     if questions != 1:
         raise UserError(f"--questions={questions}: --source={source} has its own; leave one of the two out")
     check_format(format, "text")
-    opened = open_source(source, format=format)
+    opened = open_source(source, Wanted(format=format))
     if not opened.conversations:
         raise UserError(f"source {source}: holds texts, and only conversations have answers to write anew")
     documents = islice(opened.documents(np.random.default_rng(seed)), conversations)
@@ -114,7 +114,8 @@ def prompts_of(dialogues, turns, longest):
             dialogue.ended = "over the base model's context"
         else:
             found[number] = torch.tensor(ids)
-    return Prompts([*found.values()], torch.tensor([*found], dtype=torch.int64), [*map(str, found)])
+    unknown = [None] * len(found)
+    return Prompts([*found.values()], torch.tensor([*found], dtype=torch.int64), [*map(str, found)], unknown, unknown)
 
 
 def take_all(store, dialogues, turns):
