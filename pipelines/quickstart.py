@@ -32,8 +32,8 @@ from pipelines.train.run import train
 
 CONFIGS = Path(__file__).parent / "configs"
 ROW_TOKENS = 512  # rows of one document each, mostly: short enough that attention costs little, longer than any evaluated context
-CHAT_ROW_TOKENS = 1024  # two questions with their answers come to about 600: they stand whole in their rows
-CHATS, QUESTIONS, TURN_TOKENS = 200, 2, 512  # written, of which about a fifth are lost: of 63 answers 14 had no end within 512 tokens
+CHAT_ROW_TOKENS = 1024  # a question with its answer has at most some 600: it stands whole in its row
+CHATS, TURN_TOKENS = 160, 512  # written, of which about a fifth are lost: of 63 answers 14 had no end within 512 tokens
 HELD_OUT = 40  # documents that no training step sees: those evaluated, and validation's 16
 SHAPE = DraftShape(min_probability=0.1, lookup=10)  # chosen on prompts that are in no split
 PROMPTS, NEW_TOKENS = 24, 64  # evaluated: one prompt a held-out document
@@ -134,7 +134,7 @@ def write_chats(out, scale, dtype):
     count = scaled(CHATS, scale, 16)
     settings = GenerationSection(batch_size=count, max_new_tokens=TURN_TOKENS)
     base_model = BaseModelSection(name=str(out / "base_model"), dtype=dtype)
-    write_conversations(base_model, settings, out / "chats", conversations=count, questions=QUESTIONS)
+    write_conversations(base_model, settings, out / "chats", conversations=count)
 
 
 def prepare_data(out, scale, chat):
