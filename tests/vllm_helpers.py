@@ -82,7 +82,9 @@ def serving(base_model, speculator=None, num_speculative_tokens=3, **settings):
         num_gpu_blocks_override=20, kv_cache_memory_bytes=10**8, disable_log_stats=False, distributed_executor_backend="uni",
     )  # fmt: skip
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
+    cleanup_dist_env_and_memory()  # groups that an engine of another test left would be taken, which fit other models
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         llm = LLM(str(base_model), speculative_config=speculative, **defaults | settings)
