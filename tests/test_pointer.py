@@ -121,8 +121,9 @@ def test_losses_and_gradients_are_those_of_the_formulas_in_double(model, rows, f
         assert (found[name] - value.grad).norm() <= 1e-4 * value.grad.norm(), name
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["as trained", "packed"])
 @pytest.mark.parametrize("family", POINTERS)
-def test_what_is_proposed_is_what_is_trained(model, rows, family):
+def test_what_is_proposed_is_what_is_trained(model, rows, family, packed):
     windows = windows_of(rows)
     tokens, _, states = rows
     speculator = in_double(tiny_speculator(model, family, n_predict=HEADS), model)
@@ -130,6 +131,8 @@ def test_what_is_proposed_is_what_is_trained(model, rows, family):
     for head, q, *_ in said(speculator, model, windows, rows):
         expected.setdefault(head, []).append(q)
     speculator = tiny_speculator(model, family, n_predict=HEADS)
+    if packed:
+        speculator.pack()
     text = tokens[0, :12]  # the first document: its positions stand first, of each depth
     index = [number for number, t in enumerate(windows.index.tolist()) if t < 12]
     roots = windows.index[index] + 1
