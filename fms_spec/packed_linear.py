@@ -35,3 +35,13 @@ def pack_linears(module: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
+
+
+@torch.no_grad()
+def linear_of(like: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """A layer of these values, on the device and in the dtype of `like`."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=like.device, dtype=like.dtype)
+    made.weight.copy_(weight)
+    if bias is not None:
+        made.bias.copy_(bias)
+    return made

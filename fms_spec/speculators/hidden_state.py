@@ -27,19 +27,14 @@ from torch.nn import functional as F
 
 from fms_spec.context import Recent, Seen
 from fms_spec.errors import UserError
-from fms_spec.packed_linear import PackedLinear, can_pack, pack_linears
 from fms_spec.read_out import read_out
 from fms_spec.settings import Layers, Side
 from fms_spec.speculators import draft_vocabulary
 from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Size, Sizes, Speculator, State
-from fms_spec.speculators.pointer import Pointer, PointerSettings
+from fms_spec.speculators.packed_heads import PackedHeads
+from fms_spec.speculators.pointer import Pointer, PointerSettings, rms
 
 STATE_SCALE_FLOOR = 1e-3  # keeps a coordinate that hardly moves from being blown up
-
-
-def rms(x: torch.Tensor) -> torch.Tensor:
-    """RMS norm without parameters: [..., w] -> same shape and dtype."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class Trunk(nn.Module):
@@ -97,7 +92,7 @@ class HiddenStateSpeculator(Speculator):
     sample_rows, needs_embedding, predicts_states = 8, True, True
     draft_ids: torch.Tensor
     state_scale: torch.Tensor
-    packed_output: PackedLinear | None
+    packed: PackedHeads | None
 
     def __init__(
         self,
@@ -156,8 +151,8 @@ class HiddenStateSpeculator(Speculator):
         self.draft_index = draft_vocabulary.entries(self.draft_ids, self.vocab_size)
         embedding = base_model.embedding_weight
         self.embedding_scale = 1 / embedding.float().square().mean().sqrt().item()
-        self.frozen = (embedding, base_model.output_weight[self.draft_ids])  # a tuple, so that neither becomes a parameter
-        self.packed_output = None  # see `pack`
+        self.frozen: tuple[torch.Tensor, ...] = (embedding, base_model.output_weight[self.draft_ids])  # a tuple, so that neither becomes a parameter
+        self.packed = None  # see `pack`
         if self.context_width:
             self.pointer.attach(embedding)
 
@@ -172,9 +167,13 @@ class HiddenStateSpeculator(Speculator):
         if self.base_layers:
             read = len(self.base_layers) * self.emb_dim
             hidden, scale = rms(hidden[:, -read:].unflatten(-1, (-1, self.emb_dim))).flatten(-2), scale[-read:]
+        if self.packed is not None:
+            return self.packed.start(hidden, before)
         return (hidden / scale).to(hidden.dtype), None, None, before, None
 
     def advance(self, state: Any, tokens: torch.Tensor, head: int, seen: Seen | None = None) -> State:
+        if self.packed is not None:
+            return self.packed.advance(state, tokens, head)
         hidden, *drafted, newest, _ = state
         embedded = F.embedding(tokens, self.frozen[0]) * self.embedding_scale
         inputs = [hidden, embedded] if head == 0 else [hidden, *drafted, embedded]
@@ -188,19 +187,19 @@ class HiddenStateSpeculator(Speculator):
         return self.pointer.keys(recent, states.dtype)
 
     def point(self, state: Any, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.pointer.look(*state[2:])
+        return self.pointer.look(*state[2:]) if self.packed is None else self.pointer.asked(state[3], *state[5:])
 
     def read_out_logits(self, state: Any, head: int) -> torch.Tensor:
+        if self.packed is not None:
+            return state[4]
         features, weight = self.output(state, head)
-        features = features.to(weight.dtype)
-        return F.linear(features, weight) if self.packed_output is None else self.packed_output(features)
+        return F.linear(features.to(weight.dtype), weight)
 
     def pack(self) -> None:
-        pack_linears(self.trunks)
+        self.packed = PackedHeads(self)
+        self.trunks, self.frozen = nn.ModuleList(), self.frozen[:1]  # what they hold is in `packed` now
         if self.context_width:
             self.pointer.pack()
-        if can_pack(self.frozen[1]):
-            self.packed_output = PackedLinear(self.frozen[1])
 
     def state_distance(self, features: torch.Tensor, target_states: torch.Tensor) -> torch.Tensor:
         """Smooth L1 between predicted and true states, in units of sigma (a few coordinates are fifty times the others): fp32 [m]."""

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.context import Recent
-from fms_spec.packed_linear import pack_linears
+from fms_spec.packed_linear import linear_of, pack_linears
 from fms_spec.settings import Section, Side
 
 SHARPNESS = 8.0  # score of a match of one token at the start; the noise of the others is about 8 / sqrt(w)
@@ -56,16 +56,18 @@ class Pointer(nn.Module):
 
     def pack(self) -> None:
         """Work out what keys and queries take of every token, four tables [v + 1, w] with zeros for none: from there on they are rows."""
-        weight, scale = self.key_tokens.weight, self.sharpness.detach() * (SHARPNESS / self.width)
+        weight, scale = self.key_tokens.weight.detach(), self.sharpness.detach() * (SHARPNESS / self.width)
         every = torch.arange(len(self.frozen[0]), device=weight.device)
         keys, queries = (self.projected(linear, every, weight.dtype) for linear in (self.key_tokens, self.query_tokens))
         self.tables = tuple(F.pad(table, (0, 0, 0, 1)) for table in (*keys, *(part * scale for part in queries)))
-        rows = torch.cat([self.query_state.weight * scale, self.gate.weight])
-        self.of_state = nn.Linear(rows.shape[1], len(rows), device=rows.device, dtype=rows.dtype)  # query_state and gate in one
-        with torch.no_grad():
-            self.of_state.weight.copy_(rows)
-            self.of_state.bias.copy_(F.pad(self.gate.bias, (self.width, 0)))
+        self.of_state = linear_of(weight, *self.state_rows())
         pack_linears(self)
+
+    def state_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a draft's own state says of its query and gate is weight [w + 1, y] times n(y) plus bias [w + 1], see `asked`."""
+        scale = self.sharpness.detach() * (SHARPNESS / self.width)
+        weight = torch.cat([self.query_state.weight * scale, self.gate.weight]).detach()
+        return weight, F.pad(self.gate.bias.detach(), (self.width, 0))
 
     def keys(self, recent: Recent, dtype: torch.dtype) -> torch.Tensor:
         """[..., w] of slots. Each token is projected once: a step of 32 rows of 512 has some 3,000 of them."""
@@ -84,11 +86,16 @@ class Pointer(nn.Module):
         """(query [m, w], scaled so that a score is its product with a key; gate [m], its G y + a): inner [m, y], tokens int64 [m]."""
         state = rms(inner)
         if self.tables is not None:
-            query, gate = self.of_state(state).split([self.width, 1], dim=-1)
-            return query + self.tables[2][newest] + self.tables[3][before], gate.squeeze(-1)
+            return self.asked(self.of_state(state), newest, before)
         pair = self.embedded(torch.stack([newest, before], dim=-1), inner.dtype).flatten(-2)
         query = self.query_tokens(pair) + self.query_state(state)
         return query * (self.sharpness * (SHARPNESS / self.width)), self.gate(state).squeeze(-1)
+
+    def asked(self, of_state: torch.Tensor, newest: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`look`, once packed, where what `state_rows` make of the state is known: [m, w + 1]."""
+        assert self.tables is not None
+        query, gate = of_state.split([self.width, 1], dim=-1)
+        return query + self.tables[2][newest] + self.tables[3][before], gate.squeeze(-1)
 
     def embedded(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """int64 [...] -> [..., d]; a token of -1 gives zeros."""
