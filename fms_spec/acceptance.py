@@ -6,7 +6,7 @@ Acceptance at position i (from 1) = the share of steps that accepted at least i 
 Shapes: s tokens of a text, d base width, m positions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +38,10 @@ def pooled_acceptance(accepted: Iterable[int], drafts: int) -> Acceptance:
 
 
 @torch.inference_mode()
-def steps_in_text(
+def judged(
     proposer: Proposer, states: torch.Tensor, tokens: torch.Tensor, prompt_length: int, new_tokens: int
-) -> list[tuple[int, int]]:
-    """What greedy decoding of this text would have accepted at each of its steps, of how many candidates, from the text alone.
-
-    Every position of the text is given to the proposer, as if a step began there; the steps that decoding would have taken are then read
-    off, each beginning where the one before ended. Equal to `Continuation.accepted` up to rounding of the states.
+) -> tuple[list[int], list[int]]:
+    """What greedy decoding of this text would have accepted, and of how many candidates, had a step begun at each of its positions.
 
     Args:
         proposer: see `proposers`. states: [s, d], the base model's, of the whole text. tokens: int64 [s], a prompt and what the base model
@@ -52,33 +49,54 @@ def steps_in_text(
         Where those are missing, candidates past the end of the text count as wrong.
 
     Returns:
-        list of (accepted, candidates), one for each step that had candidates.
+        (accepted, candidates), two lists of new_tokens - 1 ints: the first new token comes from reading the prompt.
     """
-    count = new_tokens - 1  # the first new token comes from reading the prompt
-    if count < 1:
-        return []
-    line = tokens.tolist()
-    roots = torch.arange(prompt_length, prompt_length + count, device=tokens.device)
-    accepted, drafted = [], []
-    for some in roots.split(ROOTS):
-        texts = [line[: root + 1] for root in some.tolist()]
-        context = of_text(proposer.speculator, states, tokens, some)
-        candidates = proposer.propose(Step(states[some - 1], tokens[some], texts, context=context))
+    accepted: list[int] = []
+    drafted: list[int] = []
+    for roots, step in steps_at(proposer, states, tokens, prompt_length, new_tokens):
+        candidates = proposer.propose(step)
         if candidates is None:
-            return []
+            accepted += [0] * len(roots)
+            drafted += [0] * len(roots)
+            continue
         # What the base model says after a node on the text's own path, as deep as it is; other nodes' parents are wrong already.
-        positions = some[:, None] + 1 + candidates.tree.depths
-        chosen = tokens[positions.clamp(max=len(tokens) - 1)].masked_fill(positions >= len(tokens), -2)
-        accepted += (match(candidates, chosen).accepted.sum(-1) - 1).tolist()
+        positions = roots[:, None] + 1 + candidates.tree.depths
+        accepted += (match(candidates, said_at(tokens, positions)).accepted.sum(-1) - 1).tolist()
         drafted += (candidates.tokens >= 0).sum(-1).tolist()
+    return accepted, drafted
+
+
+def steps_at(
+    proposer: Proposer, states: torch.Tensor, tokens: torch.Tensor, prompt_length: int, new_tokens: int
+) -> Iterator[tuple[torch.Tensor, Step]]:
+    """(positions int64 [m] of newest tokens, the `Step` of them as a batch) over a text as for `judged`, `ROOTS` at a time."""
+    line = tokens.tolist()
+    for roots in torch.arange(prompt_length, prompt_length + new_tokens - 1, device=tokens.device).split(ROOTS):
+        if len(roots):
+            texts = [line[: root + 1] for root in roots.tolist()]
+            context = of_text(proposer.speculator, states, tokens, roots)
+            yield roots, Step(states[roots - 1], tokens[roots], texts, context=context)
+
+
+def said_at(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A text's tokens int64 [s] at positions, -2 past its end: int64, the shape of positions."""
+    return tokens[positions.clamp(max=len(tokens) - 1)].masked_fill(positions >= len(tokens), -2)
+
+
+def walked(accepted: Sequence[int], drafted: Sequence[int]) -> list[int]:
+    """At which of the positions of `judged` decoding would have begun a step with candidates: each begins where the one before ended."""
     steps, index = [], 0
-    while index < count:
+    while index < len(accepted):
         if drafted[index]:
-            steps.append((accepted[index], drafted[index]))
+            steps.append(index)
         index += 1 + accepted[index]
     return steps
 
 
 def accepted_in_text(proposer: Proposer, states: torch.Tensor, tokens: torch.Tensor, prompt_length: int, new_tokens: int) -> list[int]:
-    """The accepted alone, see `steps_in_text`."""
-    return [accepted for accepted, _ in steps_in_text(proposer, states, tokens, prompt_length, new_tokens)]
+    """What decoding would have accepted in each of its steps that had candidates, arguments as for `judged`.
+
+    Equal to `Continuation.accepted` up to rounding of the states.
+    """
+    accepted, drafted = judged(proposer, states, tokens, prompt_length, new_tokens)
+    return [accepted[index] for index in walked(accepted, drafted)]

@@ -12,6 +12,7 @@ import torch
 
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.context import Context
+from fms_spec.mixture import LEAST
 from fms_spec.sampling import Sampling, best_token, draw
 from fms_spec.speculators.interface import Speculator, State
 
@@ -115,32 +116,38 @@ class BestNodesProposer:
         self.speculator, self.nodes, self.lookahead = speculator, nodes, lookahead
 
     def propose(self, step: Step) -> Candidates:
+        scores, tokens, parents = (torch.cat(levels, dim=1) for levels in self.levels(step))
+        return best_nodes(scores, tokens, parents, self.nodes)
+
+    def levels(self, step: Step) -> tuple[list[torch.Tensor], ...]:
+        """What the best are picked from, level by level, each [b, w]: joint log-probability fp32, token, and parent, counted from 1 over
+        all levels with the root as 0."""
         speculator, batch = self.speculator, len(step.tokens)
         device = step.tokens.device
         state, tokens = started(speculator, step), step.tokens
         seen = () if step.context is None else (step.context,)
-        scores = torch.zeros(batch, 1, device=device)  # [b, w] joint log-probability of the nodes that the heads go on from
-        ids, first, all_scores, all_tokens, all_parents = torch.zeros(batch, 1, dtype=torch.int64, device=device), 0, [], [], []
+        joint = torch.zeros(batch, 1, device=device)  # [b, w] of the nodes that the heads go on from
+        ids, first, all_joint, all_tokens, all_parents = torch.zeros(batch, 1, dtype=torch.int64, device=device), 0, [], [], []
         for head in range(self.lookahead):
             state = speculator.advance(state, tokens.flatten(), head, *seen)
-            logits = speculator.logits(state, head, step.context).float()
-            keep = min(self.nodes - head, logits.shape[-1])
-            best, picked = logits.log_softmax(-1).topk(keep, dim=-1)  # [b * w, keep]
-            joint = (scores[:, :, None] + best.view(batch, -1, keep)).flatten(1)
-            scores, flat = joint.topk(min(self.nodes - head, joint.shape[1]), dim=-1)  # [b, w'], best first
+            scores = speculator.scores(state, head, step.context)
+            keep = min(self.nodes - head, scores.shape[-1])
+            picked = scores.topk(keep, dim=-1).indices  # [b * w, keep]
+            best = speculator.probability(scores, picked, step.context).clamp(min=LEAST).log()
+            joint = (joint[:, :, None] + best.view(batch, -1, keep)).flatten(1)
+            joint, flat = joint.topk(min(self.nodes - head, joint.shape[1]), dim=-1)  # [b, w'], best first
             parent = flat // keep  # within the level before
             tokens = speculator.to_tokens(picked.view(batch, -1).gather(1, flat))
-            all_scores.append(scores)
+            all_joint.append(joint)
             all_tokens.append(tokens)
             all_parents.append(ids.gather(1, parent))
             if head + 1 < self.lookahead:
-                ids = first + 1 + torch.arange(scores.shape[1], device=device).expand(batch, -1)
-                first += scores.shape[1]
-                parent = torch.arange(batch, device=device)[:, None] * (len(logits) // batch) + parent
-                parent, ids, scores, tokens = (part[:, : self.nodes - head - 1] for part in (parent, ids, scores, tokens))
+                ids = first + 1 + torch.arange(joint.shape[1], device=device).expand(batch, -1)
+                first += joint.shape[1]
+                parent = torch.arange(batch, device=device)[:, None] * (len(scores) // batch) + parent
+                parent, ids, joint, tokens = (part[:, : self.nodes - head - 1] for part in (parent, ids, joint, tokens))
                 state = select(state, parent.flatten())
-        scores, tokens, parents = (torch.cat(levels, dim=1) for levels in (all_scores, all_tokens, all_parents))
-        return best_nodes(scores, tokens, parents, self.nodes)
+        return all_joint, all_tokens, all_parents
 
 
 def started(speculator: Speculator, step: Step) -> Any:

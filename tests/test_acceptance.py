@@ -5,14 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.prompts import Prompt
-from fms_spec.acceptance import accepted_in_text, pooled_acceptance
+from fms_spec.acceptance import accepted_in_text, judged, pooled_acceptance, walked
 from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.draft_shape import DraftShape
 from fms_spec.lookup import PromptLookup
 from fms_spec.options import DecodingOptions
 from pipelines.measure.samples import decode_in_turn
-from pipelines.measure.suggestion import chain_acceptance, greedy_texts, looked_up, suggest
+from pipelines.measure.suggestion import chain_acceptance, greedy_texts, shapes, suggest, tried
 from pipelines.train.validation import Validation
 
 SHAPES = [DraftShape(), DraftShape(lookahead=1), DraftShape(top_k_per_head=(3, 2)), DraftShape(nodes=7), DraftShape(lookahead=2, nodes=4)]
@@ -83,14 +83,35 @@ def test_a_tree_is_suggested_for_any_number_of_heads(small_model, n_predict):
     assert suggest(small_model, speculator, [(states, text, 2, 8)])[0]["lookahead"] <= n_predict
 
 
+def text_of(model, prompt, new_tokens, more):
+    """A greedy text as the suggestion takes it, which goes on by `more` tokens."""
+    (result,), _ = decode(model, [prompt], DecodingOptions(max_new_tokens=new_tokens + more, ignore_eos=True))
+    tokens = torch.cat([prompt, torch.tensor(result.tokens)])
+    return model.hidden_states(tokens[None], torch.zeros(1, len(tokens), dtype=torch.int64))[0], tokens, len(prompt), new_tokens
+
+
+@pytest.mark.parametrize("family", ["mlp_untied", "hidden_state_pointer"])
+def test_every_shape_is_judged_as_part_of_a_larger_one_as_it_would_be_alone(small_model, family):
+    speculator = heads(small_model, 5, family)
+    prompts = torch.randint(1, 12, (3, 20), generator=torch.Generator().manual_seed(2))
+    for text in (text_of(small_model, prompt, 40, 10) for prompt in prompts):
+        found = tried(speculator, text)
+        for shape in shapes(speculator.n_predict):
+            accepted, candidates, _ = found[shape]
+            assert (list(accepted), list(candidates)) == judged(shape.proposer(speculator), *text), shape
+        assert sum(found[DraftShape(lookahead=3, nodes=8)][0]) > sum(found[DraftShape(lookahead=1)][0]) > 0
+
+
 def test_heads_count_as_run_in_the_suggestion_where_decoding_runs_them(small_model, monkeypatch):
-    proposer, runs, found = DraftShape(lookup=5).proposer(heads(small_model, 3)), [], []
+    shape = DraftShape(lookup=10)
+    speculator, runs, found = heads(small_model, 3), [], []
+    proposer = shape.proposer(speculator)
     propose = proposer.heads.propose
     monkeypatch.setattr(proposer.heads, "propose", lambda step: runs.append(1) or propose(step))
     for prompt in torch.randint(1, 12, (8, 20), generator=torch.Generator().manual_seed(1)):
-        (result,), _ = decode(small_model, [prompt], DecodingOptions(max_new_tokens=20, ignore_eos=True), proposer)
-        text = torch.cat([prompt, torch.tensor(result.tokens)])
-        found += looked_up(proposer, [(accepted, 5) for accepted in result.accepted], None, text, len(prompt), 20)
+        decode(small_model, [prompt], DecodingOptions(max_new_tokens=20, ignore_eos=True), proposer)
+        accepted, candidates, copied = tried(speculator, text_of(small_model, prompt, 20, 10))[shape]
+        found += [copied[index] for index in walked(accepted, candidates)]
     assert found.count(False) == len(runs) and found.count(True) > 5
 
 

@@ -151,7 +151,8 @@ class HiddenStateSpeculator(Speculator):
         self.draft_index = draft_vocabulary.entries(self.draft_ids, self.vocab_size)
         embedding = base_model.embedding_weight
         self.embedding_scale = 1 / embedding.float().square().mean().sqrt().item()
-        self.frozen: tuple[torch.Tensor, ...] = (embedding, base_model.output_weight[self.draft_ids])  # a tuple, so that neither becomes a parameter
+        # A tuple, so that neither becomes a parameter.
+        self.frozen: tuple[torch.Tensor, ...] = (embedding, base_model.output_weight[self.draft_ids])
         self.packed = None  # see `pack`
         if self.context_width:
             self.pointer.attach(embedding)

@@ -8,13 +8,15 @@ from itertools import islice
 
 import torch
 
-from fms_spec.acceptance import accepted_in_text, pooled_acceptance, steps_in_text
+from data.progress import progress
+from fms_spec.acceptance import accepted_in_text, judged, pooled_acceptance, said_at, steps_at, walked
 from fms_spec.candidates import Tree
 from fms_spec.context import of_text
 from fms_spec.decoding import decode
 from fms_spec.draft_shape import DraftShape
+from fms_spec.lookup import LookupFirst, PromptLookup
 from fms_spec.options import DecodingOptions
-from fms_spec.proposers import Step
+from fms_spec.proposers import BestNodesProposer, Step
 from pipelines.timer import median_seconds
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16)  # candidates of the trees that are compared
@@ -22,7 +24,7 @@ PROBABILITIES = (0.0, 0.05, 0.1, 0.2, 0.3)  # that end chains which are compared
 LOOKUPS = (0, 10)  # tokens that are looked up instead
 REPEATS = 9
 SHOWN = 8
-TEXTS = 64  # that trees are tried on: their states are kept in memory
+TEXTS = 64  # that shapes are tried on: their states are kept in memory
 CONTEXT = 256  # cached tokens of the measured forwards
 
 
@@ -61,7 +63,7 @@ def suggest(base_model, speculator, texts):
     that is as long.
 
     Args:
-        texts: iterable of (states [s, d], tokens int64 [s], prompt length, new tokens), greedy texts as for `steps_in_text`, of which
+        texts: iterable of (states [s, d], tokens int64 [s], prompt length, new tokens), greedy texts as for `acceptance.judged`, of which
         the first `TEXTS` count; without any, nothing is suggested.
     """
     texts = list(islice(texts, TEXTS))
@@ -74,7 +76,8 @@ def suggest(base_model, speculator, texts):
     costs = forward_seconds(base_model, range(1, 2 + max(proposer.nodes for proposer in proposers.values())))
     drafts = {shape: partial(proposer.propose, step) for shape, proposer in proposers.items() if not uneven(shape)}
     drafting = median_seconds(drafts, base_model.device, REPEATS, left_out=1)
-    rows = [expected(shape, proposer, texts, costs, drafting) for shape, proposer in proposers.items()]
+    outcomes = [tried(speculator, text) for text in progress(texts, desc="trees compared", unit="text")]
+    rows = [expected(shape, speculator, [outcome[shape] for outcome in outcomes], costs, drafting) for shape in proposers]
     return sorted(rows, key=lambda row: -row["speedup"])[:SHOWN]
 
 
@@ -83,35 +86,69 @@ def uneven(shape):
     return shape.min_probability or shape.lookup
 
 
-def expected(shape, proposer, texts, costs, drafting):
-    """A row of `suggest`: costs {tokens: seconds of a forward}, drafting {shape: seconds} of those that aren't `uneven`."""
-    drafted, copied, counts = [], [], []
-    for text in texts:
-        steps = steps_in_text(proposer, *text)
-        drafted += [candidates for _, candidates in steps]
-        counts += [accepted for accepted, _ in steps]
-        copied += looked_up(proposer, steps, *text) if shape.lookup else [False] * len(steps)
-    acceptance = pooled_acceptance(counts, proposer.lookahead)
+def tried(speculator, text):
+    """{shape: (accepted, candidates, whether they were looked up)} of all `shapes`, three lists over a text's positions: see `judged`.
+
+    Shorter chains are parts of the longest, smaller trees of the largest: the heads are run over a text once for each end of chains, and
+    once for all trees.
+    """
+    chains = {probability: judged(DraftShape(min_probability=probability).proposer(speculator), *text) for probability in PROBABILITIES}
+    copies = judged(PromptLookup(max(LOOKUPS), LookupFirst.MATCH), *text)
+    trees = trees_tried(BestNodesProposer(speculator, max(NODES), speculator.n_predict), *text)
+    found = {}
+    for shape in shapes(speculator.n_predict):
+        if shape.nodes:
+            steps = [(accepted, nodes, False) for accepted, nodes in zip(*trees[shape.lookahead, shape.nodes])]
+        elif shape.lookup:
+            ways = zip(zip(*copies), zip(*chains[shape.min_probability]))
+            steps = [(*(copied if copied[1] else drafted), bool(copied[1])) for copied, drafted in ways]
+        else:
+            deepest = shape.lookahead or speculator.n_predict
+            steps = [(min(one, deepest), min(count, deepest), False) for one, count in zip(*chains[shape.min_probability])]
+        found[shape] = tuple(zip(*steps)) or ((), (), ())
+    return found
+
+
+def trees_tried(proposer, *text):
+    """{(depth, nodes): (accepted, candidates)} of smaller trees than the proposer's, as `judged` would find each.
+
+    The best n nodes up to a depth are the first n, by joint probability, of all that deep among which the best of a larger n are picked; a
+    parent stands before its child, so that those of a path that count are the first of it.
+    """
+    found = {(depth, nodes): ([], []) for depth in range(1, proposer.lookahead + 1) for nodes in NODES}
+    for roots, step in steps_at(proposer, *text):
+        right = torch.ones(len(roots), 1, dtype=torch.bool, device=roots.device)  # [m, 1 + nodes so far], the root's first
+        joint = torch.empty(len(roots), 0, device=roots.device)
+        for depth, (level, tokens, parents) in enumerate(zip(*proposer.levels(step)), start=1):
+            said = said_at(text[1], roots[:, None] + depth)
+            right = torch.cat([right, right.gather(1, parents) & (tokens == said)], dim=1)
+            joint = torch.cat([joint, level], dim=1)
+            rank = joint.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            for nodes in NODES:
+                accepted, candidates = found[depth, nodes]
+                accepted += (right[:, 1:] & (rank < nodes)).sum(-1).tolist()
+                candidates += [min(nodes, joint.shape[1])] * len(roots)
+    return found
+
+
+def expected(shape, speculator, outcomes, costs, drafting):
+    """A row of `suggest`: outcomes as `tried` gives them of each text, costs {tokens: seconds of a forward}, drafting {shape: seconds} of
+    those that aren't `uneven`."""
+    steps = [(each[0][index], each[1][index], each[2][index]) for each in outcomes for index in walked(*each[:2])]
+    counts, drafted, copied = zip(*steps) if steps else ((), (), ())
+    lookahead = shape.lookahead or speculator.n_predict
+    acceptance = pooled_acceptance(counts, max(lookahead, shape.lookup))
     chains = [DraftShape(lookahead=count) if uneven(shape) else shape for count in drafted]
     seconds = {
         "drafting_ms": sum(drafting[chain] for chain, found in zip(chains, copied) if not found),
         "verifying_ms": sum(costs[1 + count] for count in drafted),
     }
-    heads = proposer.heads if shape.lookup else proposer
     return {
-        "lookahead": heads.lookahead, "nodes": shape.nodes, "min_probability": shape.min_probability, "lookup": shape.lookup,
+        "lookahead": lookahead, "nodes": shape.nodes, "min_probability": shape.min_probability, "lookup": shape.lookup,
         "candidates": sum(drafted) / len(counts), "acceptance_length": acceptance.length,
         **{part: 1000 * spent / len(counts) for part, spent in seconds.items()}, "plain_ms": 1000 * costs[1],
         "speedup": acceptance.length * len(counts) * costs[1] / sum(seconds.values()),
     }  # fmt: skip
-
-
-def looked_up(proposer, steps, states, tokens, prompt_length, new_tokens):
-    """Of each of a text's steps by a `LookupFirst`, whether its candidates were looked up: the heads weren't run then."""
-    line, end = tokens.numpy(force=True), prompt_length + 1
-    for accepted, _ in steps:
-        yield bool(proposer.lookup.look_up(line[:end]))
-        end += accepted + 1
 
 
 def chain_acceptance(speculator, texts, lookahead=None):
