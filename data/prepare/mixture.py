@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from data.prepare.languages import Languages
 from data.prepare.rows import FORMATS, ROLES, Wanted, check_format
 from data.prepare.sources import Skipped, open_source
 from data.yaml_files import read_yaml
@@ -19,6 +20,7 @@ from fms_spec.settings import Place, Section, explain, first_problem
 
 Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # it stands before a / in the names of documents
+Language = Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}$")]
 
 
 class SourceSettings(Section):
@@ -26,7 +28,7 @@ class SourceSettings(Section):
 
     path: as --source. weight: its share of the mixture's tokens, against the other weights. split: of a data set's, train where none is
     given. limit: read so many documents at most, without those that are left out. min_tokens, max_tokens: documents of other lengths are
-    left out. roles: so are conversations in which others speak.
+    left out. roles: so are conversations in which others speak. languages: so are documents in others, see languages.Languages.
     """
 
     path: Place
@@ -38,6 +40,7 @@ class SourceSettings(Section):
     min_tokens: Count | None = None
     max_tokens: Count | None = None
     roles: list[Literal[tuple(ROLES)]] | None = Field(None, min_length=1)
+    languages: list[Language] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def consistent(self):
@@ -89,6 +92,7 @@ class Part:
         self.source = open_source(settings.path, Wanted(settings.text_column, settings.format, on_bad_row), settings.split)
         if settings.roles and not self.source.conversations:
             raise UserError(f"sources.{name}.roles: {settings.path} holds texts, in which nobody speaks; leave them out")
+        self.languages = Languages(settings.languages, f"sources.{name}.languages") if settings.languages else None
 
     def label(self, file, row):
         """A document's name."""
@@ -102,13 +106,21 @@ class Part:
         return (f"over {most} tokens", "") if most and tokens > most else None
 
     def documents(self, generator):
-        """Yield the source's `Document`s in the order it has them, without those in which other roles speak."""
-        roles = self.settings.roles and {*self.settings.roles}
+        """Yield the source's `Document`s in the order it has them, without those in which other roles speak, or in other languages."""
         for document in self.source.documents(generator):
-            if roles and (others := {message["role"] for message in document.messages} - roles):
-                self.skipped.add("others speak", document, ", ".join(sorted(others)))
+            unwanted = self.unwanted(document)
+            if unwanted:
+                self.skipped.add(unwanted[0], document, unwanted[1])
             else:
                 yield document
+
+    def unwanted(self, document):
+        """(why, more about it) of a `Document` in which other roles speak, or in another language; None of others."""
+        roles = self.settings.roles
+        if roles and (others := {message["role"] for message in document.messages}.difference(roles)):
+            return "others speak", ", ".join(sorted(others))
+        language = self.languages and self.languages.other(document.texts)
+        return ("other languages", language) if language else None
 
 
 class Mixture:
