@@ -92,6 +92,7 @@ class Part:
         self.source = open_source(settings.path, Wanted(settings.text_column, settings.format, on_bad_row), settings.split)
         if settings.roles and not self.source.conversations:
             raise UserError(f"sources.{name}.roles: {settings.path} holds texts, in which nobody speaks; leave them out")
+        self.holds = "conversations" if self.source.conversations else "texts"
         self.languages = Languages(settings.languages, f"sources.{name}.languages") if settings.languages else None
 
     def label(self, file, row):
@@ -128,14 +129,14 @@ class Mixture:
 
     Attributes:
         parts: list of `Part`. named: whether a file names them. weights: one for each, None where all is taken as it is. conversations:
-        whether they hold those, and not texts.
+        whether any of them holds those. of_both: whether others hold texts.
     """
 
     def __init__(self, source, text_column, format, on_bad_row):
         """source, text_column, format, on_bad_row: as typed by the user.
 
         Raises:
-            UserError: anything wrong with a source or its settings, or texts in one and conversations in another.
+            UserError: anything wrong with a source or its settings.
         """
         self.named = is_mixture(source)
         if self.named and (format or text_column != "text"):
@@ -147,10 +148,8 @@ class Mixture:
         self.parts = [Part(name, section, on_bad_row) for name, section in sections.items()]
         weights = [part.settings.weight for part in self.parts]
         self.weights = weights if None not in weights else None
-        kinds = {part.source.conversations: part.settings.path for part in reversed(self.parts)}
-        if len(kinds) > 1:
-            raise UserError(f"mixture {source}: {kinds[True]} holds conversations, and {kinds[False]} texts; prepare them apart")
-        (self.conversations,) = kinds
+        self.conversations = any(part.source.conversations for part in self.parts)
+        self.of_both = len({part.holds for part in self.parts}) > 1
 
     def fingerprint(self):
         """Of all that the sources hold, hex: a single one's own where no file names it."""

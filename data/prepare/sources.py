@@ -91,7 +91,7 @@ class FileSource:
                 raise UserError(f"source {file}: cannot be read (permission denied)")
             kinds.setdefault(has_conversations(file, wanted), file)
         if {True, False} <= kinds.keys():
-            mend = "prepare them apart, each with a pattern"
+            mend = "prepare them apart, each with a pattern, or together as two sources of a .yaml"
             raise UserError(f"source {kinds[True]}: holds conversations, and {kinds[False]} beside it texts; {mend}")
         self.conversations = True in kinds
 
