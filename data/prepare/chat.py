@@ -244,7 +244,7 @@ class ChatTemplate:
 class Tokens:
     """The tokens of a text. ids: a list. span: function of a token's number giving (start, end) in characters.
 
-    Places are looked up one by one: a list of all takes a tenth of the time that encoding does.
+    Places are looked up one by one: a list of all would take longer.
     """
 
     def __init__(self, encoding):
