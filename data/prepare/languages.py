@@ -4,7 +4,7 @@ from functools import cache
 
 from fms_spec.errors import UserError
 
-SEEN = 2000  # characters of a document that are looked at, the first
+SEEN = 1000  # characters of a document that are looked at, the first
 
 
 class Languages:
