@@ -298,6 +298,7 @@ def test_a_prompt_says_which_answer_it_asks_for_and_what_its_row_says_it_is(tmp_
     held_out = read_prompts(folder, "held_out")
     loaded = load_prompts(folder, tokenizer)
     assert [(prompt.category, prompt.first_turn) for prompt in loaded] == list(zip(held_out.categories, held_out.turns))
+    assert {(prompt.role, prompt.source) for prompt in loaded} == {("user", None)}
     assert len(load_prompts(folder, tokenizer, limit=1)) == len({*held_out.categories})
 
 
