@@ -12,7 +12,7 @@ from fms_spec.errors import UserError
 from fms_spec.files import read_json, sha256_of
 from fms_spec.seeds import LARGEST
 
-TEXTS, CONVERSATIONS = VERSIONS = (1, 2)  # of the format: rows of conversations say which tokens are answers, those of texts need not
+TEXTS, CONVERSATIONS = VERSIONS = (1, 2)  # of the format: rows say which tokens are answers where conversations are among them
 MANIFEST = "manifest.json"
 AGAIN = "remove the folder and run scripts.prepare_data again"
 

@@ -21,17 +21,19 @@ def column(name, kind, description, unit):
 ANSWERS = column(
     "answers",
     pa.list_(pa.struct({"start": pa.int32(), "end": pa.int32(), "last": pa.bool_()})),
-    "what the assistant wrote, to the token behind the one that ends its turn; whether it is the conversation's last answer",
+    "what the assistant wrote, to the token behind the one that ends its turn, or a text; whether it is the conversation's last answer",
     "offset in tokens",
 )
-TURN = column("turn", pa.int32(), "which of the conversation's answers is asked for", "count from 1")
+TURN = column("turn", pa.int32(), "which of the conversation's answers is asked for; 0 of a text", "count from 1")
 CATEGORY = column("category", pa.string(), "what the row says it is; empty where it doesn't", "name")
+ROLE = column("role", pa.string(), "whose message the answer follows; empty where that isn't known, and of a text", "name")
 PADDING = column("padding", pa.int32(), "tokens at the end of the row that are none of a document", "tokens")
 
 
 def rows_schema(seq_length, about, conversations=False):
-    """Packed rows of texts or conversations; `about`: see metadata_of."""
-    what = "conversations as the chat template writes them" if conversations else "documents laid end to end, each with its EOS token"
+    """Packed rows of texts, or of conversations and texts beside them; `about`: see metadata_of."""
+    texts = "documents laid end to end, each with its EOS token"
+    what = "conversations as the chat template writes them, and texts" if conversations else texts
     return pa.schema(
         [
             column("tokens", pa.list_(pa.int32(), seq_length), what, "token id"),
@@ -48,9 +50,9 @@ def rows_schema(seq_length, about, conversations=False):
 
 
 def prompts_schema(prompt_length, about, conversations=False):
-    """Prompts for continuations: all of p tokens, or of p at most where they are conversations; `about`: see metadata_of."""
+    """Prompts for continuations: all of p tokens, or of p at most where there are conversations; `about`: see metadata_of."""
     tokens = (
-        column("tokens", pa.list_(pa.int32()), "a conversation up to where one of its answers begins", "token id")
+        column("tokens", pa.list_(pa.int32()), "a conversation up to where one of its answers begins, or a piece of a text", "token id")
         if conversations
         else column("tokens", pa.list_(pa.int32(), prompt_length), "a piece of the document from a random offset", "token id")
     )
@@ -60,7 +62,7 @@ def prompts_schema(prompt_length, about, conversations=False):
             column("document", pa.int64(), "number of the document in the order the source was read", "count from 0"),
             column("source", pa.string(), "file within the source, with #row where a file or dataset holds many", "name"),
             tokens,
-            *([TURN, CATEGORY] if conversations else []),
+            *([TURN, CATEGORY, ROLE] if conversations else []),
         ],
         metadata={"description": "prompts, one per document that is long enough", "prompt_length": str(prompt_length), **about},
     )

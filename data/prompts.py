@@ -20,12 +20,15 @@ class Prompt:
 
     Attributes:
         category: a text or None. encoded: int64 [n]. first_turn: which of its conversation's answers is asked for first, from 1; None for
-        a text that is of none. turns: how many are asked for.
+        a text that is of none. role: whose message that answer follows, None where that isn't known. source: of the mixture that it was
+        held out of, None for what is of none. turns: how many are asked for.
     """
 
     category: str | None
     encoded: torch.Tensor
     first_turn: int | None = None
+    role: str | None = None
+    source: str | None = None
     turns = 1
 
     def tokens(self, replies):
@@ -49,7 +52,7 @@ class Chat:
     category: str | None
     texts: list[str]
     tokenizer: Any
-    first_turn = 1
+    first_turn, role, source = 1, "user", None
 
     @property
     def turns(self):
@@ -82,12 +85,7 @@ def load_prompts(path, tokenizer_dir, limit=None):
     path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: must be at least 1")
-    if os.path.isdir(path):
-        tokenizer, held_out = check_tokenizer(read_manifest(path), tokenizer_dir), read_prompts(path, "held_out")
-        refuse_unknown(torch.cat(held_out.tokens), tokenizer.embedding_size, tokenizer.backend, f"prompts {path}")
-        prompts = [Prompt(*facts) for facts in zip(held_out.categories, held_out.tokens, held_out.turns)]
-    else:
-        prompts = read_lines(path, tokenizer_dir)
+    prompts = held_out_prompts(path, tokenizer_dir) if os.path.isdir(path) else read_lines(path, tokenizer_dir)
     if not prompts:
         raise UserError(f'prompts {path}: none in it; give at least one line like {{"prompt": "Once upon a time"}}')
     kept, counts = [], Counter()
@@ -96,6 +94,16 @@ def load_prompts(path, tokenizer_dir, limit=None):
         if limit is None or counts[prompt.category] <= limit:
             kept.append(prompt)
     return kept
+
+
+def held_out_prompts(path, tokenizer_dir):
+    """The Prompts that a prepared folder holds out."""
+    manifest = read_manifest(path)
+    tokenizer, held_out = check_tokenizer(manifest, tokenizer_dir), read_prompts(path, "held_out")
+    refuse_unknown(torch.cat(held_out.tokens), tokenizer.embedding_size, tokenizer.backend, f"prompts {path}")
+    mixed = "mixture" in manifest["inputs"]  # then the names of documents begin with that of their source
+    sources = [name.partition("/")[0] if mixed else None for name in held_out.sources]
+    return [Prompt(*facts) for facts in zip(held_out.categories, held_out.tokens, held_out.turns, held_out.roles, sources)]
 
 
 def read_lines(path, tokenizer_dir):

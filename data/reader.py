@@ -23,8 +23,8 @@ COUNTS = {"all": "count", "answers": "answer_count", "last_answer": "last_answer
 class Prompts:
     """A prompt table. tokens: int64 [n], p of them, each with its own n; ids: int64 [p]; sources: where each document was read.
 
-    turns: which of its conversation's answers each asks for, from 1; categories: what each conversation's row says it is. None where that
-    isn't known, as of texts and of folders that were prepared before it was kept.
+    turns: which of its conversation's answers each asks for, from 1; categories: what each conversation's row says it is; roles: whose
+    message the answer follows. None where that isn't known, as of texts and of folders that were prepared before it was kept.
     """
 
     tokens: list
@@ -32,6 +32,7 @@ class Prompts:
     sources: list
     turns: list
     categories: list
+    roles: list
 
     @property
     def longest(self):
@@ -242,10 +243,9 @@ def read_prompts(data_dir, split="train", limit=None):
     tokens = torch.from_numpy(column.flatten().to_numpy().astype(np.int64)).split(lengths)
     ids = table.column("prompt_id").to_numpy().astype(np.int64)
     unknown = [None] * len(table)
-    turns, categories = (table.column(name).to_pylist() if name in table.column_names else unknown for name in ("turn", "category"))
-    return Prompts(
-        list(tokens), torch.from_numpy(ids), table.column("source").to_pylist(), turns, [category or None for category in categories]
-    )
+    known = (table.column(name).to_pylist() if name in table.column_names else unknown for name in ("turn", "category", "role"))
+    about = [[value or None for value in values] for values in known]
+    return Prompts(list(tokens), torch.from_numpy(ids), table.column("source").to_pylist(), *about)
 
 
 def read_token_counts(data_dir, train_on="all"):

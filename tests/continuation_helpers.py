@@ -18,8 +18,7 @@ def some_prompts(count=10, length=3):
         list(torch.arange(count * length).reshape(count, length)),
         torch.arange(count) + 100,
         [f"file#{number}" for number in range(count)],
-        [None] * count,
-        [None] * count,
+        *[[None] * count] * 3,
     )
 
 

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from data.prepare.encoding import NO_ANSWERS, Encoded
+from data.prepare.encoding import text_of
 from data.prepare.run import prepare
 from data.reader import read_manifest
 
@@ -49,7 +49,7 @@ def distinct_documents(count, length):
 
 def as_text(tokens):
     """A text of these tokens, as it comes out of the tokenizer."""
-    return Encoded(np.array(tokens, np.int32), NO_ANSWERS, True)
+    return text_of(np.array(tokens, np.int32))
 
 
 def prepare_small(tmp_path, documents=None, out="prepared", template=None, **settings):

@@ -1,6 +1,7 @@
 """Conversations become the tokens that `transformers` makes of them, and what the assistant wrote is told exactly or not at all."""
 
 from datetime import date
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -143,6 +144,21 @@ def test_the_word_that_stands_in_for_answers_is_not_taken_for_one_that_is_there(
 def test_an_answer_that_ends_with_a_special_token_of_its_own_is_ended_by_the_templates(templates):
     for text in ("yes<|im_end|>", "yes <s>", "<|eot_id|>"):
         assert compare(templates, "chatml", [ASKED[0], {"role": "assistant", "content": text}, *ASKED]) == [True, False]
+
+
+def test_a_conversation_is_written_once_a_prompt_once_whole_and_once_more_where_nothing_is_marked(templates, monkeypatch):
+    for marks, whole in ((False, 2), (True, 1)):
+        template = templates["chatml", marks]
+        monkeypatch.setattr(template, "write", Mock(wraps=template.write))
+        assert len(encoded(template, ASKED * 5)[1]) == 5 and template.write.call_count == 5 + whole
+
+
+def test_an_answer_that_the_template_takes_apart_is_told_all_the_same(tokenizer, tmp_path):
+    taken = TURN.replace("m.content", "m.content.split('</think>')[-1]")
+    template = "{% for m in messages %}" + taken + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ids, answers = one(tokenizer, tmp_path, template, [ASKED[0], {"role": "assistant", "content": "no</think>yes"}, *ASKED])
+    told = [tokenizer.backend.decode(ids[start:end], skip_special_tokens=False) for _, start, end in answers]
+    assert [text.strip() for text in told] == ["yes<|im_end|>"] * 2
 
 
 def test_tools_reach_the_template(templates):

@@ -298,7 +298,22 @@ def test_a_prompt_says_which_answer_it_asks_for_and_what_its_row_says_it_is(tmp_
     held_out = read_prompts(folder, "held_out")
     loaded = load_prompts(folder, tokenizer)
     assert [(prompt.category, prompt.first_turn) for prompt in loaded] == list(zip(held_out.categories, held_out.turns))
+    assert {(prompt.role, prompt.source) for prompt in loaded} == {("user", None)}
     assert len(load_prompts(folder, tokenizer, limit=1)) == len({*held_out.categories})
+
+
+def test_a_prompt_says_whose_message_its_answer_follows_where_that_was_kept(tmp_path, tokenizer):
+    looked_up = [answered(0)[0], {"role": "assistant", "content": "look"}, {"role": "tool", "content": "42."}, ASSISTANT]
+    rows = [{"messages": [looked_up[0] | {"content": f"hello {number}"}, *looked_up[1:]]} for number in range(30)]
+    folder = prepared(tmp_path, tokenizer, rows)
+    prompts = read_prompts(folder)
+    assert {*zip(prompts.turns, prompts.roles)} == {(1, "user"), (2, "tool")}
+    path, manifest = folder / "prompts-train-00000.parquet", json.loads((folder / "manifest.json").read_text())
+    pq.write_table(pq.read_table(path).drop_columns("role"), path)
+    manifest["tables"]["prompts-train"]["shards"] = [shard_entry(path, len(prompts))]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    before = read_prompts(folder)
+    assert before.roles == [None] * 30 and before.turns == prompts.turns
 
 
 def test_conversations_of_several_sources_are_of_the_category_of_their_row_or_else_of_their_source(tmp_path, tokenizer):

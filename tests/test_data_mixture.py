@@ -13,12 +13,14 @@ from documents import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from test_data_conversations import answered
+from transformers import AutoTokenizer
 
 import data.prepare.encoding
 from data.prepare.documents import by_weight
 from data.prepare.mixture import read_mixture
 from data.prepare.run import prepare
-from data.reader import RowReader, read_manifest, read_prompts
+from data.prompts import load_prompts
+from data.reader import RowReader, read_manifest, read_prompts, read_token_counts
 from fms_spec.errors import UserError
 from pipelines.show.prepared import details_of, summary_of
 
@@ -169,6 +171,50 @@ def test_conversations_in_which_other_roles_speak_are_left_out_when_asked(tmp_pa
     assert read["firsts"] == {"others speak": "chats/chats.jsonl#20 (others speak: system)"}
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A folder prepared from twenty conversations and as many texts."""
+    place = tmp_path_factory.mktemp("both")
+    tokenizer = write_chat_tokenizer(place / "t", unmarked(CHATML))
+    rows = {"chats": [{"messages": answered(number)} for number in range(20)]}
+    rows["texts"] = [{"text": f"text {number}, " + "and on " * (20 + number)} for number in range(20)]
+    for name, lines in rows.items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (place / "m.yaml").write_text(f"sources: {{chats: {{path: {place}/chats.jsonl}}, texts: {{path: {place}/texts.jsonl}}}}")
+    prepare(source=str(place / "m.yaml"), tokenizer=tokenizer, out_dir=str(place / "out"), seq_length=256, held_out=10)
+    return place / "out"
+
+
+@pytest.mark.parametrize(("train_on", "answers"), [(None, {"yes", "no"}), ("last_answer", {"no"})])
+def test_texts_beside_conversations_are_trained_on_whole_and_conversations_on_their_answers(both, train_on, answers):
+    served = AutoTokenizer.from_pretrained(both.parent / "t")
+    batch = next(RowReader(both, batch_size=read_manifest(both)["tables"]["rows-train"]["rows"], seed=0, train_on=train_on))
+    told = Counter()
+    for tokens, segments, trained in zip(batch.tokens, batch.segment_ids, batch.trained):
+        assert not trained[segments < 0].any()
+        for segment in range(segments.max() + 1):
+            own = segments == segment
+            talks = served.decode(tokens[own][0]) == "<|im_start|>"
+            told["conversation" if talks else "text"] += 1
+            said = served.decode(tokens[own & trained]).split("<|im_end|>")[:-1]
+            assert {text.split()[0] for text in said} == answers if talks else trained[own].all()
+    assert min(told.values()) > 5
+    assert read_token_counts(both, train_on).equal(batch.tokens[batch.trained].bincount(minlength=len(read_token_counts(both))))
+
+
+def test_prompts_of_both_kinds_are_pieces_of_texts_and_conversations_up_to_an_answer(both):
+    for split in ("train", "held_out"):
+        prompts = read_prompts(both, split)
+        found = {"chats": set(), "texts": set()}
+        for source, tokens, turn, role in zip(prompts.sources, prompts.tokens, prompts.turns, prompts.roles):
+            found[source.split("/")[0]].add((turn, role, len(tokens) == 64))
+        assert found["texts"] == {(None, None, True)} and {(1, "user", False), (2, "user", False)} <= found["chats"]
+    held_out = load_prompts(both, str(both.parent / "t"))
+    assert Counter(prompt.source for prompt in held_out) == Counter(prompt.category for prompt in held_out) and len(held_out) == 10
+    assert all((prompt.source == "chats") == (prompt.role == "user") == (prompt.first_turn is not None) for prompt in held_out)
+    assert "40 conversations and texts of " in summary_of(both)[0] and "of them trained on" in summary_of(both)[1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -212,9 +258,6 @@ def test_what_a_mixture_leaves_open_is_refused(mixed, tmp_path):
         mixed(open_weights, max_tokens=256)
     with pytest.raises(UserError, match="--format=text: .*mixture.yaml has several sources; write it there"):
         mixed(TWO, format="text")
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": answered(0)}))
-    with pytest.raises(UserError, match="chats.jsonl holds conversations, and .*short.jsonl texts; prepare them apart"):
-        mixed("sources: {a: {path: HERE/short.jsonl}, b: {path: HERE/chats.jsonl}}")
 
 
 def test_a_split_is_chosen_by_the_names_of_files_in_a_folder(mixed, tmp_path):

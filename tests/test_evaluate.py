@@ -19,7 +19,7 @@ from pipelines.generate import vllm_engine
 from pipelines.measure.evaluate import evaluate
 from pipelines.measure.figures import TURNS, context_range, losslessness, summary
 from pipelines.measure.samples import before_step, decode_in_turn, logit_gap, parting, settle, usual_methods
-from pipelines.show.console import GROUPS
+from pipelines.show.console import GROUPS, print_groups
 from scripts.evaluate import Arguments
 
 NEW_TOKENS = 24
@@ -144,7 +144,7 @@ def test_texts_part_at_their_first_difference_or_where_one_ends(base_model):
 class Talk:
     """A chat of three turns whose third is long."""
 
-    category, first_turn, turns = "chat", 1, 3
+    category, source, role, first_turn, turns = "chat", None, "user", 1, 3
 
     def tokens(self, replies):
         return prompts_of(5 if len(replies) < 2 else 250, seed=len(replies))[0]
@@ -198,7 +198,8 @@ def test_texts_are_grouped_by_category_turn_and_length_of_context_each_with_its_
     report, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
     counts = {kind: {name: (group["prompts"], group["texts"]) for name, group in report[kind].items()} for kind in GROUPS}
     assert counts == {
-        "categories": {"[/talk] $_$": (2, 5), "long": (1, 1), "other": (1, 1)}, "turns": {"1": (2, 2), "2": (2, 2), "3": (1, 1)},
+        "categories": {"[/talk] $_$": (2, 5), "long": (1, 1), "other": (1, 1)}, "sources": {},
+        "turns": {"1": (2, 2), "2": (2, 2), "3": (1, 1)}, "roles": {"user": (2, 5)},
         "contexts": {"1 to 128": (3, 6), "129 to 512": (1, 1)},
     }  # fmt: skip
     for kind in ("categories", "contexts"):
@@ -238,6 +239,20 @@ def test_turns_and_contexts_past_the_last_that_are_told_apart_are_one_group(base
     assert [context_range(length) for length in (1, 128, 129, 512, 8192, 8193)] == [
         "1 to 128", "1 to 128", "129 to 512", "129 to 512", "2049 to 8192", "over 8192",
     ]  # fmt: skip
+
+
+def test_texts_are_grouped_by_source_and_by_whose_message_they_answer_where_that_is_known(base_model, capsys):
+    told = [("user", "chats"), ("tool", "chats"), ("user", "sums"), (None, None)]
+    prompts = [Prompt(None, tokens, 1, *facts) for tokens, facts in zip(prompts_of(5, 6, 7, 8), told)]
+    proposer = tiny_proposer(base_model, "chain", widths=(1, 1))
+    values = summary(decode_in_turn(base_model, prompts, usual_methods(proposer), 4), proposer)
+    counts = {kind: {name: group["texts"] for name, group in values[kind].items()} for kind in ("sources", "roles")}
+    assert counts == {"sources": {"chats": 2, "sums": 1}, "roles": {"tool": 1, "user": 2}}
+    low, high = values["roles"]["user"]["acceptance_length_interval"]
+    assert low - 1e-9 <= values["roles"]["user"]["acceptance_length"] <= high + 1e-9
+    print_groups(values)
+    printed = capsys.readouterr().out
+    assert "from chats" in printed and "to tool" in printed and "turn 1" not in printed
 
 
 @pytest.mark.parametrize("found", [(None, "vLLM is not installed"), ("0.9.0", "leaves vLLM 0.9.0 as it is")])

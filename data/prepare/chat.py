@@ -7,6 +7,7 @@ tokens are, and what doesn't begin and end between two tokens is not known for s
 import hashlib
 import os
 import re
+from bisect import bisect_left
 from collections import Counter
 from datetime import date
 from functools import lru_cache
@@ -65,7 +66,10 @@ class ChatTemplate:
         templates = self.given or self.served.chat_template
         self.templates = templates if isinstance(templates, dict) else {"default": templates}
         self.check_syntax(tokenizer.name if path is None else path)
+        self.marks = {text: bool(MARKS.search(text)) for text in self.templates.values()}
         self.date = date.today() if any("strftime_now" in template for template in self.templates.values()) else None
+        now = {"strftime_now": lambda format: self.date.strftime(format)} if self.date else {}
+        self.variables = self.served.special_tokens_map | now
         self.ends = Counter()  # how many answers end with each token
         self.backend = Tokenizer.from_str(tokenizer.backend.to_str())
         self.backend.post_processor = processors.Sequence([])  # it may cut the spaces off a token's place in the text
@@ -94,10 +98,9 @@ class ChatTemplate:
     def write(self, messages, tools, prompt=False, marks=False):
         """(text, [(start, end) that the template marks as the assistant's]) of messages. prompt: go on to where the assistant begins."""
         template = self.served.get_chat_template(self.given, tools)
-        now = {"strftime_now": self.date.strftime} if self.date else {}
         (text,), ranges = render_jinja_template(
             [messages], tools, chat_template=template, add_generation_prompt=prompt,
-            return_assistant_tokens_mask=marks, **self.served.special_tokens_map, **now,
+            return_assistant_tokens_mask=marks, **self.variables,
         )  # fmt: skip
         return text, ranges[0] if ranges else []
 
@@ -115,7 +118,7 @@ class ChatTemplate:
             LeftOut: the template refuses it, there is no answer in it, or where answers begin and end is not sure.
         """
         messages, tools, _ = conversation
-        marked = bool(MARKS.search(self.served.get_chat_template(self.given, tools)))
+        marked = self.marks[self.served.get_chat_template(self.given, tools)]
         try:
             text, marks = self.write(messages, tools, marks=marked)
             text.encode()
@@ -128,15 +131,43 @@ class ChatTemplate:
             raise LeftOut("without an answer")
         begun = [self.tried(messages[:number], tools, prompt=True) for number in spoken]
         prompts = [len(before) if before is not None and text.startswith(before) else None for before in begun]
-        if marked:
-            answers = [(start, end) for start, end in marks if start < end]
-            if not answers:
-                raise LeftOut("without an answer")
-        else:
-            answers = [(prompt, self.end_of(conversation, number, text, prompt)) for number, prompt in zip(spoken, prompts)]
-        if any(None in answer for answer in answers):
-            raise LeftOut(UNSURE)
+        if not marked:
+            return Rendered(text, prompts, self.unmarked_answers(conversation, text, dict(zip(spoken, prompts))), marked)
+        answers = [(start, end) for start, end in marks if start < end]
+        if not answers:
+            raise LeftOut("without an answer")
         return Rendered(text, [prompt for prompt in prompts if prompt is not None], answers, marked)
+
+    def unmarked_answers(self, conversation, text, begins):
+        """(start, end) of each answer in `text`. begins: {number of its message: where it begins}; raises LeftOut where one isn't sure."""
+        answers = []
+        if None not in begins.values():
+            ends = self.ends_at_once(conversation, text)
+            answers = [(start, ends.get(number) or self.end_of(conversation, number, text, start)) for number, start in begins.items()]
+        if not answers or any(end is None or end < start for start, end in answers):
+            raise LeftOut(UNSURE)
+        return answers
+
+    def ends_at_once(self, conversation, text):
+        """{number of its message: as `end_of`} of the answers that call no tools, from one text with PROBE in the place of each.
+
+        All else must be there as before, around what they say. Where it isn't (an answer has a thought in it that the template moves),
+        there are none, and `end_of` is asked for each.
+        """
+        messages, tools, _ = conversation
+        said = [number for number, message in enumerate(messages) if message["role"] == "assistant" and not message.get("tool_calls")]
+        changed = [message | {"content": PROBE} if number in said else message for number, message in enumerate(messages)]
+        parts = (self.tried(changed, tools) or "").split(PROBE)
+        if PROBE in text or len(parts) != len(said) + 1 or not parts[-1] or not text.endswith(parts[-1]):
+            return {}
+        ends, end = {}, len(text) - len(parts[-1])
+        for number, before in zip(reversed(said), reversed(parts[:-1])):
+            ends[number], content = end, messages[number]["content"]
+            written = next((before + form for form in (content, content.strip()) if text.endswith(before + form, 0, end)), None)
+            if written is None:
+                return {}
+            end -= len(written)
+        return {} if end else ends
 
     def end_of(self, conversation, number, text, start):
         """Where in `text` the template goes on behind the answer that is message `number` and begins at `start`; None if that isn't sure.
@@ -145,7 +176,7 @@ class ChatTemplate:
         way: there the last call's arguments are replaced, and its end is the special token that the conversation up to it ends with.
         """
         messages, tools, _ = conversation
-        if start is None or PROBE in text:
+        if PROBE in text:
             return None
         calls = messages[number].get("tool_calls")
         changed = messages[number] | ({"tool_calls": with_probe(calls)} if calls else {"content": PROBE})
@@ -174,47 +205,60 @@ class ChatTemplate:
         behind its last, which is the special token that ends its turn.
         """
         encodings = self.backend.encode_batch([one.text for one in rendered], add_special_tokens=False)
-        return [self.placed(one, encoding) for one, encoding in zip(rendered, encodings)]
+        return [self.placed(one, Tokens(encoding)) for one, encoding in zip(rendered, encodings)]
 
-    def placed(self, rendered, encoding):
-        ids, offsets = encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        prompts = {start: self.token_at(start, rendered.text, ids, offsets) for start in rendered.prompts}
+    def placed(self, rendered, tokens):
+        prompts = {start: self.token_at(start, rendered.text, tokens) for start in rendered.prompts}
         answers = []
         for start, end in rendered.answers:
-            first = self.between(start, offsets) if rendered.marked else prompts.get(start)
-            last = self.end_token(end, rendered, ids, offsets)
+            first = tokens.beginning(start) if rendered.marked else prompts.get(start)
+            last = self.end_token(end, rendered, tokens)
             if first is None or last is None or first >= last:
                 return LeftOut(UNSURE)
             answers.append((-1 if prompts.get(start) is None else first, first, last))
-        self.ends.update(ids[last - 1] for _, _, last in answers)
-        return np.array(ids, np.int32), np.array(answers, np.int32)
+        self.ends.update(tokens.ids[last - 1] for _, _, last in answers)
+        return np.array(tokens.ids, np.int32), np.array(answers, np.int32)
 
-    def between(self, place, offsets):
-        """The number of the token that begins at a character, None where one stands across it."""
-        token = int(np.searchsorted(offsets[:, 0], place))
-        begins = token < len(offsets) and offsets[token, 0] == place
-        return token if begins and (token == 0 or offsets[token - 1, 1] <= place) else None
-
-    def token_at(self, place, text, ids, offsets):
-        """As `between`, but None also where the text before has other tokens when it stands alone, as a prompt does.
+    def token_at(self, place, text, tokens):
+        """As `Tokens.beginning`, but None also where the text before has other tokens when it stands alone, as a prompt does.
 
         A special token parts what is before it from what is behind, so only what follows the last one is compared.
         """
-        token = self.between(place, offsets)
+        token = tokens.beginning(place)
         if token is None:
             return None
-        begin = next((number for number in range(token - 1, -1, -1) if ids[number] in self.special), 0)
-        alone = text[offsets[begin, 0] if begin else 0 : place]
-        return token if self.ids_of(alone) == ids[begin:token] else None
+        begin = next((number for number in range(token - 1, -1, -1) if tokens.ids[number] in self.special), 0)
+        alone = text[tokens.span(begin)[0] if begin else 0 : place]
+        return token if self.ids_of(alone) == tokens.ids[begin:token] else None
 
-    def end_token(self, place, rendered, ids, offsets):
+    def end_token(self, place, rendered, tokens):
         """The number behind the special token that ends a turn whose text ends at a character; None where there is none."""
-        token = int(np.searchsorted(offsets[:, 0], place))
-        if rendered.marked and token and ids[token - 1] in self.special and offsets[token - 1, 1] == place:  # the mark holds it
+        token, ids = tokens.first_from(place), tokens.ids
+        if rendered.marked and token and ids[token - 1] in self.special and tokens.span(token - 1)[1] == place:  # the mark holds it
             return token
         while token < len(ids) and ids[token] not in self.special:
             token += 1
-        return token + 1 if token < len(ids) and not rendered.text[place : offsets[token, 0]].strip() else None
+        return token + 1 if token < len(ids) and not rendered.text[place : tokens.span(token)[0]].strip() else None
+
+
+class Tokens:
+    """The tokens of a text. ids: a list. span: function of a token's number giving (start, end) in characters.
+
+    Places are looked up one by one: a list of all would take longer.
+    """
+
+    def __init__(self, encoding):
+        self.ids, self.span = encoding.ids, encoding.token_to_chars
+
+    def first_from(self, place):
+        """The number of the first token that begins at a character or behind it; as many as there are where none does."""
+        return bisect_left(range(len(self.ids)), place, key=lambda token: self.span(token)[0])
+
+    def beginning(self, place):
+        """The number of the token that begins at a character, None where one stands across it."""
+        token = self.first_from(place)
+        begins = token < len(self.ids) and self.span(token)[0] == place
+        return token if begins and (token == 0 or self.span(token - 1)[1] <= place) else None
 
 
 def with_probe(calls):

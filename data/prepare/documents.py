@@ -18,7 +18,7 @@ OPEN_ROWS = 16
 class DocumentSpool:
     """Tokenised documents in an unnamed file, appended in order and read back in any order.
 
-    A shuffle over a corpus larger than memory needs random access; only 59 bytes per document are held in memory, and about 100 where
+    A shuffle over a corpus larger than memory needs random access; only 52 bytes per document are held in memory, and about 100 where
     copies are left out. The file vanishes when it is closed or the process ends.
 
     copies: whether a document may be there more than once.
@@ -29,8 +29,8 @@ class DocumentSpool:
         self._file = tempfile.TemporaryFile(dir=folder)
         self._ends, self._lengths, self._prefixed = array("q", [0]), array("q"), array("b")
         self._parts, self._files, self._rows = array("H"), array("q"), array("q")
-        self._digests, self._shortest = array("Q"), array("l")
-        self._categories, self._one_of_each = [], {}  # equal texts are one in memory
+        self._digests, self._promptable = array("Q"), array("b")
+        self._about, self._one_of_each = [], {}  # equal ones are one in memory
 
     def __enter__(self):
         return self
@@ -38,8 +38,9 @@ class DocumentSpool:
     def __exit__(self, *_):
         self._file.close()
 
-    def append(self, encoded, part, file, row, category=None):
-        """Add a document: encoding.Encoded, where it was read (its source's number, and see sources.Document), and its category or None."""
+    def append(self, encoded, part, file, row, promptable, about=None):
+        """Add a document: encoding.Encoded, where it was read (its source's number, and see sources.Document), whether a prompt can be made
+        of it, and what else is known about it, any value with a hash."""
         raw, answers, digest = encoded.tokens.tobytes(), encoded.answers, digest_of(encoded.tokens)
         if self._seen is not None:
             self._seen.add(digest)
@@ -52,9 +53,8 @@ class DocumentSpool:
         self._files.append(file)
         self._rows.append(row)
         self._digests.append(digest)
-        self._categories.append(self._one_of_each.setdefault(category, category))
-        known = answers[answers[:, 0] >= 0, 0]
-        self._shortest.append(int(known.min()) if len(known) else -1)
+        self._promptable.append(bool(promptable))
+        self._about.append(self._one_of_each.setdefault(about, about))
 
     def seen(self, _, encoded):
         """("copies", "") of a document, encoding.Encoded, that is there and may not be twice; None of others."""
@@ -76,9 +76,9 @@ class DocumentSpool:
         """(source, file, row) of one document."""
         return self._parts[index], self._files[index], self._rows[index]
 
-    def category(self, index):
-        """One document's category, a text or None."""
-        return self._categories[index]
+    def about(self, index):
+        """What is known about one document, as it was given."""
+        return self._about[index]
 
     @property
     def token_count(self):
@@ -100,9 +100,9 @@ class DocumentSpool:
         return np.frombuffer(self._digests, np.uint64)
 
     @property
-    def shortest_prompts(self):
-        """int64 [documents]: tokens of the shortest prompt for an answer, -1 where there is none, as in texts."""
-        return np.frombuffer(self._shortest, np.int64)
+    def promptable(self):
+        """bool [documents]: whether a prompt can be made of each."""
+        return np.frombuffer(self._promptable, bool)
 
 
 def digest_of(tokens):
@@ -110,8 +110,8 @@ def digest_of(tokens):
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest())
 
 
-def choose_held_out(spool, promptable, count, generator, weights=None):
-    """Choose `count` of the documents that are `promptable`, bool [documents]. Returns their numbers in order, and those of all others.
+def choose_held_out(spool, count, generator, weights=None):
+    """Choose `count` of the documents that a prompt can be made of. Returns their numbers in order, and those of all others.
 
     weights: one for each source, by which tokens are held out of them; None draws all documents alike.
 
@@ -120,7 +120,7 @@ def choose_held_out(spool, promptable, count, generator, weights=None):
     Raises:
         ValueError: fewer than `count` are; says how many.
     """
-    numbers = np.flatnonzero(promptable)
+    numbers = np.flatnonzero(spool.promptable)
     _, first_copies = np.unique(spool.digests[numbers], return_index=True)
     eligible = numbers[np.sort(first_copies)]
     if len(eligible) < count:

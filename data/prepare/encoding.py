@@ -11,13 +11,13 @@ from data.tokenizer import without_prefix
 # Text handed to the tokenizer's threads at once; enough to keep them busy, small against memory.
 BATCH_CHARACTERS = 2**21
 BATCH_DOCUMENTS = 10_000
-NO_ANSWERS = np.empty((0, 3), np.int32)  # of a text
 
 
 class Encoded(NamedTuple):
     """A document's tokens, int32 [n], without the tokenizer's prefix.
 
-    answers: int32 [a, 3], see chat.ChatTemplate.encode, in these tokens. prefixed: whether the prefix belongs before them.
+    answers: int32 [a, 3], see chat.ChatTemplate.encode, in these tokens; a text is one, which nothing asks for. prefixed: whether the
+    prefix belongs before them.
     """
 
     tokens: np.ndarray
@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 def encode_documents(documents, tokenizer, template, skipped):
     """Yield (document, `Encoded`) in order: texts with the end-of-text token, conversations as the template ends them.
 
-    template: `chat.ChatTemplate`, None where there are no conversations. Documents that are empty, not UTF-8, or of no use as
+    template: `chat.ChatTemplate` of conversations, None where they are texts. Documents that are empty, not UTF-8, or of no use as
     conversations are told to `skipped` and left out.
     """
     batch, characters = [], 0
@@ -45,6 +45,11 @@ def encode_documents(documents, tokenizer, template, skipped):
             batch, characters = [], 0
     if batch:
         yield from encode_batch(batch, tokenizer, template, skipped)
+
+
+def text_of(tokens):
+    """A text, int32 [n] with the end-of-text token, as `Encoded`: all of it is trained on."""
+    return Encoded(tokens, np.array([[-1, 0, len(tokens)]], np.int32), True)
 
 
 def readable(content, template):
@@ -65,7 +70,7 @@ def encode_batch(batch, tokenizer, template, skipped):
     if template is None:
         for document, tokens in zip(documents, tokenizer.encode(texts), strict=True):
             tokens = np.append(without_prefix(tokens, tokenizer.prefix), np.int32(tokenizer.eos_token_id))
-            yield document, Encoded(tokens, NO_ANSWERS, True)
+            yield document, text_of(tokens)
         return
     for document, encoded in zip(documents, template.encode(texts), strict=True):
         if isinstance(encoded, LeftOut):

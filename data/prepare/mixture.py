@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from data.prepare.languages import Languages
 from data.prepare.rows import FORMATS, ROLES, Wanted, check_format
 from data.prepare.sources import Skipped, open_source
 from data.yaml_files import read_yaml
@@ -19,6 +20,7 @@ from fms_spec.settings import Place, Section, explain, first_problem
 
 Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # it stands before a / in the names of documents
+Language = Annotated[str, StringConstraints(pattern=r"^[a-z]{2,3}$")]
 
 
 class SourceSettings(Section):
@@ -26,7 +28,7 @@ class SourceSettings(Section):
 
     path: as --source. weight: its share of the mixture's tokens, against the other weights. split: of a data set's, train where none is
     given. limit: read so many documents at most, without those that are left out. min_tokens, max_tokens: documents of other lengths are
-    left out. roles: so are conversations in which others speak.
+    left out. roles: so are conversations in which others speak. languages: so are documents in others, see languages.Languages.
     """
 
     path: Place
@@ -38,6 +40,7 @@ class SourceSettings(Section):
     min_tokens: Count | None = None
     max_tokens: Count | None = None
     roles: list[Literal[tuple(ROLES)]] | None = Field(None, min_length=1)
+    languages: list[Language] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def consistent(self):
@@ -89,6 +92,8 @@ class Part:
         self.source = open_source(settings.path, Wanted(settings.text_column, settings.format, on_bad_row), settings.split)
         if settings.roles and not self.source.conversations:
             raise UserError(f"sources.{name}.roles: {settings.path} holds texts, in which nobody speaks; leave them out")
+        self.holds = "conversations" if self.source.conversations else "texts"
+        self.languages = Languages(settings.languages, f"sources.{name}.languages") if settings.languages else None
 
     def label(self, file, row):
         """A document's name."""
@@ -102,13 +107,21 @@ class Part:
         return (f"over {most} tokens", "") if most and tokens > most else None
 
     def documents(self, generator):
-        """Yield the source's `Document`s in the order it has them, without those in which other roles speak."""
-        roles = self.settings.roles and {*self.settings.roles}
+        """Yield the source's `Document`s in the order it has them, without those in which other roles speak, or in other languages."""
         for document in self.source.documents(generator):
-            if roles and (others := {message["role"] for message in document.messages} - roles):
-                self.skipped.add("others speak", document, ", ".join(sorted(others)))
+            unwanted = self.unwanted(document)
+            if unwanted:
+                self.skipped.add(unwanted[0], document, unwanted[1])
             else:
                 yield document
+
+    def unwanted(self, document):
+        """(why, more about it) of a `Document` in which other roles speak, or in another language; None of others."""
+        roles = self.settings.roles
+        if roles and (others := {message["role"] for message in document.messages}.difference(roles)):
+            return "others speak", ", ".join(sorted(others))
+        language = self.languages and self.languages.other(document.texts)
+        return ("other languages", language) if language else None
 
 
 class Mixture:
@@ -116,14 +129,14 @@ class Mixture:
 
     Attributes:
         parts: list of `Part`. named: whether a file names them. weights: one for each, None where all is taken as it is. conversations:
-        whether they hold those, and not texts.
+        whether any of them holds those. of_both: whether others hold texts.
     """
 
     def __init__(self, source, text_column, format, on_bad_row):
         """source, text_column, format, on_bad_row: as typed by the user.
 
         Raises:
-            UserError: anything wrong with a source or its settings, or texts in one and conversations in another.
+            UserError: anything wrong with a source or its settings.
         """
         self.named = is_mixture(source)
         if self.named and (format or text_column != "text"):
@@ -135,10 +148,8 @@ class Mixture:
         self.parts = [Part(name, section, on_bad_row) for name, section in sections.items()]
         weights = [part.settings.weight for part in self.parts]
         self.weights = weights if None not in weights else None
-        kinds = {part.source.conversations: part.settings.path for part in reversed(self.parts)}
-        if len(kinds) > 1:
-            raise UserError(f"mixture {source}: {kinds[True]} holds conversations, and {kinds[False]} texts; prepare them apart")
-        (self.conversations,) = kinds
+        self.conversations = any(part.source.conversations for part in self.parts)
+        self.of_both = len({part.holds for part in self.parts}) > 1
 
     def fingerprint(self):
         """Of all that the sources hold, hex: a single one's own where no file names it."""

@@ -4,7 +4,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from data.prepare.overlap import hashed
-from data.prepare.rows import texts_within
 from fms_spec.errors import UserError
 
 CHARACTERS = 24  # of a shingle, about five words; characters, as not all languages part words by spaces
@@ -50,8 +49,7 @@ class NearCopies:
 
 def shingles(document):
     """Hashes of a document's shingles, uint32 values [some], once each; of a conversation only what its user and assistant say."""
-    texts = texts_within(document.messages) if document.messages else [document.content]
-    codes = np.frombuffer(" ".join(" ".join(texts).split()).encode("utf-32-le"), np.uint32)
+    codes = np.frombuffer(" ".join(" ".join(document.texts).split()).encode("utf-32-le"), np.uint32)
     if not len(codes):
         return codes
     hashes = np.unique(hashed(sliding_window_view(codes, min(CHARACTERS, len(codes)))) >> np.uint64(32))

@@ -4,7 +4,7 @@ import heapq
 import math
 
 from data.prepare.encoding import encode_documents
-from data.prepare.tables import READING, has_prompt
+from data.prepare.tables import READING, has_prompt, piece_length
 from data.progress import progress
 from data.tokenizer import refuse_unknown
 from fms_spec.errors import UserError
@@ -13,17 +13,19 @@ from fms_spec.errors import UserError
 def read_documents(spool, mixture, tokenizer, template, settings, unwanted):
     """Tokenise every source into the spool, one after the other; with max_tokens, only as much as is needed of each.
 
-    unwanted: functions of (`sources.Document`, `encoding.Encoded`) that give (why it is left out, more about it), None where it isn't;
-    called in order, and no more of them once one does.
+    template: `chat.ChatTemplate`, None where no source holds conversations. unwanted: functions of (`sources.Document`, `encoding.Encoded`)
+    that give (why it is left out, more about it), None where it isn't; called in order, and no more of them once one does.
 
     Raises:
         UserError: nothing is left of a source.
     """
+    pieces = piece_length(settings.prompt_length, mixture)
     with progress(desc="tokenise", unit="token", unit_scale=True, total=settings.max_tokens) as bar:
         for number, part in enumerate(mixture.parts):
             read, enough = 0, Enough(settings, mixture.share(number), part.settings.limit)
             documents = part.documents(settings.generator(READING, number))  # of the first as with READING alone
-            for document, encoded in encode_documents(documents, tokenizer, template, part.skipped):
+            talks = part.source.conversations
+            for document, encoded in encode_documents(documents, tokenizer, template if talks else None, part.skipped):
                 tokens, answers, _ = encoded
                 if tokenizer.overflows:
                     refuse_unknown(tokens, tokenizer.embedding_size, tokenizer.backend, part.label(document.file, document.row))
@@ -31,11 +33,12 @@ def read_documents(spool, mixture, tokenizer, template, settings, unwanted):
                 if found:
                     part.skipped.add(found[0], document, found[1])
                     continue
-                spool.append(encoded, number, document.file, document.row, document.content.category if template else None)
+                # A text has an end-of-text token, which no prompt has.
+                promptable = has_prompt(answers[:, 0], settings.prompt_length, tokenizer.prefix).any() if talks else len(tokens) > pieces
+                about = (document.content.category, document.content.asked_by) if talks else (None, ())
+                spool.append(encoded, number, document.file, document.row, promptable, about)
                 read += 1
                 bar.update(len(tokens))
-                length = settings.prompt_length
-                promptable = has_prompt(answers[:, 0], length, tokenizer.prefix).any() if template else len(tokens) > length
                 if enough.after(len(tokens), promptable):
                     break
             if not read:

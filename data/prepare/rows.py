@@ -3,6 +3,7 @@
 import difflib
 import re
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from data.prepare.values import checked, json_list, kind, parsed
@@ -35,6 +36,12 @@ class Conversation(NamedTuple):
     messages: list
     tools: list | None = None
     category: str | None = None
+
+    @property
+    def asked_by(self):
+        """Whose message each of the assistant's follows: roles, "" where it is the first."""
+        roles = ["", *(message["role"] for message in self.messages)]
+        return tuple(before for before, role in pairwise(roles) if role == "assistant")
 
 
 class BadRow(NamedTuple):

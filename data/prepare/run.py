@@ -17,13 +17,12 @@ from data.prepare.mixture import Mixture
 from data.prepare.near import NearCopies
 from data.prepare.overlap import Evaluation
 from data.prepare.reading import read_documents
-from data.prepare.tables import write_tables
+from data.prepare.tables import PROMPT_LENGTH, write_tables
 from data.tokenizer import load_tokenizer, use_threads
 from fms_spec.errors import UserError
 from fms_spec.files import write_json
 from fms_spec.timing import Stopwatch
 
-PROMPT_LENGTH = {False: 64, True: 1024}  # tokens: of a piece of text, and at most of a conversation
 UNSAID = {
     "on_bad_row": "stop",
     "near_duplicates": None,
@@ -146,7 +145,8 @@ def about_source(source, spool, mixture, template, detailed):
     documents, tokens = (np.bincount(spool.parts, by, len(mixture.parts)).astype(int).tolist() for by in (None, spool.lengths))
     about["mixture"] = {
         part.name: {
-            "path": part.settings.path, "documents_read": documents[number], "tokens_read": tokens[number],
+            "path": part.settings.path, **({"holds": part.holds} if mixture.of_both else {}),
+            "documents_read": documents[number], "tokens_read": tokens[number],
             "skipped": dict(part.skipped.counts), "firsts": part.skipped.firsts,
         }
         for number, part in enumerate(mixture.parts)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from data.manifest import reason
 from data.prepare.finding import find_files
 from data.prepare.formats import UNREAD, arrow_rows, contents_of, has_conversations, has_mark, table_suffix
-from data.prepare.rows import BAD_ROW, BadRow, Conversation, Wanted, layout_of
+from data.prepare.rows import BAD_ROW, BadRow, Conversation, Wanted, layout_of, texts_within
 from data.prepare.stores import digest_of, is_url, reaching
 from data.progress import progress
 from fms_spec.errors import UserError
@@ -28,6 +28,13 @@ class Document(NamedTuple):
     def messages(self):
         """Of a conversation, none of anything else."""
         return self.content.messages if isinstance(self.content, Conversation) else []
+
+    @property
+    def texts(self):
+        """What it says: a text, or what the user and the assistant say in a conversation; nothing where it can't be read."""
+        if isinstance(self.content, Conversation):
+            return list(texts_within(self.content.messages))
+        return [self.content] if isinstance(self.content, str) else []
 
 
 class Skipped:
@@ -84,7 +91,7 @@ class FileSource:
                 raise UserError(f"source {file}: cannot be read (permission denied)")
             kinds.setdefault(has_conversations(file, wanted), file)
         if {True, False} <= kinds.keys():
-            mend = "prepare them apart, each with a pattern"
+            mend = "prepare them apart, each with a pattern, or together as two sources of a .yaml"
             raise UserError(f"source {kinds[True]}: holds conversations, and {kinds[False]} beside it texts; {mend}")
         self.conversations = True in kinds
 

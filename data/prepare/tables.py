@@ -14,15 +14,15 @@ from fms_spec.errors import UserError
 
 # Each random choice has a stream of its own, so that e.g. asking for prompts of another length does not reorder the rows.
 READING, HOLDING_OUT, SHUFFLING, PROMPTING = range(4)
+PROMPT_LENGTH = {False: 64, True: 1024}  # tokens: of a piece of text, and at most of a conversation
 
 
 def write_tables(folder, spool, mixture, tokenizer, settings):
     """Write the tables of every split and the token counts; returns the manifest's entries."""
     length, chats, prefix = settings.prompt_length, mixture.conversations, tokenizer.prefix
-    promptable = has_prompt(spool.shortest_prompts, length, prefix) if chats else spool.lengths > length  # it has an end-of-text token
     try:
         drawn = settings.generator(HOLDING_OUT)
-        held_out, train = choose_held_out(spool, promptable, settings.held_out, drawn, mixture.weights)
+        held_out, train = choose_held_out(spool, settings.held_out, drawn, mixture.weights)
     except ValueError as error:
         what, more = (f"a prompt of at most {length} tokens", "raise") if chats else (f"the {length} tokens of a prompt", "lower")
         mend = f"lower --held_out or {more} --prompt_length"
@@ -89,6 +89,11 @@ def has_prompt(lengths, limit, prefix):
     return (lengths >= 0) & (lengths + len(prefix) <= limit)
 
 
+def piece_length(length, mixture):
+    """Tokens of a prompt that is a piece of a text: all that a prompt may have, but beside conversations no more than without them."""
+    return min(length, PROMPT_LENGTH[False]) if mixture.conversations else length
+
+
 def write_rows(folder, split, documents, spool, settings, schema, prefix, counts):
     """Pack `documents` (numbers, in order) into rows. Returns the table's entry.
 
@@ -132,36 +137,38 @@ def count_tokens(counts, row):
 
 def write_prompts(folder, split, documents, spool, mixture, length, schema, prefix, generator):
     """Draw one prompt from each document that has one. Returns the table's entry."""
-    writer = TableWriter(folder, f"prompts-{split}", schema, length)
+    writer, pieces = TableWriter(folder, f"prompts-{split}", schema, length), piece_length(length, mixture)
     for document in documents.tolist():
         tokens, answers, prefixed = spool[document]
-        draw = conversation_prompt if mixture.conversations else text_prompt
-        prompt, turn = draw(tokens, answers, length, prefix if prefixed else [], generator)
+        number, *place = spool.origin(document)
+        part, (category, askers) = mixture.parts[number], spool.about(document)
+        draw, limit = (conversation_prompt, length) if part.source.conversations else (text_prompt, pieces)
+        prompt, turn = draw(tokens, answers, limit, prefix if prefixed else [], generator)
         if prompt is not None:
-            part, *place = spool.origin(document)
-            category = spool.category(document) or mixture.parts[part].name
-            writer.append((writer.rows, document, mixture.label(part, *place), prompt, turn, category)[: len(schema)])
+            role = askers[turn - 1] if turn and len(askers) == len(answers) else ""  # a template may mark answers otherwise
+            label = mixture.label(number, *place)
+            writer.append((writer.rows, document, label, prompt, turn, category or part.name, role)[: len(schema)])
     return writer.close()
 
 
 def text_prompt(tokens, _, length, prefix, generator):
-    """(a piece of a text that is long enough even without the prefix, otherwise None; None, as a text has no turns).
+    """(a piece of a text that is long enough even without the prefix, otherwise None; 0, as a text has no turns).
 
     The offset is random because the beginnings of files are licence headers, all alike. The end-of-text token is left out: a
     continuation of it would be another document.
     """
     if len(tokens) - 1 < length:
-        return None, None
+        return None, 0
     offset = int(generator.integers(len(tokens) - length))
     piece = tokens[offset : offset + length]
-    return [*missing_prefix(piece, prefix), *piece][:length], None
+    return [*missing_prefix(piece, prefix), *piece][:length], 0
 
 
 def conversation_prompt(tokens, answers, limit, prefix, generator):
-    """(a conversation up to where one of its answers begins, any within `limit`; which one that is, from 1); None and None for none."""
+    """(a conversation up to where one of its answers begins, any within `limit`; which one that is, from 1); None and 0 for none."""
     numbers = np.flatnonzero(has_prompt(answers[:, 0], limit, prefix))
     if not len(numbers):
-        return None, None
+        return None, 0
     number = int(numbers[generator.integers(len(numbers))])
     return [*prefix, *tokens[: answers[number, 0]]], number + 1
 

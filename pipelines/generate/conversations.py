@@ -115,7 +115,7 @@ def prompts_of(dialogues, turns, longest):
         else:
             found[number] = torch.tensor(ids)
     unknown = [None] * len(found)
-    return Prompts([*found.values()], torch.tensor([*found], dtype=torch.int64), [*map(str, found)], unknown, unknown)
+    return Prompts([*found.values()], torch.tensor([*found], dtype=torch.int64), [*map(str, found)], unknown, unknown, unknown)
 
 
 def take_all(store, dialogues, turns):

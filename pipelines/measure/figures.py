@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_left
+from operator import attrgetter
 
 import torch
 
@@ -16,20 +17,28 @@ def summary(samples, proposer):
     """The figures of `samples.decode_in_turn`'s, as JSON values.
 
     Returns:
-        dict: the speculator's figures (see `figures`) over all prompts; prompt_lookup: the same figures for it; categories, turns and
-        contexts: those of each group of texts, see `grouped`. Texts of no conversation are in no turn.
+        dict: the speculator's figures (see `figures`) over all prompts; prompt_lookup: the same figures for it; categories, sources,
+        turns, roles and contexts: those of each group of texts, see `grouped`. Texts of no mixture are of no source, those of no
+        conversation in no turn, and of no role.
     """
     rest = "other" if any(sample.category for sample in samples) else "all"
-    of_turns = sorted((sample for sample in samples if sample.turn), key=lambda sample: sample.turn)
-    by_length = sorted(samples, key=lambda sample: sample.prompt_length)
-    return figures(samples, "speculator", proposer.lookahead) | {
-        "lookahead": proposer.lookahead,
+    ahead = proposer.lookahead
+    return figures(samples, "speculator", ahead) | {
+        "lookahead": ahead,
         "nodes": proposer.nodes,
         "prompt_lookup": figures(samples, "prompt_lookup", proposer.nodes),
-        "categories": grouped(samples, lambda sample: sample.category or rest, proposer.lookahead),
-        "turns": grouped(of_turns, lambda sample: str(sample.turn) if sample.turn <= TURNS else f"over {TURNS}", proposer.lookahead),
-        "contexts": grouped(by_length, lambda sample: context_range(sample.prompt_length), proposer.lookahead),
+        "categories": grouped(samples, lambda sample: sample.category or rest, ahead),
+        "sources": grouped(known(samples, "source"), lambda sample: sample.source, ahead),
+        "turns": grouped(known(samples, "turn"), lambda sample: str(sample.turn) if sample.turn <= TURNS else f"over {TURNS}", ahead),
+        "roles": grouped(known(samples, "role"), lambda sample: sample.role, ahead),
+        "contexts": grouped(known(samples, "prompt_length"), lambda sample: context_range(sample.prompt_length), ahead),
     }
+
+
+def known(samples, name):
+    """Those of some samples of which an attribute is known, in its order."""
+    value = attrgetter(name)
+    return sorted(filter(value, samples), key=value)
 
 
 def grouped(samples, group_of, lookahead):

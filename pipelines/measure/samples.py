@@ -15,16 +15,19 @@ from fms_spec.options import DecodingOptions
 
 @dataclass(frozen=True)
 class Sample:
-    """One text: which prompt and category, which of its conversation's answers, which way it was decoded, what came of it.
+    """One text: which prompt, what it is a case of, which way it was decoded, what came of it.
 
-    turn: from 1, None where the text is of no conversation. verdict: against the plain text "equal", "differs", or "parted" until `settle`
-    has found out whether that is "rounding" or "differs".
+    category, source, role: see `data.prompts.Prompt`. turn: which of its conversation's answers it is, from 1, None where it is of no
+    conversation. verdict: against the plain text "equal", "differs", or "parted" until `settle` has found out whether that is "rounding" or
+    "differs".
     tokens: of prompt and continuation, int64 [s]. parted_at: index of the first new token that isn't the plain text's, None where all are.
     """
 
     prompt: int
     category: str | None
+    source: str | None
     turn: int | None
+    role: str | None
     kind: str
     accepted: list
     new_tokens: int
@@ -56,9 +59,9 @@ def decode_in_turn(base_model, prompts, methods, max_new_tokens):
     A turn that is over the base model's context, with max_new_tokens and candidates, is left out, and so are those after it.
 
     Args:
-        prompts: objects with category (str or None), first_turn (int or None), turns (int) and tokens(replies) -> int64 [n], the tokens to
-        be continued when the turns before were answered with `replies`; see `data.prompts`. methods: {kind: proposer}, "plain" with None
-        first; see `usual_methods`.
+        prompts: objects with category, source and role (str or None), first_turn (int or None), turns (int) and tokens(replies) -> int64
+        [n], the tokens to be continued when the turns before were answered with `replies`; see `data.prompts`. methods: {kind: proposer},
+        "plain" with None first; see `usual_methods`.
 
     Returns:
         list of `Sample`.
@@ -84,7 +87,7 @@ def decode_in_turn(base_model, prompts, methods, max_new_tokens):
                 verdict = "equal" if position is None else "differs" if base_model.dtype == torch.float32 else "parted"
                 whole = torch.cat([tokens, torch.tensor(result.tokens)])
                 facts = result.accepted, len(result.tokens), timing, verdict, whole, len(tokens), position
-                samples.append(Sample(number, prompt.category, turn, kind, *facts))
+                samples.append(Sample(number, prompt.category, prompt.source, turn, prompt.role, kind, *facts))
     return samples
 
 

@@ -4,7 +4,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-GROUPS = {"categories": "{}", "turns": "turn {}", "contexts": "{} tokens"}  # of texts, and what a group is called
+# Groups of texts, and what one is called.
+GROUPS = {"categories": "{}", "sources": "from {}", "turns": "turn {}", "roles": "to {}", "contexts": "{} tokens"}
 COMPARED = ("acceptance_length", "tokens_per_forward", "tokens_per_s", "speedup")
 WIDTH = 120  # columns, where the terminal doesn't say: tables in logs keep their headings whole
 
@@ -33,11 +34,14 @@ def print_evaluation(values, title):
 
 
 def print_groups(values):
-    """The texts by category, turn and length of context, where there is more than one group of a kind."""
+    """The texts by category, source, turn, role and length of context, where there is more than one group of a kind, each once."""
     lookup, title = "prompt\nlookup's", "groups of texts, with 95% intervals over prompts"
     table = Table("texts", "count", "acceptance length", "tokens a forward", lookup, "speed-up", lookup, title=title)
+    seen = []  # sources are categories too where rows name none
     for kind, shown_as in GROUPS.items():
-        for name, group in values[kind].items() if len(values[kind]) > 1 else ():
+        groups = values[kind] if len(values[kind]) > 1 and values[kind] not in seen else {}
+        seen.append(groups)
+        for name, group in groups.items():
             cells = []
             for figure in ("acceptance_length", "tokens_per_forward", "speedup"):
                 theirs = f"prompt_lookup_{figure}"

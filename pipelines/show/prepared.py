@@ -47,8 +47,8 @@ def summary_of(data_dir, train_on=None):
     source, rows, prompts = manifest["source"], *(table_of(manifest, data_dir, name) for name in ("rows-train", "prompts-train"))
     skipped = left_out(source) or "nothing"
     skipped += f", the first is {source['first_skipped']}" if "first_skipped" in source and "firsts" not in source else ""
-    kind = "conversations" if has_answers(manifest) else "texts"
-    share = f"{share_of(rows):.1%} of them {'answers' if has_answers(manifest) else 'trained on'}"
+    kind = kind_of(manifest)
+    share = f"{share_of(rows):.1%} of them {'answers' if kind == 'conversations' else 'trained on'}"
     asked = f"; phase 1 trains on: {train_on}" if train_on else ""
     used = {name: part["tokens"] for name, part in rows.get("sources", {}).items()}
     mixed = f" ({', '.join(f'{name} {tokens / sum(used.values()):.1%}' for name, tokens in used.items())})" if used else ""
@@ -93,6 +93,12 @@ def mixture_lines(manifest, rows):
 
 def has_answers(manifest):
     return manifest["inputs"]["format_version"] == CONVERSATIONS
+
+
+def kind_of(manifest):
+    """What a folder was prepared from, in words."""
+    held = {part.get("holds") for part in manifest["source"].get("mixture", {}).values()} - {None}
+    return " and ".join(sorted(held)) or ("conversations" if has_answers(manifest) else "texts")
 
 
 def template_of(manifest):
