@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from data.prepare.rows import FORMATS, ROLES, Wanted, check_format
+from data.prepare.rows import FORMATS, ROLES, BadRow, Wanted, check_format
 from data.prepare.sources import Skipped, open_source
 from data.yaml_files import read_yaml
 from fms_spec.errors import UserError
@@ -102,13 +102,12 @@ class Part:
         return (f"over {most} tokens", "") if most and tokens > most else None
 
     def documents(self, generator):
-        """Yield the source's `Document`s in the order it has them, without those in which other roles speak."""
+        """Yield the source's `Document`s in the order it has them; one in which other roles speak is a `rows.BadRow`."""
         roles = self.settings.roles and {*self.settings.roles}
         for document in self.source.documents(generator):
             if roles and (others := {message["role"] for message in document.messages} - roles):
-                self.skipped.add("others speak", document, ", ".join(sorted(others)))
-            else:
-                yield document
+                document = document._replace(content=BadRow(", ".join(sorted(others)), "others speak"))
+            yield document
 
 
 class Mixture:
