@@ -115,7 +115,8 @@ class ClusterEngine:
             if place.call is None and place.shards:
                 place.call, place.given = place.worker.step.remote(place.given), []
         calls = {place.call: place for place in self.places if place.call}
-        ready, _ = self.cluster.ray.wait(list(calls), timeout=WAIT_SECONDS)
+        self.cluster.ray.wait(list(calls), timeout=WAIT_SECONDS)
+        ready, _ = self.cluster.ray.wait(list(calls), num_returns=len(calls), timeout=0)  # all: one that is quick would hide the others
         return [shard for call in ready for shard in self.finished(calls[call])]
 
     def finished(self, place):
