@@ -6,8 +6,10 @@ don't hold every conversation that JSON does, and in order they would be read fa
 
 import logging
 import os
+import signal
 import socket
 from collections import deque
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import version
@@ -35,6 +37,7 @@ class Cluster:
     """
 
     def __init__(self, address):
+        ending = signal.getsignal(signal.SIGTERM)
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` it would copy this folder with its environment
         try:
             import ray
@@ -47,6 +50,8 @@ class Cluster:
         try:
             refuse_silence(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
             ray.init(address, runtime_env=environment, logging_level=logging.ERROR)
+            with suppress(ValueError):  # not the first thread, whose alone signals are
+                signal.signal(signal.SIGTERM, ending)  # Ray would print stacks, and end with another code
         except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and kinds of its own
             mend = "start one with `ray start`, here and on the others, or leave it out"
             raise UserError(f"{self.flag}: no cluster to be reached ({reason(error)}); {mend}") from None
