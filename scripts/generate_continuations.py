@@ -20,6 +20,7 @@ class Arguments:
         prompts: a folder from scripts.prepare_data.
         out_dir: folder of the shards; manifest.json is written when all of them are there.
         engine: vllm, or embedded for the decoding of this project, which needs no other install.
+        ray: HOST:PORT of a Ray cluster, or auto for the one that this machine is of: the engine runs on each of its GPUs, or nodes.
         max_tokens: end each continuation at so many tokens; generation.max_new_tokens of the run's config.
         temperature: 0 is greedy.
         top_k: sample from the so many likeliest tokens; 0 is off.
@@ -40,6 +41,7 @@ class Arguments:
     prompts: str
     out_dir: str
     engine: Literal["vllm", "embedded"] = "vllm"
+    ray: str | None = None
     max_tokens: Count = 256
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_k: CountOrZero = 10

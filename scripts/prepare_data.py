@@ -31,6 +31,7 @@ class Arguments:
         max_tokens: stop after so many packed tokens; reads no more of the source than that takes.
         seed: decides the order, the held-out documents and the prompts.
         workers: threads of the tokenizer, all cores by default; no effect on the output.
+        ray: HOST:PORT of a Ray cluster whose processors tokenise, or auto for the one that this machine is of; no effect on the output.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Arguments:
     max_tokens: int | None = None
     seed: Seed = 0
     workers: int | None = None
+    ray: str | None = None
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def pytest_ignore_collect(collection_path, config):
 
 
 # Each takes from 200 seconds (the first) to 15 (the last but vLLM's) of one core.
-LONGEST = ["test_quickstart", "test_parallel", "test_plan", "test_scripts", "test_compiled", "test_run_folder", "test_generation_modes",
-           "test_decoding", "test_recipe", "test_train_step_benchmark", "test_vllm_serving", "test_vllm_continuations"]  # fmt: skip
+LONGEST = ["test_quickstart", "test_parallel", "test_plan", "test_scripts", "test_compiled", "test_cluster", "test_run_folder",
+           "test_generation_modes", "test_decoding", "test_recipe",
+           "test_train_step_benchmark", "test_vllm_serving", "test_vllm_continuations"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -75,7 +75,6 @@ class ChatTemplate:
         self.backend.post_processor = processors.Sequence([])  # it may cut the spaces off a token's place in the text
         added = self.backend.get_added_tokens_decoder().items()
         self.special = {token for token, one in added if one.special} - {self.served.unk_token_id}  # which parts of words may be
-        self.ids_of = lru_cache(maxsize=1024)(lambda text: self.backend.encode(text, add_special_tokens=False).ids)
 
     def check_syntax(self, name):
         for template in self.templates.values():
@@ -216,8 +215,15 @@ class ChatTemplate:
             if first is None or last is None or first >= last:
                 return LeftOut(UNSURE)
             answers.append((-1 if prompts.get(start) is None else first, first, last))
-        self.ends.update(tokens.ids[last - 1] for _, _, last in answers)
         return np.array(tokens.ids, np.int32), np.array(answers, np.int32)
+
+    def count_ends(self, encoded):
+        """Count the tokens that answers end with, of an encoding.Encoded."""
+        self.ends.update(encoded.tokens[encoded.answers[:, 2] - 1].tolist())
+
+    @lru_cache(maxsize=1024)
+    def ids_of(self, text):
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def token_at(self, place, text, tokens):
         """As `Tokens.beginning`, but None also where the text before has other tokens when it stands alone, as a prompt does.

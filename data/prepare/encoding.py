@@ -1,14 +1,15 @@
 """Documents to tokens, many at a time. Shapes: n tokens, a answers."""
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from data.prepare.chat import LeftOut
-from data.prepare.rows import BAD_ROW, BadRow, Conversation
+from data.prepare.rows import BadRow, Conversation
 from data.tokenizer import without_prefix
 
-# Text handed to the tokenizer's threads at once; enough to keep them busy, small against memory.
+# Text handed to the tokenizer's threads at once, or to a node of a cluster; enough to keep them busy, small against memory.
 BATCH_CHARACTERS = 2**21
 BATCH_DOCUMENTS = 10_000
 
@@ -25,26 +26,51 @@ class Encoded(NamedTuple):
     prefixed: bool
 
 
-def encode_documents(documents, tokenizer, template, skipped):
+def one_by_one(function, items):
+    """Yield (item, function(item)) of each: what `cluster.Cluster.each` does on several machines."""
+    return ((item, function(item)) for item in items)
+
+
+def encode_documents(documents, tokenizer, template, skipped, each):
     """Yield (document, `Encoded`) in order: texts with the end-of-text token, conversations as the template ends them.
 
     template: `chat.ChatTemplate` of conversations, None where they are texts. Documents that are empty, not UTF-8, or of no use as
-    conversations are told to `skipped` and left out.
+    conversations are told to `skipped` and left out, a batch's at once. each: `one_by_one`, or `cluster.Cluster.each`.
     """
+    for batch, outcomes in each(partial(encode_batch, tokenizer, template), batches(documents)):
+        fit = []
+        for document, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, LeftOut):
+                skipped.add(outcome.why, document, outcome.detail)
+                continue
+            if template:
+                template.count_ends(outcome)
+            fit.append((document, outcome))
+        yield from fit
+
+
+def batches(documents):
+    """Yield lists of them, of about as much text as is to be encoded at once."""
     batch, characters = [], 0
     for document in documents:
-        try:
-            text = readable(document.content, template)
-        except LeftOut as left_out:
-            skipped.add(left_out.why, document, left_out.detail)
-            continue
-        batch.append((document, text))
-        characters += len(text if template is None else text.text)
+        batch.append(document)
+        characters += len(document.content if isinstance(document.content, str) else repr(document.content))
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield from encode_batch(batch, tokenizer, template, skipped)
+            yield batch
             batch, characters = [], 0
     if batch:
-        yield from encode_batch(batch, tokenizer, template, skipped)
+        yield batch
+
+
+def encode_batch(tokenizer, template, documents):
+    """For each of some `sources.Document`s its `Encoded`, or the `LeftOut` that tells why there is none: a list."""
+    outcomes = [readable(document.content, template) for document in documents]
+    fit = [number for number, outcome in enumerate(outcomes) if not isinstance(outcome, LeftOut)]
+    if fit:
+        encode = tokenizer.encode if template is None else template.encode
+        for number, encoded in zip(fit, encode([outcomes[number] for number in fit]), strict=True):
+            outcomes[number] = encoded if isinstance(encoded, LeftOut) else finished(encoded, tokenizer, template)
+    return outcomes
 
 
 def text_of(tokens):
@@ -53,31 +79,28 @@ def text_of(tokens):
 
 
 def readable(content, template):
-    """A document's text, or `chat.Rendered`; raises LeftOut."""
+    """A document's text, or `chat.Rendered`, or the `LeftOut` that it has come to."""
     if isinstance(content, BadRow):
-        raise LeftOut(BAD_ROW, content.problem)
+        return LeftOut(content.why, content.problem)
     if content is None:
-        raise LeftOut("not UTF-8")
+        return LeftOut("not UTF-8")
     empty = not content.messages if isinstance(content, Conversation) else not content.strip()
     if empty:
-        raise LeftOut("empty")
-    return content if template is None else template.render(content)
-
-
-def encode_batch(batch, tokenizer, template, skipped):
-    """As encode_documents, for a list of (document, what `readable` made of it)."""
-    documents, texts = zip(*batch)
+        return LeftOut("empty")
     if template is None:
-        for document, tokens in zip(documents, tokenizer.encode(texts), strict=True):
-            tokens = np.append(without_prefix(tokens, tokenizer.prefix), np.int32(tokenizer.eos_token_id))
-            yield document, text_of(tokens)
-        return
-    for document, encoded in zip(documents, template.encode(texts), strict=True):
-        if isinstance(encoded, LeftOut):
-            skipped.add(encoded.why, document)
-            continue
-        tokens, answers = encoded
-        rest = without_prefix(tokens, tokenizer.prefix)
-        shift = len(tokens) - len(rest)
-        shifts = np.where(answers < 0, 0, shift)
-        yield document, Encoded(rest, answers - shifts, not tokenizer.prefix or shift > 0)
+        return content
+    try:
+        return template.render(content)
+    except LeftOut as left_out:
+        return left_out
+
+
+def finished(encoded, tokenizer, template):
+    """The `Encoded` of a text's tokens, or of a conversation's (tokens, answers)."""
+    if template is None:
+        return text_of(np.append(without_prefix(encoded, tokenizer.prefix), np.int32(tokenizer.eos_token_id)))
+    tokens, answers = encoded
+    rest = without_prefix(tokens, tokenizer.prefix)
+    shift = len(tokens) - len(rest)
+    shifts = np.where(answers < 0, 0, shift)
+    return Encoded(rest, answers - shifts, not tokenizer.prefix or shift > 0)

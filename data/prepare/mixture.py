@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from data.prepare.languages import Languages
-from data.prepare.rows import FORMATS, ROLES, Wanted, check_format
+from data.prepare.rows import FORMATS, ROLES, BadRow, Wanted, check_format
 from data.prepare.sources import Skipped, open_source
 from data.yaml_files import read_yaml
 from fms_spec.errors import UserError
@@ -107,21 +107,18 @@ class Part:
         return (f"over {most} tokens", "") if most and tokens > most else None
 
     def documents(self, generator):
-        """Yield the source's `Document`s in the order it has them, without those in which other roles speak, or in other languages."""
+        """Yield the source's `Document`s in the order it has them; those in which other roles speak, or in other languages, as `BadRow`."""
         for document in self.source.documents(generator):
             unwanted = self.unwanted(document)
-            if unwanted:
-                self.skipped.add(unwanted[0], document, unwanted[1])
-            else:
-                yield document
+            yield document._replace(content=unwanted) if unwanted else document
 
     def unwanted(self, document):
-        """(why, more about it) of a `Document` in which other roles speak, or in another language; None of others."""
+        """The `rows.BadRow` that a `Document` becomes in which other roles speak, or in another language; None of others."""
         roles = self.settings.roles
         if roles and (others := {message["role"] for message in document.messages}.difference(roles)):
-            return "others speak", ", ".join(sorted(others))
+            return BadRow(", ".join(sorted(others)), "others speak")
         language = self.languages and self.languages.other(document.texts)
-        return ("other languages", language) if language else None
+        return BadRow(language, "other languages") if language else None
 
 
 class Mixture:

@@ -10,11 +10,12 @@ from data.tokenizer import refuse_unknown
 from fms_spec.errors import UserError
 
 
-def read_documents(spool, mixture, tokenizer, template, settings, unwanted):
+def read_documents(spool, mixture, tokenizer, template, settings, unwanted, each):
     """Tokenise every source into the spool, one after the other; with max_tokens, only as much as is needed of each.
 
     template: `chat.ChatTemplate`, None where no source holds conversations. unwanted: functions of (`sources.Document`, `encoding.Encoded`)
-    that give (why it is left out, more about it), None where it isn't; called in order, and no more of them once one does.
+    that give (why it is left out, more about it), None where it isn't; called in order, and no more of them once one does. each: see
+    `encoding.encode_documents`.
 
     Raises:
         UserError: nothing is left of a source.
@@ -25,7 +26,7 @@ def read_documents(spool, mixture, tokenizer, template, settings, unwanted):
             read, enough = 0, Enough(settings, mixture.share(number), part.settings.limit)
             documents = part.documents(settings.generator(READING, number))  # of the first as with READING alone
             talks = part.source.conversations
-            for document, encoded in encode_documents(documents, tokenizer, template if talks else None, part.skipped):
+            for document, encoded in encode_documents(documents, tokenizer, template if talks else None, part.skipped, each):
                 tokens, answers, _ = encoded
                 if tokenizer.overflows:
                     refuse_unknown(tokens, tokenizer.embedding_size, tokenizer.backend, part.label(document.file, document.row))

@@ -45,9 +45,10 @@ class Conversation(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that can't be read. problem: which, and why."""
+    """A row that can't be read, or isn't wanted. problem: which, and why; why: the same for all of a kind."""
 
     problem: str
+    why: str = BAD_ROW
 
 
 class Wanted(NamedTuple):

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from data.cluster import Cluster
 from data.manifest import CONVERSATIONS, MANIFEST, TEXTS, check_seed
 from data.prepare.chat import ChatTemplate
 from data.prepare.documents import DocumentSpool
+from data.prepare.encoding import one_by_one
 from data.prepare.folder import finished_set, refuse_inside, writing
 from data.prepare.mixture import Mixture
 from data.prepare.near import NearCopies
@@ -61,20 +63,30 @@ class Settings:
         return np.random.default_rng((self.seed, *stream))
 
 
-def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_template=None, evaluation=None, **settings):
+def prepare(*, workers=None, ray=None, **how):
     """Write the folder that RowReader and read_prompts read, or find it written from the same inputs. Returns its manifest.
 
-    source, tokenizer, out_dir, format, chat_template, evaluation: as typed by the user; workers: threads of the tokenizer (None: all
-    cores), without effect on the output; settings: see Settings. Same inputs give the same bytes, on the same day where a chat template
-    asks for the date.
+    source, tokenizer, out_dir, format, chat_template, evaluation: as typed by the user; settings: see Settings. Same inputs give the same
+    bytes, on the same day where a chat template asks for the date. Without effect on the output are workers, threads of the tokenizer
+    (None: all cores), and ray, the address of a cluster that tokenises (see `cluster.Cluster`).
 
     Raises:
-        UserError: anything wrong with the source, the tokenizer, a setting or `out_dir`; nothing is left behind.
+        UserError: anything wrong with the source, the tokenizer, a setting, the cluster or `out_dir`; nothing is left behind.
     """
     if workers is not None and not 1 <= workers <= MOST_WORKERS:
         raise UserError(f"--workers={workers}: must be from 1 to {MOST_WORKERS}")
-    settings = Settings(**settings)
+    if workers is not None and ray is not None:
+        raise UserError(f"--workers={workers}: with --ray={ray} a thread of each of its processors tokenises; leave one of the two out")
     use_threads(workers)
+    if ray is None:
+        return prepare_by(one_by_one, **how)
+    with Cluster(ray) as cluster:
+        return prepare_by(cluster.each, **how)
+
+
+def prepare_by(each, *, source, tokenizer, out_dir, format=None, chat_template=None, evaluation=None, **settings):
+    """As `prepare`. each: see `encoding.encode_documents`."""
+    settings = Settings(**settings)
     mixture = Mixture(source, settings.text_column, format, settings.on_bad_row)
     if settings.max_tokens is not None and len(mixture.parts) > 1 and not mixture.weights:
         raise UserError(f"--max_tokens={settings.max_tokens}: of which source, is not said; give each in {source} a weight")
@@ -97,7 +109,7 @@ def prepare(*, source, tokenizer, out_dir, workers=None, format=None, chat_templ
     watch, copies = Stopwatch(), not (template or mixture.named or near)  # one source's texts are what they have always been
     with watch.measure("all"), writing(out_dir, inputs) as folder, DocumentSpool(folder, copies) as spool:
         unwanted = [*([evaluated.overlap] if evaluated else []), spool.seen, *([near.seen] if near else [])]
-        read_documents(spool, mixture, loaded, template, settings, unwanted)
+        read_documents(spool, mixture, loaded, template, settings, unwanted, each)
         tables = write_tables(folder, spool, mixture, loaded, settings)
         manifest = {
             "inputs": inputs,

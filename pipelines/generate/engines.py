@@ -6,6 +6,7 @@ The protocol of an engine stands in data/continuations/writer.py.
 import torch
 
 from data.progress import progress
+from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.errors import UserError
 from fms_spec.model_config import context_length, read_config
@@ -59,6 +60,14 @@ def make_engine(settings, base_model, prompt_length, seed, shared=False):
         sleeps = shared and torch.cuda.is_available()
         return VLLMEngine(base_model.name, settings, prompt_length, seed, base_model.dtype, sleeps)
     return EmbeddedEngine(settings, seed)
+
+
+def start_engine(settings, base_model, prompt_length, seed):
+    """As `make_engine`, with the base model that it decodes with where it does not load that itself."""
+    engine = make_engine(settings, base_model, prompt_length, seed)
+    if settings.engine == "embedded":
+        engine.use(BaseModel(base_model.name, dtype=base_model.dtype, backend=base_model.backend))
+    return engine
 
 
 class EmbeddedEngine:

@@ -2,14 +2,15 @@
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from data.continuations.writer import write_shards
 from data.reader import read_prompts
-from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from pipelines.config import BaseModelSection, GenerationSection
-from pipelines.generate.engines import make_engine
+from pipelines.generate.cluster_engine import ClusterEngine
+from pipelines.generate.engines import start_engine
 from pipelines.generate.producers import end_with_parent
 from pipelines.generate.supply import open_store
 from pipelines.machine.environment import environment
@@ -23,7 +24,7 @@ def write_continuations(parsed):
     prompts = read_prompts(parsed.prompts, limit=parsed.limit)
     store = open_store(parsed.out_dir, parsed.prompts, prompts, base_model, settings, parsed.seed)
     indices = shard_numbers(parsed.shards, store.shard_count, parsed.shard_prompts)
-    with Writer(settings, base_model, prompts.longest) as writer:
+    with Writer(settings, base_model, prompts.longest, parsed.ray) as writer:
         writer.write(store, indices, parsed.ahead, Path(parsed.status) if parsed.status else None)
     manifest = store.finish(environment())
     if manifest:
@@ -42,11 +43,12 @@ def sections_of(parsed):
 class Writer:
     """An engine that is started when the first shard is missing, for stores one after the other; SIGTERM ends it and all claims.
 
-    settings: `GenerationSection`. base_model: `BaseModelSection`. prompt_length: tokens of the longest prompt.
+    settings: `GenerationSection`. base_model: `BaseModelSection`. prompt_length: tokens of the longest prompt. ray: the address
+    of a cluster that the engine runs on, see `data.cluster.Cluster`; None for this process.
     """
 
-    def __init__(self, settings, base_model, prompt_length):
-        self.settings, self.base_model, self.prompt_length, self.engine = settings, base_model, prompt_length, None
+    def __init__(self, settings, base_model, prompt_length, ray=None):
+        self.settings, self.base_model, self.prompt_length, self.ray, self.engine = settings, base_model, prompt_length, ray, None
 
     def __enter__(self):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception: claims are released
@@ -62,9 +64,8 @@ class Writer:
         if not missing:
             return
         if self.engine is None:
-            self.engine = make_engine(self.settings, self.base_model, self.prompt_length, store.seed)
-            if self.settings.engine == "embedded":
-                self.engine.use(BaseModel(self.base_model.name, dtype=self.base_model.dtype, backend=self.base_model.backend))
+            start = partial(ClusterEngine, self.ray) if self.ray else start_engine
+            self.engine = start(self.settings, self.base_model, self.prompt_length, store.seed)
         self.engine.seed = store.seed
         tally = write_shards(store, self.engine, missing, ahead, status)
         rate = tally.values()["tokens_per_s"]
