@@ -66,6 +66,12 @@ def test_prompt_lookup_is_judged_without_decoding_too(small_model):
     assert found == result.accepted and sum(found) > 0
 
 
+def test_a_text_that_begins_without_anything_to_look_up_is_judged_to_its_end():
+    text = torch.tensor([*range(100), *range(20)])  # every token is new for longer than is judged at once
+    accepted, candidates = judged(PromptLookup(3), torch.zeros(120, 1), text, 1, 119)
+    assert candidates == [0] * 99 + [3] * 19 and accepted[99:] == [3] * 17 + [2, 1] and len(walked(accepted, candidates)) == 5
+
+
 def test_candidates_past_the_end_of_a_known_text_count_as_wrong(small_model):
     proposer = DraftShape(top_k_per_head=(12, 1)).proposer(heads(small_model, 0))
     (result,), _ = decode(small_model, [torch.tensor([3, 4])], DecodingOptions(max_new_tokens=2, ignore_eos=True))
