@@ -10,7 +10,7 @@ Per head, with student distribution q = softmax(features @ weight.T) and the bas
 The phase's loss is the sum over heads of weight_i times the mean over that head's valid positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +22,9 @@ from fms_spec.alignment import Windows
 from fms_spec.base_model import BaseModel
 from fms_spec.batch import upload
 from fms_spec.mixture import Copying
-from fms_spec.read_out import capped, read_out
+from fms_spec.passes import Arithmetic, Compiled, InPlace, Room, add_at, add_product, arithmetic_of
+from fms_spec.read_out import read_out
 
-# Positions whose logits exist at once: 512 x 128k in fp32 is 0.26 GB, and matrix products of 512 rows already run at full rate.
-CHUNK = 512
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -45,32 +44,19 @@ class LossWeights:
         return bool(self.distillation or self.acceptance)
 
 
-def compute_dtype(states: torch.Tensor) -> torch.dtype:
-    """The dtype in which heads and losses are computed on base-model states of this device and dtype: the one place that chooses.
-
-    bf16 is slower than fp32 on CPUs without AMX, and its rounding gains nothing there; elsewhere it is left as it is. The products of a
-    512-position chunk with 49,152 tokens ran at 132 to 138 GFLOP/s in bf16 and 235 to 258 in fp32 on two such cores. The rule asks what
-    the CPU is rather than a clock, so that a resumed run computes as it began. `scripts.benchmark train_step` (the lines named "loss")
-    compares it with torch's `F.linear_cross_entropy`, which is slower here and returns its loss in bf16, and with the plain way.
-    """
-    slow = states.device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.float32 if slow else states.dtype
-
-
-def chunk_loss(
-    log_q: torch.Tensor, log_p: torch.Tensor | None, spare: torch.Tensor | None, targets: torch.Tensor, weights: LossWeights
-) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_loss(room: Room, targets: torch.Tensor, weights: LossWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy, distillation and acceptance of a chunk, summed: (fp32 scalar, row_scale fp32 [m, 1]).
 
-    Their gradient by the logits is row_scale times what `log_q` becomes. With weights a, b, c and acceptance rate A = sum_v min(p, q):
+    Their gradient by the logits is row_scale times what log q becomes. With weights a, b, c and acceptance rate A = sum_v min(p, q):
         (a + b) q - a onehot - b p + (c / A) (q sum_{v: q < p} q_v - q [q < p])
     so one softmax serves all three, and everything is done in place: on a CPU each pass over [512, 49152] costs a tenth of a product.
     Where q's factor is a row's own, it is left to be applied to what is smaller.
 
     Args:
-        log_q, log_p, spare: fp32 [m, r], all overwritten; log_p and spare are None where no loss asks for p.
-        targets: int64 [m], -1 where there is none.
+        room: log q, log p or None where no loss asks for p, and one more or None, fp32 [m, r]; see `passes`. targets: int64 [m], -1 where
+        there is none.
     """
+    log_q, log_p, spare, *_ = room
     index = targets[:, None].clamp(min=0)
     known = weights.cross_entropy * (targets[:, None] >= 0)
     total = -(known * log_q.gather(1, index)).sum()
@@ -89,7 +75,7 @@ def chunk_loss(
         grad = q.mul_(q_scale).addcmul_(under, -weights.acceptance / rate)
         row_scale = torch.ones_like(row_scale)  # q's factor may be next to nothing here, and the others' is not
     if weights.cross_entropy:
-        grad.scatter_add_(1, index, -known / row_scale.clamp(min=TINY))
+        add_at(grad, index, -known / row_scale.clamp(min=TINY))
     if weights.distillation and weights.cross_entropy:
         grad.sub_(p.mul_(weights.distillation / row_scale))
     elif weights.distillation:
@@ -106,25 +92,25 @@ class SoftTargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, targets: list[torch.Tensor], teacher_of: Callable[[int], torch.Tensor] | None, teacher_weight: torch.Tensor | None,
-        teacher_cap: float | None, scales: torch.Tensor, weights: LossWeights, dtype: torch.dtype, seen: Any, *inputs: torch.Tensor,
+        teacher_cap: float | None, scales: torch.Tensor, weights: LossWeights, arithmetic: Arithmetic, seen: Any, *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Returns (the heads' sum, fp32 scalar, to be trained on; each head's, fp32 [h], without gradient).
 
         Args:
             targets: one int64 [m] a head (-1: none). teacher_of, teacher_weight, teacher_cap: teacher_of(head) [m, d], [r, d] and the
             `BaseModel.output_cap`, of which the base model's logits are made; all None where no loss asks for them. scales: fp32 [h],
-            what a head's loss is multiplied by. weights: `LossWeights`. dtype: of the matrix products. seen: (entries, text) of
+            what a head's loss is multiplied by. weights: `LossWeights`. arithmetic: `passes.Arithmetic`. seen: (entries, text) of
             `mixture.Copying` where heads have a pointer, otherwise None. inputs: each head's features [m, k], then its read-out [r, k];
             with a pointer each head's query and gate, then the keys.
         """
-        heads = len(targets)
+        heads, dtype = len(targets), arithmetic.dtype
         features, readouts, queries, gates = (inputs[part * heads : (part + 1) * heads] for part in range(4))
         ctx.dtypes, trained = [value.dtype for value in inputs], ctx.needs_input_grad[-len(inputs) :][heads : 2 * heads]
         shared = {id(weight): weight.to(dtype) for weight in readouts}
         grads = {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight, train in zip(readouts, trained) if train}
-        size = (min(CHUNK, len(features[0])), len(readouts[0]))
+        size = (min(arithmetic.rows(len(readouts[0])), len(features[0])), len(readouts[0]))
         wanted = [True, teacher_of is not None, teacher_of is not None or bool(seen), bool(seen)]
-        buffers = [features[0].new_empty(size, dtype=torch.float32) if want else None for want in wanted]
+        passes = arithmetic.way(features[0], size, wanted)
         losses, grad_features, copying = [], [], []
         if seen:
             keys = inputs[-1].to(dtype)
@@ -134,7 +120,7 @@ class SoftTargetLoss(torch.autograd.Function):
             teacher = None if teacher_of is None else teacher_of(head).to(dtype)
             loss, grad = one_head(
                 x.to(dtype), shared[id(weight)], grads.get(id(weight)), targets[head], teacher, teacher_weight,
-                teacher_cap, scales[head], weights, buffers, copying[head] if seen else None,
+                teacher_cap, scales[head], weights, passes, size[0], copying[head] if seen else None,
             )  # fmt: skip
             losses.append(loss)
             grad_features.append(grad.to(x.dtype))
@@ -156,59 +142,46 @@ class SoftTargetLoss(torch.autograd.Function):
 def one_head(
     features: torch.Tensor, weight: torch.Tensor, grad_weight: torch.Tensor | None, targets: torch.Tensor, teacher: torch.Tensor | None,
     teacher_weight: torch.Tensor | None, teacher_cap: float | None, scale: torch.Tensor, weights: LossWeights,
-    buffers: Sequence[torch.Tensor | None], copying: Copying | None,
+    passes: InPlace | Compiled, chunk: int, copying: Copying | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Loss of a head, times `scale`, chunk by chunk: (fp32 scalar, gradient by its features [m, k]); `grad_weight`, if any, is added to.
 
-    buffers: fp32 [CHUNK, r] for the logits, the teacher's, and two more, None where they aren't needed. copying: takes the gradients of a
-    pointer.
+    copying: takes the gradients of a pointer.
     """
     total = torch.zeros((), dtype=torch.float32, device=features.device)
     grad_features = torch.empty_like(features)
-    for start in range(0, len(features), CHUNK):
-        rows = slice(start, start + CHUNK)
+    for start in range(0, len(features), chunk):
+        rows = slice(start, start + chunk)
         x = features[rows]
-        room: list[Any] = [None if buffer is None else buffer[: len(x)] for buffer in buffers]
-        logits, teacher_logits, spare, _ = room
-        log_softmax_of(x, weight, logits)
-        if teacher is not None and teacher_weight is not None:
-            log_softmax_of(teacher[rows], teacher_weight, teacher_logits, teacher_cap)
+        taught = None if teacher is None or teacher_weight is None else (teacher[rows], teacher_weight, teacher_cap)
+        products = [(x, weight, None), taught]
         if copying:
-            loss, row_scale = copying.chunk_loss(rows, room, targets[rows], weights, scale)
+            loss, row_scale, grad = copying.chunk_loss(rows, passes, products, targets[rows], weights, scale)
         else:
-            loss, row_scale = chunk_loss(logits, teacher_logits, spare, targets[rows], weights)
+            (loss, row_scale), grad = passes(chunk_loss, products, targets[rows], weights)
         total += loss
-        grad, row_scale = logits.to(weight.dtype), scale * row_scale
+        row_scale = scale * row_scale
         torch.mm(grad, weight, out=grad_features[rows]).mul_(row_scale)
         if grad_weight is not None:
             add_product(grad_weight, grad.T, (x * row_scale).to(x.dtype))
     return total * scale, grad_features
 
 
-def log_softmax_of(features: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cap: float | None = None) -> None:
-    """log_softmax(features @ weight.T), fp32, into `out` [m, r]; the logits soft-capped first, where there is a cap."""
-    torch.mm(features, weight.T, out=out) if features.dtype == out.dtype else out.copy_(features @ weight.T)
-    torch.log_softmax(capped(out, cap), -1, out=out)
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b; total is fp32."""
-    total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
-
-
 def head_losses(
-    speculator: Any, windows: Windows, base_model: BaseModel, weights: LossWeights, counts: torch.Tensor, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    speculator: Any, windows: Windows, base_model: BaseModel, weights: LossWeights, counts: torch.Tensor,
+    arithmetic: Arithmetic | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(the weighted loss, fp32 scalar, to be trained on; each head's part of it, fp32 [h], without gradient).
 
     Heads that share their weights with earlier ones, and have no weight in the loss, are not run: their part is 0.
 
     Args:
         speculator: a `Speculator`. windows: `alignment.Windows`. weights: `LossWeights`. counts: positions of each head over the whole
-        step, fp32 [h] on the device, so that micro-batches, of all processes, add up to exactly the mean over the step. dtype: of the
-        arithmetic; what `compute_dtype` chooses by default.
+        step, fp32 [h] on the device, so that micro-batches, of all processes, add up to exactly the mean over the step. arithmetic: what
+        `arithmetic_of` chooses by default.
     """
-    device, dtype = windows.states.device, dtype or compute_dtype(windows.states)
+    arithmetic = arithmetic or arithmetic_of(windows.states)
+    device, dtype = windows.states.device, arithmetic.dtype
     last = max((head for head, weight in enumerate(weights.heads) if weight), default=0)
     run = max(last + 1, speculator.distinct_heads)
     scales = (upload(torch.tensor(weights.heads), device) / counts.clamp(min=1))[:run]
@@ -228,7 +201,7 @@ def head_losses(
             seen = speculator.draft_targets(follows.clamp(min=0)).where(follows >= 0, -1), text
             queries, gates = zip(*pointers)
             inputs += [*queries, *gates, text.kept]
-        total, losses = SoftTargetLoss.apply(targets, *teacher, scales, weights, dtype, seen, *inputs)
+        total, losses = SoftTargetLoss.apply(targets, *teacher, scales, weights, arithmetic, seen, *inputs)
         if weights.smooth_l1:
             distances = [speculator.state_distance(x, final.target_states(head)).sum() for head, x in enumerate(features)]
             weighted = weights.smooth_l1 * scales * torch.stack(distances)

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from fms_spec.context import Context, Text
+from fms_spec.passes import Room, add_at
 
 LEAST = 1e-30  # probability of a draft: what its inverse weighs, times any loss's weight, is still a number
 
@@ -32,9 +33,9 @@ class Copying:
         self.grad_query, self.grad_gate = torch.empty_like(query), torch.empty_like(gate, dtype=torch.float32)
 
     def chunk_loss(
-        self, rows: slice, room: list[Any], targets: torch.Tensor, weights: Any, scale: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `losses.chunk_loss`, of the positions `rows`; room: see `mixture_loss`."""
+        self, rows: slice, passes: Any, products: list[Any], targets: torch.Tensor, weights: Any, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `losses.chunk_loss`, of the positions `rows`, and the gradient by their logits; passes, products: see `passes.InPlace`."""
         query = self.query[rows]
         block = self.text.block(rows, len(query))
         keys = block.of_slots(self.keys)
@@ -43,23 +44,19 @@ class Copying:
         attended = scores.sub_(total).exp_()
         opened = self.gate[rows, None].float() + total
         gates = torch.sigmoid(opened), torch.sigmoid(-opened)  # of which neither is a difference that has lost its digits
-        loss, grad_gate, grad_attended = mixture_loss(room, targets, weights, gates, attended, block.of_slots(self.entries)[block.group])
+        entries = block.of_slots(self.entries)[block.group]
+        (loss, grad_gate, grad_attended), grad = passes(mixture_loss, products, targets, weights, *gates, attended, entries)
         grad_gate = grad_gate * gates[0] * gates[1]
         grad_attended -= (attended * grad_attended).sum(-1, keepdim=True) - grad_gate
         grad_scores = block.by_row((grad_attended * attended).mul_(scale).to(keys.dtype))
         self.grad_query[rows] = block.by_position(grad_scores @ keys)
         block.of_slots(self.grad_keys, add=(grad_scores.transpose(1, 2) @ block.by_row(query)).float())
         self.grad_gate[rows] = grad_gate[:, 0] * scale
-        return loss, torch.ones_like(total)
+        return loss, torch.ones_like(total), grad
 
 
 def mixture_loss(
-    room: list[Any],
-    targets: torch.Tensor,
-    weights: Any,
-    gates: tuple[torch.Tensor, torch.Tensor],
-    attended: torch.Tensor,
-    entries: torch.Tensor,
+    room: Room, targets: torch.Tensor, weights: Any, gate: torch.Tensor, rest: torch.Tensor, attended: torch.Tensor, entries: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses of a chunk, summed: (fp32 scalar, gradient by gate [c, 1], gradient by attended [c, n]).
 
@@ -67,10 +64,11 @@ def mixture_loss(
     dL/dlogits = (1 - gate) s (dL/dq - sum s dL/dq), which log s becomes.
 
     Args:
-        room: fp32 [c, r], all overwritten: log s, log p or None where no loss asks for p, and two more. targets: int64 [c], -1 where there
-        is none. weights: `losses.LossWeights`. gates: fp32 [c, 1], gate and 1 - gate. attended: fp32 [c, n]. entries: int64 [c, n].
+        room: log s, log p or None where no loss asks for p, and two more or None, fp32 [c, r]; see `passes`. targets: int64 [c], -1 where
+        there is none. weights: `losses.LossWeights`. gate, rest: fp32 [c, 1], the gate and 1 - gate. attended: fp32 [c, n]. entries:
+        int64 [c, n].
     """
-    (log_s, log_p, spare, other), (gate, rest) = room, gates
+    log_s, log_p, spare, other = room
     s, known = log_s.exp_(), entries >= 0
     index = entries.clamp(min=0)
     copied = attended * known
@@ -79,7 +77,7 @@ def mixture_loss(
     said = q.gather(1, places)
     total = -(told * said.log()).sum()
     if log_p is None:
-        grad = spare.zero_()
+        grad = torch.mul(s, 0.0, out=spare)
     else:
         p = torch.exp(log_p, out=spare)
         if weights.distillation:
@@ -92,7 +90,7 @@ def mixture_loss(
         if weights.acceptance:
             grad.addcmul_(torch.lt(q, p, out=spare), -weights.acceptance / rate)
     if weights.cross_entropy:
-        grad.scatter_add_(1, places, -told / said)
+        add_at(grad, places, -told / said)
     at_slots = grad.gather(1, index) * known
     grad.mul_(s)
     each = grad.sum(-1, keepdim=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fms_spec import losses as losses_module
+from fms_spec import passes
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.speculators.mlp import MLPSpeculator
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_plain_autograd_and_do_not_depend_on_the_chunk(mo
         plain = plain + 0.5 * F.nll_loss(log_q, windows.targets(i)) + F.kl_div(log_q, p, reduction="batchmean")
     expected = gradients(plain)
     for chunk in (512, 7, 1):
-        monkeypatch.setattr(losses_module, "CHUNK", chunk)
+        monkeypatch.setattr(passes, "CPU_ROWS", chunk)
         found = gradients(head_losses(speculator, windows, base, weights, torch.tensor(windows.counts))[0])
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
@@ -119,7 +119,7 @@ def test_heads_without_a_weight_are_run_only_where_no_other_has_their_weights():
 
 
 def test_no_logits_outlive_their_chunk(monkeypatch):
-    monkeypatch.setattr(losses_module, "CHUNK", 16)
+    monkeypatch.setattr(passes, "CPU_ROWS", 16)
     speculator = MLPSpeculator(WIDTH, VOCABULARY, HEADS, inner_dim=10)
     states, tokens, segments, first = row([[0] * 200])
     windows = lined_up(states, tokens, segments, first)

@@ -10,6 +10,7 @@ from test_training import records
 from torch.utils.flop_counter import FlopCounterMode
 
 import fms_spec.losses
+import fms_spec.passes
 import fms_spec.timing
 import pipelines.train.loop
 import pipelines.train.metrics
@@ -17,6 +18,7 @@ from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
 from fms_spec.losses import head_losses
+from fms_spec.passes import Arithmetic, InPlace
 from fms_spec.speculators import interface as speculator_base
 from fms_spec.speculators.registry import FAMILIES
 from fms_spec.timing import Marks
@@ -101,7 +103,7 @@ def test_times_on_a_gpu_are_taken_on_the_gpu_that_computes(monkeypatch):
 def test_the_base_models_best_tokens_are_found_without_the_logits_of_all_positions(base_model, family, monkeypatch):
     speculator, states = tiny_speculator(base_model, family), torch.randn(3, 40, base_model.width)
     whole, seen, linear = speculator.best_base_tokens(base_model, states), [], torch.nn.functional.linear
-    monkeypatch.setattr(speculator_base, "CHUNK", 7)
+    monkeypatch.setattr(fms_spec.passes, "CPU_ROWS", 7)
     monkeypatch.setattr(speculator_base.F, "linear", lambda x, weight: seen.append(len(x)) or linear(x, weight))
     assert torch.equal(speculator.best_base_tokens(base_model, states), whole) and whole.shape == (3, 40)
     assert max(seen) == 7 and sum(seen) == 120
@@ -177,12 +179,12 @@ def test_losses_in_bf16_train_as_those_in_fp32_do_and_leave_the_masters_fp32(tmp
     curves, dtypes, loss = {}, set(), fms_spec.losses.SoftTargetLoss.apply
 
     def seen(*inputs):
-        dtypes.add(inputs[6])
+        dtypes.add(inputs[6].dtype)
         return loss(*inputs)
 
     monkeypatch.setattr(fms_spec.losses.SoftTargetLoss, "apply", seen)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        monkeypatch.setattr(fms_spec.losses, "compute_dtype", lambda _, dtype=dtype: dtype)
+        monkeypatch.setattr(fms_spec.losses, "arithmetic_of", lambda _, dtype=dtype: Arithmetic(dtype, InPlace))
         trainer = train(config_file(family, **changes), tmp_path / name, resume=False)
         curves[name] = [record["phase1/loss"] for record in records(tmp_path / name)]
         assert {parameter.dtype for parameter in trainer.speculator.parameters()} == {torch.float32}

@@ -20,6 +20,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.decoding import decode
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.options import DecodingOptions
+from fms_spec.passes import Arithmetic, Compiled, InPlace
 from fms_spec.proposers import TopKProposer
 from fms_spec.sampling import Sampling
 from fms_spec.speculators.directory import describe, save_speculator
@@ -89,7 +90,8 @@ def test_sampled_texts_are_those_of_a_cpu(model_dir):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
-def test_losses_and_their_gradients_are_those_of_double_precision(model_dir, family, dtype, tolerance):
+@pytest.mark.parametrize("way", [InPlace, Compiled])
+def test_losses_and_their_gradients_are_those_of_double_precision(model_dir, family, dtype, tolerance, way):
     """Cross-entropy and distillation of three heads, all logits at once in fp64 on the CPU beside ours."""
     found = []
     for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
@@ -107,7 +109,7 @@ def test_losses_and_their_gradients_are_those_of_double_precision(model_dir, fam
             speculator.to(device).attach(there)
             windows = make_windows(states.to(device), ROW, positions, 3)
             counts = torch.tensor(positions.counts, dtype=torch.float32, device=device)
-            loss, _ = head_losses(speculator, windows, there, LossWeights(1.0, 1.0, 0.0, (1.0,) * 3), counts, dtype)
+            loss, _ = head_losses(speculator, windows, there, LossWeights(1.0, 1.0, 0.0, (1.0,) * 3), counts, Arithmetic(dtype, way))
         loss.backward()
         grads = torch.cat([weight.grad.flatten().double().cpu() for weight in speculator.parameters() if weight.grad is not None])
         found.append((loss.item(), grads))

@@ -1,11 +1,15 @@
 """The losses against double-precision autograd on all logits, in every path, and in both dtypes."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fms_spec import losses as losses_module
-from fms_spec.losses import LossWeights, SoftTargetLoss, compute_dtype
+from fms_spec import passes
+from fms_spec.losses import LossWeights, SoftTargetLoss
+from fms_spec.passes import Arithmetic, Compiled, InPlace, arithmetic_of, from_logits
 
 POSITIONS, WIDTH, BASE_WIDTH, VOCABULARY = 37, 10, 6, 45
 PATHS = {
@@ -42,13 +46,22 @@ def plain_loss(features, weight, targets, teacher, teacher_weight, path):
     )
 
 
-def our_loss(features, weight, targets, teacher, teacher_weight, weights, dtype):
+class NotCompiled(Compiled):
+    """What a GPU's compiler is given, as it stands."""
+
+    pass_over = staticmethod(from_logits)
+
+
+WAYS = [InPlace, NotCompiled]
+
+
+def our_loss(features, weight, targets, teacher, teacher_weight, weights, dtype, way=InPlace):
     """Of one head, its scale 1."""
     given = (lambda _: teacher, teacher_weight, None) if weights.teacher else (None, None, None)
-    return SoftTargetLoss.apply([targets], *given, torch.ones(1), weights, dtype, None, features, weight)[0]
+    return SoftTargetLoss.apply([targets], *given, torch.ones(1), weights, Arithmetic(dtype, way), None, features, weight)[0]
 
 
-def both(path, dtype, train_weight=True, scale=1.0):
+def both(path, dtype, train_weight=True, scale=1.0, way=InPlace):
     """(loss, gradients) of ours in `dtype` and of the plain one, on the same numbers, weighed by 0.3."""
     features, weight, targets, teacher, teacher_weight = case(scale)
     if dtype == torch.bfloat16:
@@ -60,17 +73,23 @@ def both(path, dtype, train_weight=True, scale=1.0):
         if kind == torch.float64:
             loss = plain_loss(x, w, targets, teacher, teacher_weight, path)
         else:
-            loss = our_loss(x, w, targets, teacher, teacher_weight, weights, dtype)
+            loss = our_loss(x, w, targets, teacher, teacher_weight, weights, dtype, way)
         (0.3 * loss).backward()
         results.append([loss.detach().double(), x.grad.double()] + ([w.grad.double()] if train_weight else []))
     return results
 
 
-@pytest.mark.parametrize("chunk", [512, 8])
+@pytest.fixture(params=[512, 8])
+def rows(request, monkeypatch):
+    """Positions of a chunk, on any device: all of them in one, or five."""
+    for name in ("CPU_ROWS", "GPU_ROWS"):
+        monkeypatch.setattr(passes, name, request.param)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_losses_and_gradients_are_those_of_double_precision_autograd(monkeypatch, path, chunk):
-    monkeypatch.setattr(losses_module, "CHUNK", chunk)
-    for found, expected in zip(*both(path, torch.float32)):
+def test_losses_and_gradients_are_those_of_double_precision_autograd(rows, path, way):
+    for found, expected in zip(*both(path, torch.float32, way=way)):
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-5)
 
 
@@ -80,17 +99,26 @@ def test_a_frozen_readout_gets_no_gradient_and_the_features_the_same(path):
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["distillation", "all"])
+def test_compiled_losses_and_gradients_are_those_of_double_precision_autograd(path):
+    for found, expected in zip(*both(PATHS[path], torch.float32, way=Compiled)):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_in_bf16_only_the_matrix_products_are_rounded(path):
-    found, expected = both(path, torch.bfloat16)
+def test_in_bf16_only_the_matrix_products_are_rounded(path, way):
+    found, expected = both(path, torch.bfloat16, way=way)
     torch.testing.assert_close(found[0], expected[0], rtol=5e-3, atol=0)  # logits rounded to 8 bits
     for ours, theirs in zip(found[1:], expected[1:]):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_distributions_with_nothing_in_common_still_give_finite_losses_and_gradients(path):
-    (loss, *gradients), _ = both(path, torch.float32, scale=60.0)
+def test_distributions_with_nothing_in_common_still_give_finite_losses_and_gradients(path, way):
+    (loss, *gradients), _ = both(path, torch.float32, scale=60.0, way=way)
     assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -105,5 +133,28 @@ def test_matrix_products_are_computed_in_fp32_where_bf16_is_slow(monkeypatch):
     states = torch.zeros(1, dtype=torch.bfloat16)
     for found, expected in (({}, torch.float32), ({"amx_bf16": False}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        assert compute_dtype(states) == expected and compute_dtype(states.float()) == torch.float32
-    assert compute_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
+        assert arithmetic_of(states) == Arithmetic(expected, InPlace) and arithmetic_of(states.float()).dtype == torch.float32
+    assert arithmetic_of(torch.zeros(1, dtype=torch.bfloat16, device="meta")).dtype == torch.bfloat16
+
+
+def test_a_gpus_losses_are_compiled_where_its_compiler_works_and_it_is_told_where_not(monkeypatch):
+    states = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+
+    def broken(*_):
+        raise RuntimeError("Failed to find C compiler\nand more")
+
+    for compile, way in ((lambda work: lambda _: work, Compiled), (broken, InPlace)):
+        passes.compiles.cache_clear()
+        monkeypatch.setattr(passes.torch, "compile", compile)
+        monkeypatch.setattr(passes.torch, "ones", lambda *_, **__: None)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert [arithmetic_of(states), arithmetic_of(states)] == [Arithmetic(torch.bfloat16, way)] * 2
+        assert len(told) == (way is InPlace) and all("(Failed to find C compiler)" in str(warning.message) for warning in told)
+    passes.compiles.cache_clear()
+
+
+def test_a_gpus_chunks_hold_as_many_logits_whatever_the_vocabulary():
+    on_a_gpu = Arithmetic(torch.bfloat16, Compiled)
+    assert [on_a_gpu.rows(columns) for columns in (3072, 32768, 128256, 2**20)] == [8192, 8192, 2048, 512]
+    assert Arithmetic(torch.float32, InPlace).rows(3072) == Arithmetic(torch.float32, InPlace).rows(2**20) == 512

@@ -5,16 +5,18 @@ import json
 import pytest
 import torch
 from conftest import POINTERS, tiny_speculator, write_model
+from test_losses import WAYS
 
 import scripts.decode
 import scripts.evaluate
 import scripts.export
 import scripts.train
-from fms_spec import losses as losses_module
+from fms_spec import passes
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.base_model import BaseModel
 from fms_spec.context import of_text
 from fms_spec.losses import LossWeights, head_losses
+from fms_spec.passes import Arithmetic
 from fms_spec.proposers import started
 from fms_spec.speculators.directory import load_speculator
 from pipelines.cli import main
@@ -98,14 +100,16 @@ class BareWeights:
         self.embedding_weight, self.output_weight = model.embedding_weight.double(), model.output_weight.double()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("family", POINTERS)
-def test_losses_and_gradients_are_those_of_the_formulas_in_double(model, rows, family, name, monkeypatch):
-    monkeypatch.setattr(losses_module, "CHUNK", CHUNK)
+def test_losses_and_gradients_are_those_of_the_formulas_in_double(model, rows, family, name, way, monkeypatch):
+    monkeypatch.setattr(passes, "CPU_ROWS", CHUNK)
+    monkeypatch.setattr(passes, "GPU_ROWS", CHUNK)
     weights, windows = LOSSES[name], windows_of(rows)
     speculator = tiny_speculator(model, family, n_predict=HEADS)
     counts = torch.tensor(windows.counts, dtype=torch.float32)
-    total, _ = head_losses(speculator, windows, model, weights, counts)
+    total, _ = head_losses(speculator, windows, model, weights, counts, Arithmetic(torch.float32, way))
     total.backward()
     found = {name: value.grad.clone() for name, value in speculator.named_parameters()}
     speculator.zero_grad()

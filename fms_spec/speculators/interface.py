@@ -21,8 +21,9 @@ from fms_spec.alignment import Windows
 from fms_spec.base_model import BaseModel
 from fms_spec.context import Context, Recent, Seen, Text
 from fms_spec.errors import UserError
-from fms_spec.losses import CHUNK, LossWeights, head_losses
+from fms_spec.losses import LossWeights, head_losses
 from fms_spec.mixture import LEAST, mixed
+from fms_spec.passes import arithmetic_of
 from fms_spec.read_out import read_out
 from fms_spec.settings import Section
 
@@ -150,12 +151,12 @@ class Speculator(nn.Module):
     def best_base_tokens(self, base_model: BaseWeights, states: torch.Tensor) -> torch.Tensor:
         """The base model's own best next token within the draft vocabulary: states [..., s] -> int64 [...].
 
-        Like the losses' logits, these are there for `losses.CHUNK` positions at a time: of a micro-batch of 8 x 4,096 with 128k tokens all
+        Like the losses' logits, these are there for a chunk of positions at a time: of a micro-batch of 8 x 4,096 with 128k tokens all
         would be 8.4 GB in bf16.
         """
         weight, states = self.teacher_weight(base_model), self.final(states)
-        best = torch.cat([F.linear(read_out(rows, weight), weight).argmax(-1) for rows in states.flatten(0, -2).split(CHUNK)])
-        best = best.view(states.shape[:-1])
+        chunks = states.flatten(0, -2).split(arithmetic_of(states).rows(len(weight)))
+        best = torch.cat([F.linear(read_out(rows, weight), weight).argmax(-1) for rows in chunks]).view(states.shape[:-1])
         return best if self.draft_ids is None else self.draft_ids[best]
 
     def draft_targets(self, tokens: torch.Tensor) -> torch.Tensor:

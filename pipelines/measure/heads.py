@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fms_spec.alignment import Windows
-from fms_spec.losses import CHUNK, LossWeights, SoftTargetLoss, compute_dtype, head_losses
+from fms_spec.losses import LossWeights, SoftTargetLoss, head_losses
 from fms_spec.model_config import DTYPES
+from fms_spec.passes import CPU_ROWS, arithmetic_of
 from fms_spec.speculators.interface import Corpus
 from fms_spec.speculators.registry import FAMILIES, settings_of
 from pipelines.timer import median_seconds
 
 FEW = 64  # tokens on which FLOPs are counted and kernels warmed up
-KERNELS = ("ours", "linear_cross_entropy", "plain")
+KERNELS = ("ours", "linear_cross_entropy", "plain") if hasattr(F, "linear_cross_entropy") else ("ours", "plain")  # torch 2.13 has it
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,13 @@ def update(speculator, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
-def product_rate(k, columns, dtype, device, repeats=7):
-    """FLOP/s of the fastest of a loss's three matrix products, [CHUNK, k] by [k, columns], their results written to ready memory."""
-    x, weight, grad = (torch.randn(*size, device=device).to(dtype) for size in ((CHUNK, k), (columns, k), (CHUNK, columns)))
+def product_rate(rows, k, columns, dtype, device, repeats=7):
+    """FLOP/s of the fastest of a loss's three matrix products, [rows, k] by [k, columns], their results written to ready memory."""
+    x, weight, grad = (torch.randn(*size, device=device).to(dtype) for size in ((rows, k), (columns, k), (rows, columns)))
     products = {"logits": (x, weight.T), "features": (grad, weight), "weight": (grad.T, x)}
     ready = {name: a @ b for name, (a, b) in products.items()}
     seconds = median_seconds({name: lambda name=name: torch.mm(*products[name], out=ready[name]) for name in products}, device, repeats)
-    return 2 * CHUNK * k * columns / min(seconds.values())
+    return 2 * rows * k * columns / min(seconds.values())
 
 
 def head_step(shape, family, dtype_name, device, rounds):
@@ -136,17 +137,18 @@ def head_step(shape, family, dtype_name, device, rounds):
     step(head_losses, few)
     columns, k = next(speculator.heads(few.hidden.float(), few.tokens, few.counts))[1].shape
     windows = random_windows(shape, shape.tokens, dtype, device)
-    computed, rates = compute_dtype(windows.states), []
+    arithmetic, rates = arithmetic_of(windows.states), []
+    rows = min(arithmetic.rows(columns), shape.tokens)
     methods = {
         "ours": lambda: step(head_losses, windows), "plain": lambda: step(plain_losses, windows),
-        "products": lambda: rates.append(product_rate(k, columns, computed, device)),
+        "products": lambda: rates.append(product_rate(rows, k, columns, arithmetic.dtype, device)),
     }  # fmt: skip
     seconds = median_seconds(methods, device, rounds)
     del seconds["products"]
     rate = statistics.median(rates)  # in turn with the steps: a machine's speed may change within minutes
     return {
         "name": "head_step", "shape": shape.name, "family": family,
-        "dtype": dtype_name, "computed_in": str(computed).removeprefix("torch."),
+        "dtype": dtype_name, "computed_in": str(arithmetic.dtype).removeprefix("torch."), "way": arithmetic.way.__name__,
         "tokens": shape.tokens, "heads": shape.heads, "products": [k, columns], "seconds": seconds,
         "tokens_per_s": {name: shape.tokens / spent for name, spent in seconds.items()}, "over_plain": seconds["plain"] / seconds["ours"],
         "flops": flops, "product_gflop_per_s": rate / 1e9, "share_of_limit": flops / rate / seconds["ours"],
@@ -157,10 +159,9 @@ def kernel_loss(kernel, features, weight, targets):
     """Cross-entropy of all heads by one of `KERNELS`: features [h] of [m, k], one weight [v, k], targets int64 [m] -> fp32 scalar."""
     dtype = features[0].dtype
     if kernel == "ours":
-        weights, computed = LossWeights(1.0, 0.0, 0.0, ()), compute_dtype(features[0])
-        h = len(features)
+        weights, arithmetic, h = LossWeights(1.0, 0.0, 0.0, ()), arithmetic_of(features[0]), len(features)
         scales = torch.ones(h, device=targets.device)
-        return SoftTargetLoss.apply([targets] * h, None, None, None, scales, weights, computed, None, *features, *[weight] * h)[0]
+        return SoftTargetLoss.apply([targets] * h, None, None, None, scales, weights, arithmetic, None, *features, *[weight] * h)[0]
     if kernel == "plain":
         logits = torch.stack([x @ weight.to(dtype).T for x in features])
         return sum(F.cross_entropy(head.float(), targets, reduction="sum") for head in logits)
@@ -193,7 +194,7 @@ def loss_kernels(shape, dtype_name, device, rounds):
     with torch.no_grad():
         exact = sum(  # in chunks: double-precision logits of 4,096 x 49,152 would take 1.6 GB
             F.cross_entropy(x.double() @ weight.double().T, y, reduction="sum")
-            for x, y in zip(features[0].split(CHUNK), targets.split(CHUNK))
+            for x, y in zip(features[0].split(CPU_ROWS), targets.split(CPU_ROWS))
         )
     memory = {kernel: loss_memory(kernel, shape, dtype_name, device) for kernel in KERNELS}
     return {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fms_spec.errors import UserError
-from fms_spec.losses import compute_dtype
+from fms_spec.passes import arithmetic_of
 from pipelines.config import FILL_ROWS
 from pipelines.generate.engines import sampling_of
 from pipelines.generate.vllm_engine import GPU_OVERHEAD
@@ -156,8 +156,8 @@ class Plan:
         counts = tuple(min(count, settings.positions or count) for count in counts)
         weights = settings.loss.weights(heads)
         states = torch.empty(0, dtype=self.run.base_model.dtype)
-        dtype = compute_dtype(states) if self.device.heap > 1 else states.dtype  # a CPU's choice, or a GPU's
-        return self.run.heads(weights, settings.batch_size, self.lengths[phase], counts, settings.accumulate > 1, dtype)
+        arithmetic = arithmetic_of(states) if self.device.heap > 1 else self.run.on_a_gpu()
+        return self.run.heads(weights, settings.batch_size, self.lengths[phase], counts, settings.accumulate > 1, arithmetic)
 
     def generation(self):
         """Parts of writing continuations in the trainer's own process."""

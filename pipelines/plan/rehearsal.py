@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_flop
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM
 
 from fms_spec.alignment import Positions, make_windows
@@ -27,8 +27,9 @@ from fms_spec.context import Recent, Text
 from fms_spec.decoding import PREFILL_CHUNK
 from fms_spec.errors import UserError
 from fms_spec.fms_backend import build
-from fms_spec.losses import CHUNK, SoftTargetLoss, head_losses
+from fms_spec.losses import SoftTargetLoss, head_losses
 from fms_spec.model_config import DTYPES, attention_heads, read_config
+from fms_spec.passes import Arithmetic, Compiled, from_logits
 from fms_spec.proof import choose_backend, layer_stack
 from fms_spec.read_out import read_out
 from fms_spec.speculators.registry import FAMILIES
@@ -37,7 +38,7 @@ from fms_spec.transformers_backend import first_line
 LAYERS = 2  # of the base model that are rehearsed; all are alike
 aten = torch.ops.aten
 GATHERS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default)  # read what they give out, not the whole table
-FLOPS = flop_registry | {aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+FLOPS = flop_registry | {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k.shape[2]}
 
 
 @dataclass
@@ -86,6 +87,13 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
     @contextmanager
+    def as_one_kernel(self, read):
+        """What runs inside keeps in memory what is there at the end, and reads so many bytes and writes that."""
+        before, peak, traffic = self.live, self.cost.peak, self.cost.traffic
+        yield
+        self.cost.peak, self.cost.traffic = max(peak, self.live - self.start), traffic + read + self.live - before
+
+    @contextmanager
     def measure(self):
         """Gives the `Cost` of what runs inside, whole once it has run."""
         self.start, self.cost = self.live, Cost()
@@ -120,6 +128,18 @@ class Weightless(BaseModel):
     def _load_transformers(self):
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
+
+
+def compiled_under(meter):
+    """`passes.Compiled` as a meter counts it: the passes over a chunk's logits read them twice, and write a gradient."""
+
+    class Fused(Compiled):
+        @staticmethod
+        def pass_over(work, logits, caps, *args):
+            with meter.as_one_kernel(2 * nbytes(value for value in logits if value is not None)):
+                return from_logits(work, logits, caps, *args)
+
+    return Fused
 
 
 def nbytes(tensors):
@@ -168,7 +188,11 @@ class Rehearsal:
                 self.speculator = family.build(speculator_section, self.base_model)
                 with self.meter.measure() as self.building:
                     self.speculator.attach(self.base_model)
-        self.frozen = self.building.kept
+        self.frozen, self.compiled = self.building.kept, compiled_under(self.meter)
+
+    def on_a_gpu(self):
+        """`passes.Arithmetic` of a GPU whose compiler works, for this base model's states."""
+        return Arithmetic(self.base_model.dtype, self.compiled)
 
     @contextmanager
     def running(self):
@@ -199,32 +223,33 @@ class Rehearsal:
         return cost
 
     @cache
-    def heads(self, weights, b, n, counts, more, dtype):
+    def heads(self, weights, b, n, counts, more, arithmetic):
         """Losses and gradients of one micro-batch: (Cost, bytes of a loss chunk). The states are not in the peak; the gradients are.
 
         weights: `LossWeights`. counts: positions of each head, a tuple. more: whether another micro-batch's gradients are there already.
-        dtype: of the arithmetic, see `losses.compute_dtype`.
+        arithmetic: `passes.Arithmetic`.
         """
         with self.mode, self.meter:
             states, tokens = self.states(b, n), torch.zeros(b, n, dtype=torch.int64)
             positions = Positions(torch.zeros(counts[0], dtype=torch.int64), counts)
             with self.meter.measure() as cost:
-                self.backward(weights, states, tokens, positions, dtype)
+                self.backward(weights, states, tokens, positions, arithmetic)
             if more:
                 with self.meter.measure() as cost:
-                    self.backward(weights, states, tokens, positions, dtype)
+                    self.backward(weights, states, tokens, positions, arithmetic)
                 cost.peak += nbytes(self.speculator.parameters())  # the first one's gradients
             self.speculator.zero_grad(set_to_none=True)
+            rows = arithmetic.rows(len(self.speculator.teacher_weight(self.base_model)))
             with self.meter.measure() as chunk:
-                self.one_chunk(weights, min(2 * CHUNK, counts[0]), n, dtype)
+                self.one_chunk(weights, min(2 * rows, counts[0]), n, arithmetic)
         return cost, chunk.peak - chunk.kept
 
-    def backward(self, weights, states, tokens, positions, dtype):
+    def backward(self, weights, states, tokens, positions, arithmetic):
         windows = make_windows(states, tokens, positions, self.speculator.n_predict)
         if self.speculator.context_width:
             windows = replace(windows, text=self.text(*tokens.shape, positions.counts[0]))
         counts = torch.ones(len(positions.counts))
-        head_losses(self.speculator, windows, self.base_model, weights, counts, dtype)[0].backward()
+        head_losses(self.speculator, windows, self.base_model, weights, counts, arithmetic)[0].backward()
 
     def text(self, b, n, count):
         """What so many positions of packed rows see, spread evenly, each row one document."""
@@ -234,8 +259,9 @@ class Rehearsal:
         recent, at = Recent(listed, torch.zeros(b * n, 3, dtype=torch.int64)), torch.zeros(count, dtype=torch.int64)
         return Text(recent, torch.zeros(b * n, dtype=torch.int64), numpy.arange(b * n) // n * n, at, at, spans, n)
 
-    def one_chunk(self, weights, count, n, dtype):
+    def one_chunk(self, weights, count, n, arithmetic):
         hidden, tokens, text = self.states(1, count)[0], torch.zeros(1, count, dtype=torch.int64).T, None
+        dtype = arithmetic.dtype
         if width := self.speculator.context_width:
             text = replace(self.text(1, n, count), kept=torch.zeros(n, width, dtype=dtype))
         features, weight, point = next(self.speculator.heads(hidden, tokens, [count], text))
@@ -248,7 +274,7 @@ class Rehearsal:
         self.meter.start, self.meter.cost.peak = self.meter.live, 0  # only the loss itself counts
         targets = [torch.zeros(count, dtype=torch.int64)]
         inputs = [value.detach() for value in (features, weight, *more)]
-        SoftTargetLoss.apply(targets, *given, torch.ones(1), weights, dtype, seen, *inputs)
+        SoftTargetLoss.apply(targets, *given, torch.ones(1), weights, arithmetic, seen, *inputs)
 
     @cache
     def decode(self, sampling, b, prompt_length, new_tokens):
