@@ -151,8 +151,7 @@ class Speculator(nn.Module):
     def best_base_tokens(self, base_model: BaseWeights, states: torch.Tensor) -> torch.Tensor:
         """The base model's own best next token within the draft vocabulary: states [..., s] -> int64 [...].
 
-        Like the losses' logits, these are there for a chunk of positions at a time: of a micro-batch of 8 x 4,096 with 128k tokens all
-        would be 8.4 GB in bf16.
+        Logits are there for a chunk of positions at a time: of a micro-batch of 8 x 4,096 with 128k tokens all would be 8.4 GB in bf16.
         """
         weight, states = self.teacher_weight(base_model), self.final(states)
         chunks = states.flatten(0, -2).split(arithmetic_of(states).rows(len(weight)))
