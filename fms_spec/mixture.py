@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from fms_spec.context import Context, Text
-from fms_spec.passes import Room, add_at
+from fms_spec.passes import Room, add_at, dot
 
 LEAST = 1e-30  # probability of a draft: what its inverse weighs, times any loss's weight, is still a number
 
@@ -81,8 +81,8 @@ def mixture_loss(
     else:
         p = torch.exp(log_p, out=spare)
         if weights.distillation:
-            total = total + weights.distillation * torch.einsum("cr,cr->", p, log_p)
-            total = total - weights.distillation * torch.einsum("cr,cr->", p, torch.log(q, out=log_p))
+            total = total + weights.distillation * dot(p, log_p)
+            total = total - weights.distillation * dot(p, torch.log(q, out=log_p))
         if weights.acceptance:
             rate = torch.minimum(p, q, out=log_p).sum(-1, keepdim=True).clamp(min=LEAST)
             total = total - weights.acceptance * rate.log().sum()

@@ -110,7 +110,8 @@ def compiled() -> Callable[..., Any]:
     """`from_logits` as torch.compile makes it: once for every losses' weights, vocabulary and dtype that a process trains with."""
     config = torch._dynamo.config
     config.recompile_limit = max(64, config.recompile_limit)  # of the 8 by default a comparison of recipes has more, and goes on uncompiled
-    return torch.compile(from_logits)
+    # A row's logits belong to one block: split among several, as few rows would have them, they are read once more.
+    return torch.compile(from_logits, options={"split_reductions": False})
 
 
 def from_logits(work: Work, logits: list[torch.Tensor | None], caps: list[float | None], *args: Any) -> tuple[Any, torch.Tensor]:
@@ -133,6 +134,11 @@ def add_at(total: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> Non
         total.add_(value.where(torch.arange(total.shape[1], device=total.device) == index, 0.0))
     else:
         total.scatter_add_(1, index, value)
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Sum of a b: without their product in memory, and compiled, within the pass that reads them."""
+    return (a * b).sum(-1).sum() if torch.compiler.is_compiling() else torch.einsum("cr,cr->", a, b)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
