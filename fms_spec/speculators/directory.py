@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fms_spec.base_model import BaseModel as FrozenModel
 from fms_spec.errors import UserError
@@ -20,6 +20,7 @@ from fms_spec.hub import local_directory
 from fms_spec.model_config import DTYPES, read_config, resolve_base_model
 from fms_spec.speculators.interface import Sizes, Speculator
 from fms_spec.speculators.registry import FAMILIES, ModelType, family_of
+from fms_spec.speculators.tensor_files import read_tensors, weight_files
 from fms_spec.weights import SINGLE, fingerprint
 
 
@@ -143,33 +144,23 @@ def read_speculator(directory: Path | str, config: dict[str, Any]) -> Speculator
 
 def read_weights(speculator: Speculator, directory: Path | str, config: dict[str, Any]) -> None:
     """Give a speculator the weights of a directory, as fp32; `config` is its config.json. Raises UserError as `read_speculator`."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in check_weights(directory, config):
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"speculator weights {file}: can't be read ({error}); export them again") from error
-    own = speculator.published_state()
+    tensors = {key: value for file in check_weights(directory, config) for key, value in read_tensors(file).items()}
     for key, value in tensors.items():
-        if value.is_floating_point() != own.get(key, value).is_floating_point():
-            raise UserError(f"speculator {directory}: tensor {key} is {value.dtype}, which it can't be; export it again")
-        tensors[key] = value.float() if value.is_floating_point() else value
+        # Copied, as tensors of a pickle may be one in memory, and training changes them in place.
+        tensors[key] = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
         if not tensors[key].isfinite().all():
             raise UserError(f"speculator {directory}: tensor {key} holds values that are not finite; take another checkpoint")
     speculator.load_published_state(tensors)
 
 
 def check_weights(directory: Path | str, config: dict[str, Any]) -> list[Path]:
-    """The *.safetensors files of a speculator directory, held to the sha256 that its config.json has of them; published ones have none.
+    """The `weight_files` of a speculator directory, held to the sha256 that its config.json has of them; published ones have none.
 
     Raises:
-        UserError: names a file that is missing, can't be read or was altered.
+        UserError: names a file that is missing, can't be read or was altered; and as `weight_files`.
     """
     known = config.get("weights_sha256")
-    files = [Path(directory) / name for name in known or ([SINGLE] if (Path(directory) / SINGLE).exists() else [])]
-    files = files or sorted(Path(directory).glob("*.safetensors"))  # published in parts
-    if not files:
-        raise UserError(f"speculator {directory}: no *.safetensors weights in it")
+    files = weight_files(directory, known)
     for file in files:
         try:
             altered = known and sha256_of(file) != known[file.name]
@@ -187,7 +178,7 @@ def read_speculator_config(directory: Path | str) -> dict[str, Any]:
         raise UserError(f"speculator {directory}: no config.json; give a directory written by scripts.export")
     config = read_json(file, "copy or export the speculator again")
     for family in FAMILIES.values():
-        config = family.translated(config)
+        config = family.translated(config, Path(directory))
     return check_config(config, file)
 
 
