@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_eagle3, write_model
+from conftest import load_speculator, tiny_eagle3, write_model
 from safetensors.torch import load_file, save_file
 from test_eagle3 import STEPS, VARIANTS, WORDS
 
@@ -13,7 +13,7 @@ from fms_spec.context import of_text
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.proposers import Step, TopKProposer
-from fms_spec.speculators.directory import describe, load_speculator, save_speculator
+from fms_spec.speculators.directory import describe, save_speculator
 from fms_spec.speculators.eagle3 import Eagle3Speculator
 from fms_spec.speculators.eagle3_layout import IDS
 from fms_spec.speculators.interface import Corpus

@@ -9,13 +9,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_config
+from conftest import load_speculator, write_config
 from safetensors.torch import load_file
 
 import pipelines.export as exports
 from data.reader import read_token_counts
 from fms_spec.errors import UserError
-from fms_spec.speculators.directory import load_speculator
 from pipelines.export import export
 from pipelines.train.run import train
 

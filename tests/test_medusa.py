@@ -5,14 +5,14 @@ import os
 
 import pytest
 import torch
-from conftest import ALONE, tiny_speculator
+from conftest import ALONE, load_speculator, tiny_speculator
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.errors import UserError
 from fms_spec.proposers import Step, TopKProposer
-from fms_spec.speculators.directory import describe, load_speculator, save_speculator
+from fms_spec.speculators.directory import describe, save_speculator
 from fms_spec.speculators.interface import Corpus
 from fms_spec.speculators.medusa import MedusaSpeculator
 from fms_spec.speculators.registry import settings_of

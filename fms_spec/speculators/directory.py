@@ -110,19 +110,6 @@ def save_speculator(
     write_json(directory / "config.json", config | {"weights_sha256": {file.name: sha256_of(file)}})
 
 
-def load_speculator(directory: Path | str, base_model: FrozenModel) -> Speculator:
-    """A speculator ready to propose: attached, in the base model's dtype and on its device; the base model gives it what it reads.
-
-    Raises:
-        UserError: not a speculator directory, damaged weights, or one that was trained for another base model.
-    """
-    directory = local_directory("speculator", directory)
-    config = read_speculator_config(directory)
-    check_base_model(directory, config, base_model.name, base_model.fingerprint, (base_model.width, base_model.vocab_size))
-    config = check_layers(directory, config, base_model.name, base_model.layers)
-    return give(read_speculator(directory, config), base_model)
-
-
 def give(speculator: Speculator, base_model: FrozenModel) -> Speculator:
     """`read_speculator`'s, ready to propose on a base model that it was checked for."""
     speculator.to(device=base_model.device, dtype=base_model.dtype).attach(base_model)
