@@ -7,8 +7,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from fms_spec.errors import UserError
+from fms_spec.speculators.tensor_files import PICKLE
 
-FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+FILES = ["*.json", "*.safetensors", PICKLE, "tokenizer*", "*.jinja"]
 
 
 def local_directory(kind: str, name: Path | str, **where: Any) -> Path:

@@ -17,8 +17,8 @@ class Arguments:
     Args:
         checkpoint: a checkpoint directory, or a run's out_dir for its newest one.
         out_dir: where to write; must not exist yet.
-        draft_vocab_size: keep so many of the draft vocabulary's tokens, the most frequent by the counts of the run's prepared data, and
-            say how much of it they cover. All by default.
+        draft_vocab_size: keep so many of the draft vocabulary's tokens, the most frequent in the run's prepared data and in what the base
+            model wrote for its phase 2, and say how much of both they cover. All by default.
         layout: of eagle3 heads, "speculators" writes what that package reads. What is written by default, "vllm", is SGLang's too.
     """
 

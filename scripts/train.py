@@ -11,6 +11,7 @@ from pipelines.config import load_config
 from pipelines.parallel.processes import joined
 from pipelines.plan.plan import verdict
 from pipelines.show.console import print_plan
+from pipelines.train.checkpoint import checkpoints
 from pipelines.train.planned import plan_of
 from pipelines.train.run import train
 
@@ -44,7 +45,8 @@ class Arguments:
 
 def run(parsed, overrides):
     if parsed.plan:
-        plan, note = plan_of(load_config(parsed.config, overrides), parsed.processes, parsed.processes_per_node, parsed.device)
+        fresh = not checkpoints(Path(parsed.out_dir) / "checkpoints")
+        plan, note = plan_of(load_config(parsed.config, overrides), parsed.processes, parsed.processes_per_node, parsed.device, fresh)
         return print_plan(plan, note, verdict(plan))
     for flag in ("processes", "processes_per_node", "device"):
         if getattr(parsed, flag) is not None:

@@ -18,6 +18,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.candidates import Candidates, Tree
 from fms_spec.lookup import LookupFirst, PromptLookup
 from fms_spec.proposers import BestNodesProposer, TopKProposer
+from fms_spec.speculators.directory import check_speculator, give, read_speculator
 from fms_spec.speculators.eagle3 import Eagle3Speculator
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
 from fms_spec.speculators.medusa import MedusaSpeculator
@@ -234,6 +235,11 @@ def tiny_eagle3(base_model, n_predict=4, layers=1, **variant):
     for weight in speculator.parameters():
         torch.nn.init.normal_(weight, std=0.3) if weight.dim() > 1 else torch.nn.init.uniform_(weight, 0.5, 1.5)
     return speculator
+
+
+def load_speculator(directory, base_model):
+    """A directory's heads, attached to a base model that is loaded already, as `load_for_decoding` would have them."""
+    return give(read_speculator(directory, check_speculator(directory, base_model.name)), base_model)
 
 
 KINDS = ("chain", "tree", "best", "lookup", "first", "ending")

@@ -12,7 +12,7 @@ from fms_spec.draft_shape import DraftShape
 from fms_spec.lookup import PromptLookup
 from fms_spec.options import DecodingOptions
 from pipelines.measure.samples import decode_in_turn
-from pipelines.measure.suggestion import chain_acceptance, greedy_texts, shapes, suggest, tried
+from pipelines.measure.suggestion import chain_acceptance, greedy_texts, seconds_behind_forward, shapes, suggest, tried
 from pipelines.train.validation import Validation
 
 SHAPES = [DraftShape(), DraftShape(lookahead=1), DraftShape(top_k_per_head=(3, 2)), DraftShape(nodes=7), DraftShape(lookahead=2, nodes=4)]
@@ -87,6 +87,14 @@ def test_a_tree_is_suggested_for_any_number_of_heads(small_model, n_predict):
     text = torch.tensor([3, 4, *result.tokens])
     states = small_model.hidden_states(text[None], torch.zeros(1, len(text), dtype=torch.int64))[0]
     assert suggest(small_model, speculator, [(states, text, 2, 8)])[0]["lookahead"] <= n_predict
+
+
+def test_a_draft_is_timed_right_behind_a_forward_as_in_a_step(small_model, monkeypatch):
+    ran, logits = [], small_model.logits
+    monkeypatch.setattr(small_model, "logits", lambda states: ran.append("forward") or logits(states))
+    found = seconds_behind_forward(small_model, {"one": lambda: ran.append("draft"), "other": lambda: ran.append("draft")})
+    assert found.keys() == {"one", "other"} and min(found.values()) >= 0
+    assert ran == ["forward", "draft"] * (len(ran) // 2) and len(ran) > 4
 
 
 def text_of(model, prompt, new_tokens, more):

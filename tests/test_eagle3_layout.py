@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_eagle3, write_model
+from conftest import load_speculator, tiny_eagle3, write_model
 from safetensors.torch import load_file, save_file
 from test_eagle3 import STEPS, VARIANTS, WORDS
 
@@ -13,7 +13,7 @@ from fms_spec.context import of_text
 from fms_spec.errors import UserError
 from fms_spec.loading import load_for_decoding
 from fms_spec.proposers import Step, TopKProposer
-from fms_spec.speculators.directory import describe, load_speculator, save_speculator
+from fms_spec.speculators.directory import describe, save_speculator
 from fms_spec.speculators.eagle3 import Eagle3Speculator
 from fms_spec.speculators.eagle3_layout import IDS
 from fms_spec.speculators.interface import Corpus
@@ -129,10 +129,14 @@ WRONG = {
     "no d2t": ({}, lambda all: all.pop("d2t"), r"tensor d2t: the file says missing, the config \[12\]"),
     "d2t out of the vocabulary": ({}, lambda all: all["d2t"].add_(13), "tensor d2t: no ascending tokens of a vocabulary of 24"),
     "d2t of ids": ({}, lambda all: all["d2t"].mul_(-1), "tensor d2t: no ascending tokens"),
-    "d2t of fractions": ({}, lambda all: all.update(d2t=all["d2t"].float()), "tensor d2t is torch.float32"),
+    "d2t of fractions": ({}, lambda all: all.update(d2t=all["d2t"].float()), "tensor d2t: the file says torch.float32"),
     "t2d of others": ({}, lambda all: all["t2d"].logical_not_(), "tensor t2d: it names other tokens than d2t"),
     "t2d of one value": ({}, lambda all: all.update(t2d=torch.tensor(True)), "tensor t2d: it names other tokens than d2t"),
     "another lm_head": ({}, lambda all: all.update({"lm_head.weight": torch.zeros(11, 32)}), r"lm_head.weight: the file says \[11, 32\]"),
+    "whole numbers by the layer's other name": (
+        {}, lambda all: all.update({"layers.0.mlp.up_proj.weight": all.pop("midlayer.mlp.up_proj.weight").int()}),
+        r"up_proj.weight: the file says torch.int32 \[20, 32\]",
+    ),
     "a tensor too many": ({}, lambda all: all.update(more=torch.zeros(1)), r"tensor more: the file says \[1\], the config not expected"),
 }  # fmt: skip
 

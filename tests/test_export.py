@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_config
+from conftest import load_speculator, write_config
 
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
-from fms_spec.speculators.directory import load_speculator
 from pipelines.export import export
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train

@@ -1,19 +1,20 @@
 """What an export may change: how large the draft vocabulary is, and the layout that is written."""
 
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_config
+from conftest import load_speculator, write_config
 from safetensors.torch import load_file
 
 import pipelines.export as exports
 from data.reader import read_token_counts
 from fms_spec.errors import UserError
-from fms_spec.speculators.directory import load_speculator
 from pipelines.export import export
 from pipelines.train.run import train
 
@@ -36,7 +37,8 @@ def test_a_pruned_vocabulary_is_the_most_frequent_tokens_whose_logits_stay_and_i
 ):
     whole = load_speculator(export(runs / family, tmp_path / "whole"), base_model)
     pruned = load_speculator(export(runs / family, tmp_path / "pruned", KEPT), base_model)
-    counts = read_token_counts(data_dir)
+    written = [token for row in continuations(runs / family) for token in row]
+    counts = read_token_counts(data_dir) + torch.bincount(torch.tensor(written), minlength=base_model.vocab_size)
     order = sorted(whole.draft_ids.tolist(), key=lambda token: (token != 0, -counts[token], token))  # 0 is EOS
     assert pruned.draft_ids.tolist() == sorted(order[:KEPT])
     entries = torch.isin(whole.draft_ids, pruned.draft_ids)
@@ -47,14 +49,31 @@ def test_a_pruned_vocabulary_is_the_most_frequent_tokens_whose_logits_stay_and_i
     shares = [sum(counts[token].item() for token in ids) / counts.sum().item() for ids in (order, order[:KEPT])]
     config = json.loads((tmp_path / "pruned/config.json").read_text())
     assert config["draft_vocab_size"] == KEPT and config["draft_vocab_coverage"] == {
-        "counted_tokens": counts.sum().item(), "pruned_from": 64, "before": pytest.approx(shares[0], abs=1e-6),
-        "share": pytest.approx(shares[1], abs=1e-6),
+        "counted_tokens": counts.sum().item(), "written_tokens": len(written), "pruned_from": 64,
+        "before": pytest.approx(shares[0], abs=1e-6), "share": pytest.approx(shares[1], abs=1e-6),
     }  # fmt: skip
-    pattern = r"pruned from 64 to 20 tokens: (.*)% of the [\d,]+ tokens in the training rows of .* are in it, (.*) points fewer than before"
-    said = re.search(pattern, capsys.readouterr().out)
+    pattern = r"pruned from 64 to 20 tokens: (.*)% of the ([\d,]+) tokens in the training rows of .*/data and the ([\d,]+) that the base "
+    said = re.search(pattern + r"model wrote in .*/continuations are in it, (.*) points fewer than before", capsys.readouterr().out)
+    assert [int(number.replace(",", "")) for number in said.group(2, 3)] == [counts.sum() - len(written), len(written)] and written
     assert float(said[1]) == pytest.approx(100 * shares[1], abs=0.01)
-    assert float(said[2]) == pytest.approx(100 * (shares[0] - shares[1]), abs=0.02)
+    assert float(said[4]) == pytest.approx(100 * (shares[0] - shares[1]), abs=0.02)
     assert said[0] in (tmp_path / "pruned/README.md").read_text()
+
+
+def continuations(run):
+    """Token ids of what the base model wrote for a run, a list for each prompt."""
+    shards = sorted((run / "continuations").glob("*.parquet"))
+    return [row for shard in shards for row in pq.read_table(shard).column("continuation").to_pylist()]
+
+
+def test_where_a_runs_continuations_are_gone_its_rows_alone_are_counted_and_the_line_says_so(runs, tmp_path, data_dir, capsys):
+    run = Path(shutil.copytree(runs / "eagle3", tmp_path / "run"))
+    shutil.rmtree(run / "continuations")
+    export(run, tmp_path / "pruned", KEPT)
+    said = f"training rows of {data_dir} (and none that the base model wrote: {run}/continuations has none) are in it"
+    assert said in capsys.readouterr().out
+    found = json.loads((tmp_path / "pruned/config.json").read_text())["draft_vocab_coverage"]
+    assert found["written_tokens"] == 0 and found["counted_tokens"] == read_token_counts(data_dir).sum()
 
 
 def test_heads_in_the_layout_of_the_speculators_package_are_read_back_and_held_to_their_base_model(
@@ -106,7 +125,18 @@ def test_a_choice_that_can_not_be_is_refused_in_one_line_before_any_weight_is_re
     refused(runs / family, tmp_path, monkeypatch, message, **choices)
 
 
+def change_shard(run, change):
+    shard = next((run / "continuations").glob("*.parquet"))
+    shard.write_bytes(change(shard.read_bytes()))
+
+
+def by_another(shard):
+    return shard.replace(json.loads(pq.read_schema(io.BytesIO(shard)).metadata[b"made_by"])["base_model"].encode(), b"0" * 32)
+
+
 LOST = {
+    "a damaged shard": (lambda run: change_shard(run, lambda shard: shard[:-40]), "continuations-0.*parquet: cannot be read"),
+    "a shard of another base model": (lambda run: change_shard(run, by_another), "continuations-0.*another base model wrote it"),
     "no run.json": (lambda run: (run / "run.json").unlink(), "has no run.json that names them"),
     "no data": (lambda run: name_data(run, dir=str(run / "none")), "counts of the run's prepared data: .*none: no manifest.json"),
     "other data": (lambda run: name_data(run, fingerprint="0"), "holds other data than the run was given"),

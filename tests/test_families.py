@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
+from conftest import load_speculator
 from torch import nn
 
 import scripts.decode
@@ -13,7 +14,6 @@ import scripts.export
 import scripts.train
 from fms_spec.base_model import BaseModel as FrozenModel
 from fms_spec.errors import UserError
-from fms_spec.speculators.directory import load_speculator
 from fms_spec.speculators.interface import Settings, Sizes, Speculator
 from fms_spec.speculators.registry import FAMILIES
 from pipelines.cli import main

@@ -95,6 +95,13 @@ def test_vllm_in_the_trainers_process_needs_the_weights_once_more_and_takes_the_
     assert plan.fits and plan.moments["generation"]["vLLM"] == pytest.approx(2 * LLAMAS["8B"][1] + row + GPU_OVERHEAD, rel=0.001)
 
 
+def test_what_a_cpus_allocator_keeps_of_freed_blocks_is_not_added_to_heads_of_a_few_large_matrices(llama):
+    medusa = {"speculator": "{family: medusa, n_predict: 4}", "phase1.loss.smooth_l1": 0.0, "phase2.loss.smooth_l1": 0.0}
+    parts = Plan(llama("8B", **medusa), Sizes(), Ranks(), CPU).moments["optimiser"]
+    weights = parts["heads: masters"] + parts["heads: moments"] + parts["gradients"]
+    assert weights > 4 * 4 * 4 * 128256 * 4096 and parts["allocator"] < 0.02 * weights
+
+
 def test_a_run_that_no_setting_makes_fit_is_told_what_it_takes(llama):
     assert "it takes a larger --device, or more --processes" in verdict(Plan(llama("70B"), Sizes(), Ranks(), DEVICES["rtx4090"]))
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import POINTERS, tiny_speculator, write_model
+from conftest import POINTERS, load_speculator, tiny_speculator, write_model
 from test_losses import WAYS
 
 import scripts.decode
@@ -18,7 +18,6 @@ from fms_spec.context import of_text
 from fms_spec.losses import LossWeights, head_losses
 from fms_spec.passes import Arithmetic
 from fms_spec.proposers import started
-from fms_spec.speculators.directory import load_speculator
 from pipelines.cli import main
 
 HEADS, CHUNK = 3, 8

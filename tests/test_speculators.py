@@ -2,13 +2,14 @@ import json
 
 import pytest
 import torch
+from conftest import load_speculator
 from safetensors.torch import load_file, save_file
 
 from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
 from fms_spec.files import sha256_of
 from fms_spec.proposers import Step
-from fms_spec.speculators.directory import check_speculator, describe, load_speculator, save_speculator
+from fms_spec.speculators.directory import check_speculator, describe, save_speculator
 from fms_spec.speculators.hidden_state import HiddenStateSpeculator
 from fms_spec.speculators.mlp import MLPSpeculator
 

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from conftest import load_speculator
 from forked import Command
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,7 +13,6 @@ from fms_spec.base_model import BaseModel
 from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
 from fms_spec.proposers import Step
-from fms_spec.speculators.directory import load_speculator
 from pipelines.export import export
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train

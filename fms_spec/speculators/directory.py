@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fms_spec.base_model import BaseModel as FrozenModel
 from fms_spec.errors import UserError
@@ -20,6 +20,7 @@ from fms_spec.hub import local_directory
 from fms_spec.model_config import DTYPES, read_config, resolve_base_model
 from fms_spec.speculators.interface import Sizes, Speculator
 from fms_spec.speculators.registry import FAMILIES, ModelType, family_of
+from fms_spec.speculators.tensor_files import read_tensors, weight_files
 from fms_spec.weights import SINGLE, fingerprint
 
 
@@ -109,19 +110,6 @@ def save_speculator(
     write_json(directory / "config.json", config | {"weights_sha256": {file.name: sha256_of(file)}})
 
 
-def load_speculator(directory: Path | str, base_model: FrozenModel) -> Speculator:
-    """A speculator ready to propose: attached, in the base model's dtype and on its device; the base model gives it what it reads.
-
-    Raises:
-        UserError: not a speculator directory, damaged weights, or one that was trained for another base model.
-    """
-    directory = local_directory("speculator", directory)
-    config = read_speculator_config(directory)
-    check_base_model(directory, config, base_model.name, base_model.fingerprint, (base_model.width, base_model.vocab_size))
-    config = check_layers(directory, config, base_model.name, base_model.layers)
-    return give(read_speculator(directory, config), base_model)
-
-
 def give(speculator: Speculator, base_model: FrozenModel) -> Speculator:
     """`read_speculator`'s, ready to propose on a base model that it was checked for."""
     speculator.to(device=base_model.device, dtype=base_model.dtype).attach(base_model)
@@ -143,33 +131,23 @@ def read_speculator(directory: Path | str, config: dict[str, Any]) -> Speculator
 
 def read_weights(speculator: Speculator, directory: Path | str, config: dict[str, Any]) -> None:
     """Give a speculator the weights of a directory, as fp32; `config` is its config.json. Raises UserError as `read_speculator`."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in check_weights(directory, config):
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"speculator weights {file}: can't be read ({error}); export them again") from error
-    own = speculator.published_state()
+    tensors = {key: value for file in check_weights(directory, config) for key, value in read_tensors(file).items()}
     for key, value in tensors.items():
-        if value.is_floating_point() != own.get(key, value).is_floating_point():
-            raise UserError(f"speculator {directory}: tensor {key} is {value.dtype}, which it can't be; export it again")
-        tensors[key] = value.float() if value.is_floating_point() else value
+        # Copied, as tensors of a pickle may be one in memory, and training changes them in place.
+        tensors[key] = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
         if not tensors[key].isfinite().all():
             raise UserError(f"speculator {directory}: tensor {key} holds values that are not finite; take another checkpoint")
     speculator.load_published_state(tensors)
 
 
 def check_weights(directory: Path | str, config: dict[str, Any]) -> list[Path]:
-    """The *.safetensors files of a speculator directory, held to the sha256 that its config.json has of them; published ones have none.
+    """The `weight_files` of a speculator directory, held to the sha256 that its config.json has of them; published ones have none.
 
     Raises:
-        UserError: names a file that is missing, can't be read or was altered.
+        UserError: names a file that is missing, can't be read or was altered; and as `weight_files`.
     """
     known = config.get("weights_sha256")
-    files = [Path(directory) / name for name in known or ([SINGLE] if (Path(directory) / SINGLE).exists() else [])]
-    files = files or sorted(Path(directory).glob("*.safetensors"))  # published in parts
-    if not files:
-        raise UserError(f"speculator {directory}: no *.safetensors weights in it")
+    files = weight_files(directory, known)
     for file in files:
         try:
             altered = known and sha256_of(file) != known[file.name]
@@ -187,7 +165,7 @@ def read_speculator_config(directory: Path | str) -> dict[str, Any]:
         raise UserError(f"speculator {directory}: no config.json; give a directory written by scripts.export")
     config = read_json(file, "copy or export the speculator again")
     for family in FAMILIES.values():
-        config = family.translated(config)
+        config = family.translated(config, Path(directory))
     return check_config(config, file)
 
 

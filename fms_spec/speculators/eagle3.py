@@ -13,6 +13,7 @@ n_predict - 1 further steps are run on their own outputs in training as in decod
 states they will see. All of it is trained, W among it, which starts as the base model's lm_head.
 """
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -215,7 +216,7 @@ class Eagle3Speculator(Speculator):
         return cls(layer, draft_ids, **variant)
 
     @classmethod
-    def translated(cls, config: Any) -> Any:
+    def translated(cls, config: Any, directory: Path) -> Any:
         return eagle3_layout.translated(config)
 
     @classmethod
@@ -238,9 +239,9 @@ class Eagle3Speculator(Speculator):
         d2t, t2d, self.own_embedding = (tensors.pop(key, None) for key in ("d2t", "t2d", "embed_tokens.weight"))
         draft_ids = torch.arange(len(self.draft_ids))
         if d2t is not None or len(draft_ids) < self.vocab_size:
-            shape = "missing" if d2t is None else list(d2t.shape)
-            if d2t is None or d2t.shape != draft_ids.shape:
-                raise UserError(f"speculator tensor d2t: the file says {shape}, the config {list(draft_ids.shape)}; export it again")
+            said = "missing" if d2t is None else f"{d2t.dtype} {list(d2t.shape)}"
+            if d2t is None or d2t.is_floating_point() or d2t.shape != draft_ids.shape:
+                raise UserError(f"speculator tensor d2t: the file says {said}, the config {list(draft_ids.shape)}; export it again")
             draft_ids += d2t
             draft_vocabulary.check_ids(draft_ids, self.vocab_size, "d2t")
         if t2d is not None and not torch.equal(t2d.flatten().nonzero()[:, 0], draft_ids):

@@ -9,6 +9,7 @@ seen h_t and the tokens x_{t+1} ... x_{t+1+i}, and predicts x_{t+2+i}.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
@@ -26,6 +27,7 @@ from fms_spec.mixture import LEAST, mixed
 from fms_spec.passes import arithmetic_of
 from fms_spec.read_out import read_out
 from fms_spec.settings import Section
+from fms_spec.speculators.tensor_files import form
 
 Size = Annotated[int, Field(ge=1, le=2**24)]  # a matrix of two such can be counted in 64 bits
 
@@ -236,8 +238,8 @@ class Speculator(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def translated(cls, config: Any) -> Any:
-        """What a config.json holds, in the family's own layout where it is another layout of it; anything else as it is."""
+    def translated(cls, config: Any, directory: Path) -> Any:
+        """What a directory's config.json holds, in the family's own layout where it is another layout of it; anything else as it is."""
         return config
 
     @classmethod
@@ -250,17 +252,12 @@ class Speculator(nn.Module):
         return self.state_dict()
 
     def load_published_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take the tensors that `published_state` wrote as one's own, on their device.
-
-        Raises:
-            UserError: a tensor that is missing, unknown or of another shape.
-        """
+        """Take the tensors that `published_state` wrote as one's own; raises UserError where one is missing, unknown or of another form."""
         own = self.state_dict()
         for key in own | tensors:
-            shape = list(tensors[key].shape) if key in tensors else "missing"
-            wanted = list(own[key].shape) if key in own else "not expected"
-            if shape != wanted:
-                raise UserError(f"speculator tensor {key}: the file says {shape}, the config {wanted}; export it again")
+            said, wanted = form(tensors.get(key)), form(own.get(key), "not expected")
+            if said != wanted:
+                raise UserError(f"speculator tensor {key}: the file says {said}, the config {wanted}; export it again")
         self.load_state_dict(tensors, assign=True)
 
     def heads(

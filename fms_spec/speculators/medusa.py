@@ -6,6 +6,8 @@ Shapes: m positions, d base width, v vocabulary.
 A and b start at zero and W as the base model's lm_head, so that an untrained head says what the base model says one token earlier.
 """
 
+import re
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -14,9 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fms_spec.context import Seen
+from fms_spec.errors import UserError
 from fms_spec.packed_linear import pack_linears
 from fms_spec.settings import Side
 from fms_spec.speculators.interface import Corpus, Settings, Size, Sizes, Speculator, State
+from fms_spec.speculators.tensor_files import read_tensors, weight_files
 
 # A published config.json's keys, of vLLM's layout and of the first one, by ours.
 PUBLISHED = {
@@ -24,6 +28,8 @@ PUBLISHED = {
     "layers": ("num_hidden_layers", "medusa_num_layers"), "bias": ("medusa_fc_bias",),
     "base_model_name_or_path": ("base_model_name_or_path",), "truncated_vocab_size": ("truncated_vocab_size",),
 }  # fmt: skip
+# The first layout's names: HEAD.LAYER.linear.weight and .bias, and behind a head's layers, as one more, its lm_head.
+LINEAR, LM_HEAD = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)"), re.compile(r"(\d+)\.(\d+)\.weight")
 
 
 class MedusaSettings(Settings):
@@ -95,11 +101,13 @@ class MedusaSpeculator(Speculator):
         }  # fmt: skip
 
     @classmethod
-    def translated(cls, config: Any) -> Any:
-        """A published config.json."""
+    def translated(cls, config: Any, directory: Path) -> Any:
+        """A published config.json, of vLLM's layout or of the first one."""
         if not isinstance(config, dict) or (config.get("model_type") != "medusa" and "medusa_num_heads" not in config):
             return config
         known = {ours: config[key] for ours, keys in PUBLISHED.items() for key in keys if key in config}
+        if config.get("model_type") != "medusa":
+            known |= counted(directory, config["medusa_num_heads"])
         if known.get("truncated_vocab_size") == known.get("vocab_size"):
             known.pop("truncated_vocab_size", None)
         return known | {"model_type": cls.model_type}
@@ -107,3 +115,25 @@ class MedusaSpeculator(Speculator):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**cls.sizes.model_validate(config).model_dump())
+
+    def load_published_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().load_published_state({self.own_name(key): value for key, value in tensors.items()})
+
+    def own_name(self, key: str) -> str:
+        """Of a tensor that the first layout names so; any other name as it is."""
+        if last := LM_HEAD.fullmatch(key):
+            return f"lm_heads.{last[1]}.weight" if int(last[2]) == self.layers else key
+        return LINEAR.sub(r"blocks.\1.layers.\2.\3", key)
+
+
+def counted(directory: Path, said: Any) -> dict[str, Any]:
+    """The sizes that a config.json of the first layout lacks, from its weights; said: how many heads it says there are.
+
+    The original release says 2 and has 5, which its own code takes.
+    """
+    tensors = {key: value for file in weight_files(directory) for key, value in read_tensors(file).items()}
+    heads = [value.shape for key, value in tensors.items() if LM_HEAD.fullmatch(key) and value.dim() == 2]
+    if not heads or (isinstance(said, int) and said > len(heads)):
+        what = f"its weights hold {len(heads)} heads that end in an lm_head, and medusa_num_heads is {said!r:.60}"
+        raise UserError(f"speculator {directory}: {what}; take a whole copy")
+    return {"n_predict": len(heads), "vocab_size": heads[0][0], "emb_dim": heads[0][1], "bias": any(map(LINEAR.fullmatch, tensors))}

@@ -19,6 +19,7 @@ from fms_spec.errors import UserError
 from fms_spec.settings import Side
 from fms_spec.speculators.interface import BaseWeights, Corpus, Settings, Size, Sizes, Speculator, State
 from fms_spec.speculators.pointer import Pointer, PointerSettings
+from fms_spec.speculators.tensor_files import form
 
 EPS = 1e-6
 
@@ -145,8 +146,8 @@ class MLPSpeculator(Speculator):
                 if not torch.equal(value, tensors[f"speculator.{target}"]):
                     raise UserError(f"speculator tensor {key} differs from speculator.{target}, though the config ties them")
                 continue
-            if own[target].shape != value.shape:
-                raise UserError(f"speculator tensor {key} is {list(value.shape)}, the config says {list(own[target].shape)}")
+            if form(own[target]) != form(value):
+                raise UserError(f"speculator tensor {key} is {form(value)}, the config says {form(own[target])}")
             own[target] = value
         missing = [name for name in self.state_dict() if f"speculator.{name}" not in tensors]
         if missing:

@@ -18,6 +18,8 @@ from pipelines.plan.rehearsal import nbytes, rehearsal_of
 
 HEADROOM = 1.1  # a plan fits with a tenth of the memory to spare: its figures are right to within 15%
 WHOLE = ("framework", "base: layers", "base: embeddings", "kept", "KV cache")  # few large blocks, taken once: the allocator adds nothing
+WEIGHTS = ("heads: masters", "heads: moments", "gradients")  # blocks of the trained weights' sizes
+MAPPED = 2**25  # bytes: a larger block glibc maps by itself and gives back whole; Medusa's read-outs counted as others were 16% too many
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Plan:
         if self.lengths["phase2"] > base.context_length:
             raise UserError(f"texts of {self.lengths['phase2']} tokens are over the context of {base.name}, {base.context_length}")
         self.masters = nbytes(self.run.speculator.parameters())
+        mapped = nbytes(weight for weight in self.run.speculator.parameters() if weight.nbytes // self.head_shards > MAPPED)
+        self.in_heap = 1 - mapped / self.masters  # share of the trained weights
         tokens = {"phase1": (sizes.rows or 0) * sizes.seq_length, "phase2": (sizes.prompts or 0) * self.lengths["phase2"]}
         kept = sum(tokens[phase] for phase in self.phases) * (base.state_width * itemsize + 1)  # one byte says whether it is the best token
         self.disk = kept if config.hidden_state_cache else 0
@@ -84,8 +88,8 @@ class Plan:
         moments["optimiser"]["hidden states"] = held
         for name, parts in moments.items():
             parts = moments[name] = lasting | parts
-            whole = sum(size for part, size in parts.items() if part.startswith(WHOLE))
-            parts["allocator"] = int((self.device.heap - 1) * (sum(parts.values()) - whole))
+            shares = {part: self.in_heap if part in WEIGHTS else not part.startswith(WHOLE) for part in parts}
+            parts["allocator"] = int((self.device.heap - 1) * sum(size * shares[part] for part, size in parts.items()))
         return moments
 
     def lasting(self):

@@ -261,20 +261,18 @@ class Rehearsal:
 
     def one_chunk(self, weights, count, n, arithmetic):
         hidden, tokens, text = self.states(1, count)[0], torch.zeros(1, count, dtype=torch.int64).T, None
-        dtype = arithmetic.dtype
         if width := self.speculator.context_width:
-            text = replace(self.text(1, n, count), kept=torch.zeros(n, width, dtype=dtype))
+            text = replace(self.text(1, n, count), kept=torch.zeros(n, width, dtype=arithmetic.dtype))
         features, weight, point = next(self.speculator.heads(hidden, tokens, [count], text))
         seen, more = None, []
         if point:
             seen, more = (torch.zeros(n, dtype=torch.int64), text), [*point, text.kept]
-        weight_of_teacher = self.speculator.teacher_weight(self.base_model).to(dtype)
+        weight_of_teacher = self.speculator.teacher_weight(self.base_model).to(arithmetic.dtype)
         given = (lambda _: teacher, weight_of_teacher, self.base_model.output_cap) if weights.teacher else (None, None, None)
         teacher = read_out(self.speculator.final(self.states(1, count)[0]), weight_of_teacher)
         self.meter.start, self.meter.cost.peak = self.meter.live, 0  # only the loss itself counts
-        targets = [torch.zeros(count, dtype=torch.int64)]
-        inputs = [value.detach() for value in (features, weight, *more)]
-        SoftTargetLoss.apply(targets, *given, torch.ones(1), weights, arithmetic, seen, *inputs)
+        targets, inputs = torch.zeros(count, dtype=torch.int64), [value.detach() for value in (features, weight, *more)]
+        SoftTargetLoss.apply([targets], *given, torch.ones(1), weights, arithmetic, seen, *inputs)
 
     @cache
     def decode(self, sampling, b, prompt_length, new_tokens):
