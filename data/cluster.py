@@ -37,30 +37,40 @@ class Cluster:
     """
 
     def __init__(self, address):
-        ending = signal.getsignal(signal.SIGTERM)
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` it would copy this folder with its environment
         try:
             import ray
         except ImportError:
             raise UserError(f"--ray={address}: Ray is not installed; pip install 'fms-spec[ray]', or leave it out") from None
         self.ray, self.flag = ray, f"--ray={address}"
-        code = [str(ROOT / name) for name in CODE]
-        # A task has one processor, so its tokenizer has one thread.
-        environment = {"py_modules": code, "excludes": ["__pycache__"], "env_vars": {"RAYON_NUM_THREADS": "1"}}
         try:
-            refuse_silence(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
-            ray.init(address, runtime_env=environment, logging_level=logging.ERROR)
-            with suppress(ValueError):  # not the first thread, whose alone signals are
-                signal.signal(signal.SIGTERM, ending)  # Ray would print stacks, and end with another code
-        except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and kinds of its own
-            mend = "start one with `ray start`, here and on the others, or leave it out"
-            raise UserError(f"{self.flag}: no cluster to be reached ({reason(error)}); {mend}") from None
-        try:
+            self.connect(address)
             self.nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
             self.ask(refuse_others, {name: version(name) for name in DECIDING})
         except BaseException:
             ray.shutdown()
             raise
+
+    def connect(self, address):
+        """Join the cluster. SIGTERM stays this process's own: Ray would print stacks, and end with another code."""
+        code = [str(ROOT / name) for name in CODE]
+        # A task has one processor, so its tokenizer has one thread.
+        environment = {"py_modules": code, "excludes": ["__pycache__"], "env_vars": {"RAYON_NUM_THREADS": "1"}}
+        ending = signal.getsignal(signal.SIGTERM)
+        try:
+            refuse_silence(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+            self.ray.init(address, runtime_env=environment, logging_level=logging.ERROR)
+        except SystemExit:  # what Ray has made of a SIGTERM meanwhile
+            signal.alarm(0)  # it may have set one, to abort in 3 seconds
+            signal.signal(signal.SIGTERM, ending)
+            signal.raise_signal(signal.SIGTERM)
+            raise
+        except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and kinds of its own
+            mend = "start one with `ray start`, here and on the others, or leave it out"
+            raise UserError(f"{self.flag}: no cluster to be reached ({reason(error)}); {mend}") from None
+        finally:
+            with suppress(ValueError):  # not the first thread, whose alone signals are
+                signal.signal(signal.SIGTERM, ending)
 
     def __enter__(self):
         return self

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from data.prepare.documents import DocumentSpool
 from data.prepare.run import prepare, prepare_by
 from fms_spec.errors import UserError
 from pipelines.generate.cluster_engine import ClusterEngine, places_of, refuse_node
-from pipelines.generate.write import write_continuations
+from pipelines.generate.write import Writer, write_continuations
+from pipelines.parallel.stopping import STOPPED, Stopped
 from scripts.generate_continuations import Arguments
 
 SMALL = {"object_store_memory": 100 * 2**20}
@@ -151,6 +153,26 @@ def test_what_a_killed_node_was_at_is_done_again_and_comes_in_its_turn(two_nodes
         assert next(squares) == (0, 0)
         two_nodes.kill()
         assert list(squares) == [(number, number * number) for number in range(1, 12)]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_this_process_as_without_a_cluster_while_it_joins_one_and_while_it_waits_for_it(nodes, monkeypatch):
+    import ray
+
+    def stop(*_):
+        raise Stopped
+
+    before, ours = signal.signal(signal.SIGTERM, stop), (os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        init = ray.init
+        patched.setattr(ray, "init", lambda *places, **how: (init(*places, **how), os.kill(*ours)))  # Ray's handler is there by then
+        Cluster(nodes.address)
+    assert signal.getsignal(signal.SIGTERM) is stop and not ray.is_initialized()
+    with pytest.raises(SystemExit) as ended, Writer(None, None, 1), Cluster(nodes.address) as cluster:
+        threading.Timer(0.5, os.kill, ours).start()
+        next(cluster.each(time.sleep, [600]))
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == STOPPED == 143 and not ray.is_initialized()
 
 
 def test_without_ray_or_a_cluster_one_line_says_so(tmp_path, monkeypatch):

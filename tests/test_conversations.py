@@ -157,6 +157,20 @@ def test_conversations_from_nothing_are_counted_looked_at_and_prepared_like_any_
     assert next(RowReader(tmp_path / "data", batch_size=1, seed=0)).trained.any()
 
 
+def test_of_what_was_written_near_copies_are_left_out_and_counted_when_it_is_prepared(tmp_path, own, chat_model):
+    pytest.importorskip("datasketch")
+    written = sorted(own[1], key=lambda conversation: -len(str(conversation)))
+    for changed in written[:3]:
+        *before, last = changed["messages"]
+        written.append(changed | {"messages": [*before, last | {"content": last["content"] + " w5"}]})
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(conversation) + "\n" for conversation in written))
+    settings = {"source": str(tmp_path / "chats.jsonl"), "tokenizer": str(chat_model), "seq_length": 64}
+    assert not prepare(**settings, out_dir=str(tmp_path / "all"))["source"]["skipped"]
+    prepared = prepare(**settings, out_dir=str(tmp_path / "data"), near_duplicates=0.8)["source"]
+    assert prepared["skipped"] == {"near copies": 3} and prepared["documents_read"] == len(own[1])
+    assert prepared["firsts"]["near copies"] == f"chats.jsonl#{len(own[1])} (near copies)"
+
+
 def test_interrupted_and_begun_again_it_writes_the_same_and_nothing_twice(tmp_path, own, chat_model, monkeypatch):
     folder, step, steps = own[0], EmbeddedEngine.step, []
 

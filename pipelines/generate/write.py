@@ -1,7 +1,6 @@
 """A store of continuations, written by one process of any number."""
 
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pipelines.generate.engines import start_engine
 from pipelines.generate.producers import end_with_parent
 from pipelines.generate.supply import open_store
 from pipelines.machine.environment import environment
+from pipelines.parallel.stopping import Stopped
 
 
 def write_continuations(parsed):
@@ -48,15 +48,22 @@ class Writer:
     """
 
     def __init__(self, settings, base_model, prompt_length, ray=None):
-        self.settings, self.base_model, self.prompt_length, self.ray, self.engine = settings, base_model, prompt_length, ray, None
+        self.settings, self.base_model, self.prompt_length, self.ray = settings, base_model, prompt_length, ray
+        self.engine, self.stopped = None, False
 
     def __enter__(self):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception: claims are released
+        signal.signal(signal.SIGTERM, self.stop)
         return self
+
+    def stop(self, *_):
+        self.stopped = True
+        raise Stopped  # as an exception: claims are released
 
     def __exit__(self, *_):
         if self.engine:
             self.engine.close()
+        if self.stopped:
+            raise Stopped  # what is raised while Ray waits becomes its own SystemExit, with another code
 
     def write(self, store, indices, ahead=None, status=None):
         """`write_shards` of what is missing of `indices`."""
