@@ -108,9 +108,9 @@ class SoftTargetLoss(torch.autograd.Function):
         ctx.dtypes, trained = [value.dtype for value in inputs], ctx.needs_input_grad[-len(inputs) :][heads : 2 * heads]
         shared = {id(weight): weight.to(dtype) for weight in readouts}
         grads = {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight, train in zip(readouts, trained) if train}
-        size = (min(arithmetic.rows(len(readouts[0])), len(features[0])), len(readouts[0]))
+        chunk, columns = arithmetic.rows(len(readouts[0])), len(readouts[0])
         wanted = [True, teacher_of is not None, teacher_of is not None or bool(seen), bool(seen)]
-        passes = arithmetic.way(features[0], size, wanted)
+        passes = arithmetic.way(features[0], (min(chunk, len(features[0])), columns), wanted)
         losses, grad_features, copying = [], [], []
         if seen:
             keys = inputs[-1].to(dtype)
@@ -120,7 +120,7 @@ class SoftTargetLoss(torch.autograd.Function):
             teacher = None if teacher_of is None else teacher_of(head).to(dtype)
             loss, grad = one_head(
                 x.to(dtype), shared[id(weight)], grads.get(id(weight)), targets[head], teacher, teacher_weight,
-                teacher_cap, scales[head], weights, passes, size[0], copying[head] if seen else None,
+                teacher_cap, scales[head], weights, passes, chunk, copying[head] if seen else None,
             )  # fmt: skip
             losses.append(loss)
             grad_features.append(grad.to(x.dtype))

@@ -1,7 +1,15 @@
-"""Sources in an S3 store: a server of it in this process, which asks for keys, and `s3fs` before it as users have it."""
+"""Sources in an S3 store: a server of it, which asks for keys, and `s3fs` before it as users have it.
+
+The server is a process of its own: vLLM asks every module of its process for all its attributes, which Flask's refuse.
+"""
 
 import gzip
+import importlib.util
 import json
+import socket
+import subprocess
+import sys
+import time
 import urllib.request
 
 import numpy as np
@@ -15,31 +23,32 @@ from data.prepare.run import prepare
 from fms_spec.errors import UserError
 
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
-moto = pytest.importorskip("moto.server", reason="no S3 server is installed (moto)")
-asks = pytest.importorskip("moto.settings")
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("moto"), reason="no S3 server is installed (moto)")
 POLICY = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    """A function that starts a server, which the environment names from then on; it ends with the test. All serve the same buckets."""
-    servers = []
-
-    def start():
-        servers.append(moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False))
-        servers[-1].start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*servers[-1].get_host_and_port()))
-        s3fs.S3FileSystem.clear_instance_cache()
-        return servers[-1]
-
-    yield start
+def server(monkeypatch):
+    """A server's process, which the environment names; it ends with the test."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    while process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except OSError:
+            time.sleep(0.1)
     s3fs.S3FileSystem.clear_instance_cache()
-    for server in servers:
-        server.stop()
+    yield process
+    s3fs.S3FileSystem.clear_instance_cache()
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture
-def folder(serve, tmp_path, monkeypatch):
+def folder(server, tmp_path, monkeypatch):
     """A folder `bucket` of sixty texts in JSON lines and in Parquet, and a store that holds the same, to which the environment has keys."""
     import boto3
 
@@ -47,8 +56,6 @@ def folder(serve, tmp_path, monkeypatch):
     given = {"DEFAULT_REGION": "us-east-1", "EC2_METADATA_DISABLED": "true", "MAX_ATTEMPTS": "1"} | nowhere
     for name, value in (given | {"ACCESS_KEY_ID": "any", "SECRET_ACCESS_KEY": "any"}).items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    serve()
-    urllib.request.urlopen(f"{boto3.client('s3').meta.endpoint_url}/moto-api/reset", b"")
     store, generator = s3fs.S3FileSystem(), np.random.default_rng(0)
     store.mkdir("bucket")
     texts = [" ".join(f"w{word}" for word in generator.integers(0, 50, 30)) for _ in range(60)]
@@ -65,7 +72,8 @@ def folder(serve, tmp_path, monkeypatch):
     key = users.create_access_key(UserName="reader")["AccessKey"]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
-    monkeypatch.setattr(asks, "INITIAL_NO_AUTH_ACTION_COUNT", 0)  # from now on those who have no key are turned away
+    strict = urllib.request.Request(f"{users.meta.endpoint_url}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"})
+    urllib.request.urlopen(strict).close()  # from now on those who have no key are turned away
     s3fs.S3FileSystem.clear_instance_cache()
     return tmp_path / "bucket"
 
@@ -107,13 +115,14 @@ def test_what_a_store_refuses_is_one_line_that_names_the_source(folder, tmp_path
                 assert line.startswith(f"source s3://bucket/{place}: cannot be read (") and said in line and "or the rights to it" in line
 
 
-def test_a_store_that_goes_away_on_the_way_ends_in_one_line_and_leaves_nothing(folder, serve, tmp_path, monkeypatch):
-    server, append, documents = serve(), DocumentSpool.append, []
+def test_a_store_that_goes_away_on_the_way_ends_in_one_line_and_leaves_nothing(folder, server, tmp_path, monkeypatch):
+    append, documents = DocumentSpool.append, []
 
     def counted(*document):
         documents.append(document)
         if len(documents) == 2:
-            server.stop()
+            server.kill()
+            server.wait()
         return append(*document)
 
     monkeypatch.setattr(data.prepare.encoding, "BATCH_DOCUMENTS", 2)
