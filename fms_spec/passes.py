@@ -1,10 +1,10 @@
-"""How losses pass over a chunk of positions' logits: in place on a CPU, compiled into two or three passes on a GPU.
+"""How losses pass over a chunk of positions' logits: in place on a CPU, compiled on a GPU.
 
 Shapes: c positions of a chunk, k feature width, r draft vocabulary.
 
 A GPU's products are over before its memory has given and taken logits ten times: of 512 x 49,152 in fp32, as a CPU keeps them, that is
 1 GB, where the products of features 576 wide take a tenth of a millisecond. So there logits stay in the products' own dtype, torch.compile
-makes one kernel of what reads and what writes them, and chunks are larger, as the read-out's gradient is added to once a chunk.
+joins what reads and writes them, and chunks are larger, as the read-out's gradient is added to once a chunk.
 """
 
 import warnings

@@ -55,9 +55,9 @@ class NotCompiled(Compiled):
 WAYS = [InPlace, NotCompiled]
 
 
-def our_loss(features, weight, targets, teacher, teacher_weight, weights, dtype, way=InPlace):
+def our_loss(features, weight, targets, teacher, teacher_weight, weights, dtype, way=InPlace, cap=None):
     """Of one head, its scale 1."""
-    given = (lambda _: teacher, teacher_weight, None) if weights.teacher else (None, None, None)
+    given = (lambda _: teacher, teacher_weight, cap) if weights.teacher else (None, None, None)
     return SoftTargetLoss.apply([targets], *given, torch.ones(1), weights, Arithmetic(dtype, way), None, features, weight)[0]
 
 
@@ -91,6 +91,19 @@ def rows(request, monkeypatch):
 def test_losses_and_gradients_are_those_of_double_precision_autograd(rows, path, way):
     for found, expected in zip(*both(path, torch.float32, way=way)):
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_base_models_soft_cap_bounds_its_logits_and_not_the_drafts(rows, way):
+    features, weight, targets, teacher, teacher_weight = case()
+    x, weights = features.requires_grad_(), LossWeights(0.0, 1.0, 0.0, (1.0,))
+    found = our_loss(x, weight, targets, teacher, teacher_weight, weights, torch.float32, way, cap=1.5)
+    log_q = F.linear(features.double(), weight.double()).log_softmax(-1)
+    capped = 1.5 * torch.tanh(F.linear(teacher.double(), teacher_weight.double()) / 1.5)
+    expected = F.kl_div(log_q, capped.log_softmax(-1), log_target=True, reduction="sum")
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-5)
+    for ours, theirs in zip(torch.autograd.grad(found, x), torch.autograd.grad(expected, features)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
