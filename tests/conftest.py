@@ -94,8 +94,15 @@ def other_model_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def base_model(model_dir):
+def shared_base_model(model_dir):
     return BaseModel(str(model_dir), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def base_model(shared_base_model):
+    """The same model in all tests of a process, without the inner layers that the test before may have asked it for."""
+    shared_base_model.give_layers(())
+    return shared_base_model
 
 
 @pytest.fixture(scope="session")

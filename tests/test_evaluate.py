@@ -26,12 +26,12 @@ NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, model_dir, base_model):
+def place(tmp_path_factory, model_dir, shared_base_model):
     """A directory with base_model/ and an untrained speculator/ for it."""
     place = tmp_path_factory.mktemp("evaluate")
     (place / "base_model").symlink_to(model_dir)
-    speculator = tiny_speculator(base_model, "mlp_untied", n_predict=3)
-    save_speculator(place / "speculator", speculator, describe(speculator, base_model))
+    speculator = tiny_speculator(shared_base_model, "mlp_untied", n_predict=3)
+    save_speculator(place / "speculator", speculator, describe(speculator, shared_base_model))
     return place
 
 
