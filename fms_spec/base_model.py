@@ -69,6 +69,10 @@ class BaseModel:
         """Load without proof. model: a loaded `transformers` one, to be taken instead of the files."""
         self.path, self.name, self.config, self.backend, self.dtype = path, str(name), config, backend, dtype
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda":
+            # torch's first choice on Hopper and Blackwell, which plans anew, on the host, for every new number of tokens and keys: nearly
+            # every call of ours is one. Four runs on an H200 took 0.2 s a step so, and 4 s where drafts attend.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.query_heads, self.kv_groups = attention_heads(config)
         self.layers = config.num_hidden_layers
         self.fingerprint = fingerprint(path)

@@ -12,6 +12,7 @@ from test_house import ROOT
 from test_parallel import WAYS, figures, job, place, run_jobs, settings  # noqa: F401 (place is a fixture)
 from test_training import records, weights_of
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from data.prepare.run import prepare
@@ -75,6 +76,31 @@ def test_decoding_says_what_transformers_says(model_dir, family):
                 do_sample=False, eos_token_id=0, pad_token_id=0,
             )  # fmt: skip
             assert result.tokens == expected[0, len(prompt) :].tolist()
+
+
+class Attended(TorchDispatchMode):
+    """The ways in which torch computes attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "attention" in str(function):
+            self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["fms", "transformers"])
+def test_no_attention_is_planned_anew_for_every_length(tmp_path, backend):
+    directory = write_model(tmp_path, hidden_size=256, num_attention_heads=4, num_key_value_heads=2)  # heads of 64
+    model = BaseModel(str(directory), dtype="bfloat16", backend=backend)
+    speculator = tiny_speculator(BaseModel(str(directory), dtype="float32", device="cpu"), "eagle3").to(model.device, model.dtype)
+    speculator.attach(model)
+    with Attended() as attended:
+        model.hidden_states(ROW, SEGMENTS)
+        decode(model, PROMPTS, DecodingOptions(max_new_tokens=6), TopKProposer(speculator, [2, 1]))
+    assert attended.seen and not any("cudnn" in name for name in attended.seen), attended.seen
 
 
 def test_sampled_texts_are_those_of_a_cpu(model_dir):
