@@ -97,8 +97,8 @@ def test_conversations_of_the_hub_stand_beside_texts_of_a_file_without_what_othe
     ("settings", "message"),
     [
         ("path: some/other", "source some/other: no such file or folder here, nor a dataset on the Hub"),
-        ("path: 'some/texts:fr'", "source some/texts:fr: .*config 'fr'.*'en'"),
-        ("path: 'some/texts:en:dev'", "source some/texts:en:dev: .*Bad split: dev. Available splits: .'train'."),
+        ("path: 'some/texts:fr'", "source some/texts:fr: not to be had from the Hub so .*config 'fr'.*'en'"),
+        ("path: 'some/texts:en:dev'", "source some/texts:en:dev: not to be had .*Bad split: dev. Available splits: .'train'."),
         ("path: 'some/texts:en:dev', split: train", "names a split, and split train is asked too; leave one of the two out"),
         ("path: some/texts, text_column: body", "source some/texts: .*no column 'body'"),
         ("path: some/texts, format: messages", "source some/texts: .*messages"),

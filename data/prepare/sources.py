@@ -135,8 +135,10 @@ class HubSource:
             self.builder = datasets.load_dataset_builder(self.name, self.config)
             rows = iter(self.builder.as_streaming_dataset(split=self.split))
             first = list(islice(rows, 1))
-        except Exception as error:  # the library raises its own kinds, OSError and ValueError, for one and the same mistake
+        except OSError as error:  # no network, and the library's own for no data set, are such
             raise UserError(f"source {source}: no such file or folder here, nor a dataset on the Hub ({reason(error)})") from None
+        except Exception as error:  # a ValueError for a name that none has, a config or a split that this one lacks
+            raise UserError(f"source {source}: not to be had from the Hub so ({reason(error)}); correct name, config or split") from None
         self.stream = chain(first, rows)
         self.wanted, self.layout = wanted, layout_of(list(first[0]), wanted, f"source {source}") if first else None
         self.conversations = bool(first) and self.layout.format != "text"
