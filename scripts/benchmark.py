@@ -109,7 +109,8 @@ class TrainStep:
         wide_vocab: tokens of the wide vocabulary.
         parts: measure only some, as in heads,loss: of heads, wide_heads, published_heads, loss, wide_loss, base_forward, rest, compile
             and small.
-        dtype: of the base model in `rest` and `compile`: bfloat16, float16 or float32. The others are measured in fp32 and bf16.
+        dtype: of the base model in `rest` and `compile`: bfloat16, float16 or float32. The others are measured in fp32 and
+            bf16, on a GPU the wide vocabulary's in bf16 alone.
         out: also append the lines to this file.
     """
 
