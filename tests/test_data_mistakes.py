@@ -202,8 +202,9 @@ def test_an_empty_folder_may_be_written(tmp_path):
 def test_what_a_process_left_that_was_killed_in_its_last_moment_is_removed(tmp_path):
     out = prepare_small(tmp_path)
     (out / "incomplete.json").write_text((out / "manifest.json").read_text())
+    (out / ".owner").write_text("1\nelsewhere\n")
     prepare_small(tmp_path)
-    assert not (out / "incomplete.json").exists()
+    assert not (out / "incomplete.json").exists() and not (out / ".owner").exists()
     inputs = json.loads((out / "manifest.json").read_text())["inputs"]
     (out / "incomplete.json").write_text(json.dumps(inputs))
     (out / "manifest.json").rename(out / ".manifest.json.123.partial")

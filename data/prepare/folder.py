@@ -34,8 +34,9 @@ def finished_set(out_dir, inputs):
         manifest = read_manifest(out_dir)
         refuse_other_inputs(out_dir, manifest["inputs"], inputs)
         check_sizes(out_dir, [shard for table in manifest["tables"].values() for shard in table["shards"]])
-        with suppress(OSError):  # left by a process that was killed in between; where the folder may only be read, it stays
-            (folder / MARKER).unlink(missing_ok=True)
+        with suppress(OSError):  # left by a process that was killed in between; where the folder may only be read, they stay
+            for name in (MARKER, OWNER):
+                (folder / name).unlink(missing_ok=True)
         return manifest
     foreign = [name for name in names if not OURS.fullmatch(name)]
     if foreign or (names and MARKER not in names):
