@@ -97,7 +97,8 @@ def launch(place, words, jobs):
     """torchrun with `words`, as a user would start it."""
     file = place / f"jobs-{Path(jobs[0]['out_dir']).name}.json"
     file.write_text(json.dumps(jobs))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    found = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(found)}
     command = [sys.executable, "-m", "torch.distributed.run", *words, str(ROOT / "tests/parallel_worker.py"), str(file)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

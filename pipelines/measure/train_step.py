@@ -57,7 +57,7 @@ def shape_of(name, d, vocab_size, pruned, trunk, mlp_width, heads, tokens):
 
 
 def dtypes_of(shape, device):
-    """Of a GPU's wide shape bf16 alone: nobody trains such heads in fp32, and plain ones took over 45 s a step."""
+    """Of a GPU's wide shape bf16 alone: nobody trains such heads in fp32."""
     return DTYPES_TRIED[1:] if device.type == "cuda" and shape.name == "wide" else DTYPES_TRIED
 
 
