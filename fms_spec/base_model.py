@@ -71,7 +71,7 @@ class BaseModel:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda":
             # torch's first choice on Hopper and Blackwell, which plans anew, on the host, for every new number of tokens and keys: nearly
-            # every call of ours is one. Before, four runs on an H200 took 0.2 s a step, and 4 s where drafts attend.
+            # every call of ours is one, of 65 ms on an H200 (torch 2.11) where known lengths take 0.07.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.query_heads, self.kv_groups = attention_heads(config)
         self.layers = config.num_hidden_layers
