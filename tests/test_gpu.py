@@ -236,4 +236,4 @@ def test_two_gpus_train_as_one_does(place, way):  # noqa: F811
 def test_more_processes_than_gpus_are_refused_in_one_line(place):  # noqa: F811
     code, output = run_jobs(place, GPUS + 1, [job(place, "crowd", **settings(1))])
     assert code == 1 and output.count(f"{GPUS + 1} processes on a machine with {GPUS} GPUs") == 1
-    assert "parallel_worker.py\", line" not in output, output  # torchrun tells of a process's end with a traceback of its own
+    assert 'parallel_worker.py", line' not in output, output  # torchrun tells of a process's end with a traceback of its own
