@@ -174,7 +174,7 @@ def test_a_gpu_is_known_by_the_drivers_name_where_its_rate_is_that_of_the_data_s
 
 @pytest.mark.parametrize("family", ["mlp", "hidden_state"])
 def test_losses_in_bf16_train_as_those_in_fp32_do_and_leave_the_masters_fp32(tmp_path, config_file, family, monkeypatch):
-    """As on a GPU: a CPU without AMX would compute a bf16 base model's losses in fp32."""
+    """As on a GPU: many a CPU would compute a bf16 base model's losses in fp32."""
     changes = {"schedule.steps": 9, "schedule.pattern": "[[phase1, 1]]", "base_model.dtype": "bfloat16", "validation.prompts": 0}
     curves, dtypes, loss = {}, set(), fms_spec.losses.SoftTargetLoss.apply
 

@@ -142,9 +142,22 @@ def test_the_acceptance_loss_is_zero_where_the_head_says_what_the_base_model_say
     assert our_loss(-teacher, weight, targets, teacher, weight, weights, torch.float32) > POSITIONS
 
 
+def test_a_sum_of_products_stays_in_fp32_within_autocast():
+    a, b = torch.rand(300, 7, generator=torch.Generator().manual_seed(0)), torch.rand(300, 7, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert passes.dot(a, b).item() == pytest.approx((a.double() * b.double()).sum().item(), rel=1e-6)
+
+
 def test_matrix_products_are_computed_in_fp32_where_bf16_is_slow(monkeypatch):
     states = torch.zeros(1, dtype=torch.bfloat16)
-    for found, expected in (({}, torch.float32), ({"amx_bf16": False}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+    cpus = {
+        "amx": ({"amx_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, torch.bfloat16),
+        "avx512_bf16 at full rate": ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        "avx512_bf16 at half of it": ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, torch.float32),
+        "neither": ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, torch.float32),
+        "unknown": ({}, torch.float32),
+    }
+    for found, expected in cpus.values():
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
         assert arithmetic_of(states) == Arithmetic(expected, InPlace) and arithmetic_of(states.float()).dtype == torch.float32
     assert arithmetic_of(torch.zeros(1, dtype=torch.bfloat16, device="meta")).dtype == torch.bfloat16
