@@ -82,7 +82,10 @@ class Recent:
 
     def tokens(self, back: int) -> torch.Tensor:
         """x_{t+1} for 0, x_t for 1, x_{t-1} for 2: int64 [...], -1 where there is none."""
-        index = self.index[..., back]
+        return self.of(self.index[..., back])
+
+    def of(self, index: torch.Tensor) -> torch.Tensor:
+        """The listed tokens at int64 [...], -1 where that is."""
         return self.listed[index.clamp(min=0)].where(index >= 0, -1)
 
     def slots(self, first: int, end: int | None) -> "Recent":

@@ -10,6 +10,7 @@ import torch
 from forked import FORKS
 
 from fms_spec.losses import head_losses
+from fms_spec.passes import arithmetic_of
 from pipelines.measure import heads as benchmark_heads
 from pipelines.measure.benchmarks import run_report, run_train_step
 from pipelines.measure.heads import (
@@ -110,7 +111,9 @@ def test_the_benchmark_says_of_every_part_what_it_took_and_on_which_machine(resu
     }
     for line in lines:
         if line["name"] == "loss":
-            assert line["relative_error"]["ours"] < 1e-6 and line["loss_dtype"]["ours"] == "float32"
+            products = arithmetic_of(torch.empty(0, dtype=getattr(torch, line["dtype"]))).dtype
+            most = 1e-6 if products == torch.float32 else 1e-3
+            assert line["relative_error"]["ours"] < most and line["loss_dtype"]["ours"] == "float32"
         if line["name"] == "step_parts":
             assert set(line["seconds"]) == {"data", "base_model", "heads", "optimizer", "logging"} and line["tokens"] == 128
             assert 0 < line["rest"] < 1

@@ -22,7 +22,7 @@ from fms_spec.packed_linear import linear_of, pack_linears
 from fms_spec.settings import Section, Side
 
 SHARPNESS = 8.0  # score of a match of one token at the start; the noise of the others is about 8 / sqrt(w)
-SECOND = 0.6  # weight of the token before, so that a match of two is worth 1.36 of one
+WEIGHTS = (1.0, 0.6)  # of the newest token and the one before it, so that a match of two is worth 1.36 of one
 OPEN = -9.0  # gate's a at the start: closed at the noise of 500 slots, half open at a match, open at two
 
 
@@ -36,13 +36,12 @@ class Pointer(nn.Module):
     def __init__(self, emb_dim: int, state_width: int, width: int) -> None:
         super().__init__()
         self.width = width
-        self.key_tokens, self.query_tokens = (nn.Linear(2 * emb_dim, width, bias=False) for _ in range(2))
+        self.key_tokens, self.query_tokens = (nn.Linear(len(WEIGHTS) * emb_dim, width, bias=False) for _ in range(2))
         self.query_state = nn.Linear(state_width, width, bias=False)
         self.gate = nn.Linear(state_width, 1)
         self.sharpness = nn.Parameter(torch.ones(1))
         with torch.no_grad():
-            start = torch.randn(width, 2 * emb_dim) / emb_dim**0.5
-            start[:, emb_dim:] *= SECOND
+            start = torch.randn(width, len(WEIGHTS) * emb_dim) / emb_dim**0.5 * torch.tensor(WEIGHTS).repeat_interleave(emb_dim)
             for linear in (self.key_tokens, self.query_tokens):
                 linear.weight.copy_(start)
             for value in (self.query_state.weight, self.gate.weight):
@@ -52,14 +51,13 @@ class Pointer(nn.Module):
     def attach(self, embedding: torch.Tensor) -> None:
         """Take the base model's token embedding [v, d]."""
         self.frozen = (embedding, 1 / embedding.float().square().mean().sqrt().item())  # a tuple, so that it becomes no parameter
-        self.tables: tuple[torch.Tensor, ...] | None = None
+        self.tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def pack(self) -> None:
-        """Work out what keys and queries take of every token, four tables [v + 1, w] with zeros for none: from there on they are rows."""
-        weight, scale = self.key_tokens.weight.detach(), self.sharpness.detach() * (SHARPNESS / self.width)
-        every = torch.arange(len(self.frozen[0]), device=weight.device)
-        keys, queries = (self.projected(linear, every, weight.dtype) for linear in (self.key_tokens, self.query_tokens))
-        self.tables = tuple(F.pad(table, (0, 0, 0, 1)) for table in (*keys, *(part * scale for part in queries)))
+        """Work out what keys and queries take of every token, as `projected` twice: from there on they are sums of rows."""
+        weight, every = self.key_tokens.weight.detach(), torch.arange(len(self.frozen[0]), device=self.gate.weight.device)
+        keys, queries = (self.projected(linear, every, weight.dtype).detach() for linear in (self.key_tokens, self.query_tokens))
+        self.tables = keys, queries * (self.sharpness.detach() * (SHARPNESS / self.width))
         self.of_state = linear_of(weight, *self.state_rows())
         pack_linears(self)
 
@@ -71,16 +69,15 @@ class Pointer(nn.Module):
 
     def keys(self, recent: Recent, dtype: torch.dtype) -> torch.Tensor:
         """[..., w] of slots. Each token is projected once: a step of 32 rows of 512 has some 3,000 of them."""
+        index = recent.index[..., 1:]
         if self.tables is not None:
-            return self.tables[0][recent.tokens(1)] + self.tables[1][recent.tokens(2)]
-        parts, places = self.projected(self.key_tokens, recent.listed, dtype), recent.index[..., 1:].unbind(-1)
-        own, before = (F.embedding(place.clamp(min=0), part) * (place >= 0)[..., None] for part, place in zip(parts, places))
-        return own + before
+            return sum_of_rows(self.tables[0], recent.of(index))
+        return sum_of_rows(self.projected(self.key_tokens, recent.listed, dtype), index)
 
-    def projected(self, linear: nn.Linear, tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """K e(token) and K' e(token) of tokens int64 [u], -1 for none: [u, w] each."""
-        embedded = self.embedded(tokens, dtype)
-        return tuple(F.linear(embedded, weight) for weight in linear.weight.chunk(2, dim=1))
+    def projected(self, linear: nn.Linear, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """K e(token) and K' e(token) of tokens int64 [u], -1 for none, each with a row of zeros behind: [2, u + 1, w]."""
+        embedded = F.pad(self.embedded(tokens, dtype), (0, 0, 0, 1))
+        return torch.stack([F.linear(embedded, weight) for weight in linear.weight.chunk(len(WEIGHTS), dim=1)])
 
     def look(self, inner: torch.Tensor, newest: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(query [m, w], scaled so that a score is its product with a key; gate [m], its G y + a): inner [m, y], tokens int64 [m]."""
@@ -95,12 +92,23 @@ class Pointer(nn.Module):
         """`look`, once packed, where what `state_rows` make of the state is known: [m, w + 1]."""
         assert self.tables is not None
         query, gate = of_state.split([self.width, 1], dim=-1)
-        return query + self.tables[2][newest] + self.tables[3][before], gate.squeeze(-1)
+        first, second = self.tables[1]
+        return query + first[newest] + second[before], gate.squeeze(-1)
 
     def embedded(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """int64 [...] -> [..., d]; a token of -1 gives zeros."""
         embedding, scale = self.frozen
         return F.embedding(tokens.clamp(min=0), embedding).to(dtype) * (scale * (tokens >= 0)[..., None]).to(dtype)
+
+
+def sum_of_rows(tables: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Of each table its own row: tables [2, u + 1, w], places int64 [..., 2], -1 for the last: [..., w].
+
+    In one pass: of 2,048 slots it takes 0.19 ms on a CPU core (bf16, w 128), and two lookups with their sum 0.87.
+    """
+    rows = tables.shape[1]
+    firsts = torch.arange(0, len(tables) * rows, rows, device=places.device)
+    return F.embedding_bag(places.flatten(0, -2) % rows + firsts, tables.flatten(0, 1), mode="sum").unflatten(0, places.shape[:-1])
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
