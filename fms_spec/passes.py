@@ -53,8 +53,8 @@ def arithmetic_of(states: torch.Tensor) -> Arithmetic:
 def fast_in_bf16() -> bool:
     """Whether this CPU multiplies bf16 faster than fp32: where it has AMX, and an AMD where it has avx512_bf16.
 
-    The products of a 512-position chunk with 49,152 tokens ran at 148 GFLOP/s in bf16 and 62 in fp32 on a core of an EPYC, and at 132 to
-    138 and 235 to 258 on two of a Xeon, which has avx512_bf16 too.
+    The products of a 512-position chunk with 49,152 tokens ran at 390 GFLOP/s in bf16 and 191 in fp32 on two cores of an EPYC, and at 132
+    to 138 and 235 to 258 on two of a Xeon, which has avx512_bf16 too (benchmarks/README.md, "A training step").
     """
     found = torch.cpu.get_capabilities()
     return bool(found.get("amx_bf16") or (found.get("avx512_bf16") and "AMD" in found.get("cpu_name", "")))

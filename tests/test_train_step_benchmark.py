@@ -112,7 +112,7 @@ def test_the_benchmark_says_of_every_part_what_it_took_and_on_which_machine(resu
     for line in lines:
         if line["name"] == "loss":
             products = arithmetic_of(torch.empty(0, dtype=getattr(torch, line["dtype"]))).dtype
-            most = 1e-6 if products == torch.float32 else 1e-3
+            most = 1e-6 if products == torch.float32 else 2e-4
             assert line["relative_error"]["ours"] < most and line["loss_dtype"]["ours"] == "float32"
         if line["name"] == "step_parts":
             assert set(line["seconds"]) == {"data", "base_model", "heads", "optimizer", "logging"} and line["tokens"] == 128
