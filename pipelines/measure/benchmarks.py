@@ -64,7 +64,6 @@ def run_report(parsed):
 
 def run_continuations(parsed):
     check_out(parsed.out)
-    need_vllm("this benchmark")
     path = resolve_base_model(parsed.base_model)
     check_tokenizer(read_manifest(parsed.prompts), path)
     prompts = read_prompts(parsed.prompts).tokens
@@ -72,6 +71,7 @@ def run_continuations(parsed):
         raise UserError(f"--prompts={parsed.prompts}: its prompts are of unequal lengths, which this benchmark's ways don't all take")
     prompts = torch.stack(prompts)
     check_context(path, prompts.shape[1], parsed.max_tokens)
+    need_vllm("this benchmark")
     sampling = {"temperature": parsed.temperature, "top_k": parsed.top_k}
     settings = GenerationSection(max_new_tokens=parsed.max_tokens, memory_share=0.5, **sampling)  # the other ways share the GPU
     lines = benchmark_continuations(parsed.base_model, parsed.dtype, parsed.backend, prompts, settings)
@@ -80,9 +80,9 @@ def run_continuations(parsed):
 
 def run_serving(parsed):
     check_out(parsed.out)
-    need_vllm("this benchmark")
     check_speculator(parsed.speculator, parsed.base_model)
     prompts = load_prompts(parsed.prompts, resolve_base_model(parsed.base_model), parsed.limit)
+    need_vllm("this benchmark")
     lines = benchmark_serving(parsed.base_model, parsed.speculator, prompts, parsed.max_new_tokens, parsed.dtype, parsed.lookahead)
     write_lines("serving", lines, parsed.out)
 
