@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from conftest import write_model
 from test_house import ROOT
 
+from fms_spec.errors import UserError
 from fms_spec.vllm import versions as vllm_versions
 from pipelines.machine import doctor
+from pipelines.measure.benchmarks import run_continuations, run_serving
 
 
 def state(finding):
@@ -23,6 +27,14 @@ def test_without_vllm_its_lines_say_that_it_is_missing_and_what_to_install(monke
     assert kinds["prepare, train, decode"].state == "works"
     assert kinds["continuations by vLLM"].state == "missing" and "fms-spec[vllm]" in kinds["continuations by vLLM"].detail
     assert kinds["serving in vLLM"].state == kinds["vllm serve"].state == "missing"
+
+
+@pytest.mark.parametrize("benchmark", [run_continuations, run_serving])
+def test_without_vllm_a_benchmark_that_needs_it_names_a_wrong_folder_first(monkeypatch, tmp_path, benchmark):
+    monkeypatch.setattr(vllm_versions, "version_of", lambda name: None)
+    base, wrong = str(write_model(tmp_path / "base")), str(tmp_path / "wrong")
+    with pytest.raises(UserError, match="wrong"):
+        benchmark(SimpleNamespace(base_model=base, speculator=wrong, prompts=wrong, out=None))
 
 
 @pytest.mark.parametrize("version", ["0.1.0", "99.0.0"])
