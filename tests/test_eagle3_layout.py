@@ -1,6 +1,7 @@
 """EAGLE-3's published layout and its settings: what is written, what is read, where heads start from, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,12 +221,18 @@ def test_heads_that_start_as_induction_heads_copy_before_they_are_trained(tmp_pa
         ({"attention_heads": 5, "kv_heads": 5}, "attention_heads 5 are .* no divisor of the width, 32"),
         ({"head_dim": 7}, "head_dim 7: .* even"),
         ({"init": "induction"}, "init: induction heads take a base model with a tied embedding"),
-        ({"init": "induction", "base_layers": [0, 1]}, r"base_layers \[0, 1\]: init induction reads 0 and 2 too"),
+        ({"init": "induction", "base_layers": [1, 2]}, r"base_layers \[1, 2\]: init induction reads 0 too; give it or none"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_the_base_model_are_refused_in_one_line(model, settings, message):
     with pytest.raises(UserError, match=message):
         built(model, **settings)
+
+
+@pytest.mark.parametrize("init, layers", [("random", (2, 15, 27)), ("induction", (0, 2, 15, 27, 29))])
+def test_states_are_read_where_nothing_is_said_that_sglang_can_give_too(init, layers):
+    settings = settings_of({"family": "eagle3", "init": init})
+    assert Eagle3Speculator.base_layers_of(settings, SimpleNamespace(layers=30)) == layers  # 30, what leaves the last, it can't
 
 
 def test_heads_too_narrow_to_copy_are_refused_in_one_line(tmp_path):

@@ -48,7 +48,7 @@ class Eagle3Settings(Settings):
     fc_norm: bool = False  # a norm of each before they are mixed, as in 3.1
     norm_output: bool = False  # hand on the step's normed state, as in 3.1
     # last_layers: the base model's, where they are Llama's; induction: these, and heads beside the first's that copy, see `eagle3_start`.
-    # They take fc_norm, and the states 0 and behind the last layer too.
+    # They take fc_norm, and the states that enter the first layer and the last too.
     init: Literal["random", "last_layers", "induction"] = "random"
 
 
@@ -94,9 +94,9 @@ class Eagle3Speculator(Speculator):
         published = (2, count // 2, count - 3)
         if not layers and not published[0] < published[1] < published[2]:
             raise UserError(f"speculator.base_layers: the published ones are none of a base model of {count} layers; give them")
-        if layers and copying and (layers[0], layers[-1]) != (0, count):
-            raise UserError(f"speculator.base_layers {list(layers)}: init induction reads 0 and {count} too; give them or none")
-        return layers or ((0, *published, count) if copying else published)
+        if layers and copying and layers[0]:
+            raise UserError(f"speculator.base_layers {list(layers)}: init induction reads 0 too; give it or none")
+        return layers or ((0, *published, count - 1) if copying else published)  # SGLang can't give what leaves the last layer
 
     @classmethod
     def build(cls, settings: Any, base_model: Any, corpus: Corpus | None = None) -> Self:
