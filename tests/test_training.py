@@ -13,6 +13,7 @@ from fms_spec.base_model import BaseModel
 from fms_spec.draft_shape import DraftShape
 from fms_spec.errors import UserError
 from fms_spec.proposers import Step
+from fms_spec.speculators.mlp import MLPSpeculator
 from pipelines.export import export
 from pipelines.train.checkpoint import whole_checkpoints
 from pipelines.train.run import train
@@ -96,6 +97,14 @@ def test_a_killed_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(tmp_pat
     train(config, tmp_path / "killed", resume=True)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert weights_of(tmp_path / "killed", tmp_path) == weights_of(tmp_path / "whole", tmp_path)
+
+
+def test_weights_that_fit_and_mean_something_else_are_not_gone_on_from(tmp_path, config_file, monkeypatch):
+    train(config_file("mlp"), tmp_path / "run", resume=False)
+    said = MLPSpeculator.saved_config
+    monkeypatch.setattr(MLPSpeculator, "saved_config", lambda heads: said(heads) | {"scale_input": "as another version had it"})
+    with pytest.raises(UserError, match="its heads have scale_input True, these 'as another version had it'"):
+        train(config_file("mlp"), tmp_path / "run", resume=True)
 
 
 def test_a_hidden_state_cache_changes_nothing_but_the_time(tmp_path, config_file):
