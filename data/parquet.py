@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -135,6 +136,17 @@ class TableWriter:
         self._writer.close()
         self._writer, path, rows, self._in_shard = None, self._path(), self._in_shard, 0
         self.shards.append(shard_entry(path, rows))
+
+
+def longest_document(path, seq_length):
+    """Tokens of the longest document, or piece of one, in a shard of rows, of which no token is read."""
+    with pq.ParquetFile(path) as file:
+        table = file.read([name for name in ("document_starts", "padding") if name in file.schema_arrow.names])
+    starts = table.column("document_starts").combine_chunks()
+    begins, last = starts.flatten().to_numpy(), starts.value_lengths().to_numpy().cumsum() - 1  # of each row
+    ends = np.append(begins[1:], 0)
+    ends[last] = seq_length - (table.column("padding").to_numpy() if "padding" in table.column_names else 0)
+    return int((ends - begins).max())
 
 
 def shard_entry(path, rows):

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 
 from data.manifest import AGAIN, CONVERSATIONS, check_contents, check_seed, check_sizes, read_manifest, reason, table_of
+from data.parquet import longest_document
 from data.tokenizer import check_tokenizer
 from fms_spec.batch import Batch
 from fms_spec.errors import UserError
@@ -93,6 +94,16 @@ class RowReader:
     def seq_length(self):
         """Tokens of a row."""
         return self.manifest["inputs"]["seq_length"]
+
+    def longest_document(self):
+        """Tokens of the longest document, or piece of one, in the whole table.
+
+        Raises:
+            UserError: a shard was altered since it was prepared; names it.
+        """
+        for shard in self.shards:
+            check_contents(self.data_dir, shard)
+        return max(longest_document(self.data_dir / shard["file"], self.seq_length) for shard in self.shards)
 
     def __iter__(self):
         return self

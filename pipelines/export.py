@@ -18,7 +18,7 @@ from fms_spec.speculators.directory import Description, check_config, from_confi
 from fms_spec.speculators.registry import family_of
 from fms_spec.vllm.versions import TRIED
 from pipelines.pruning import Pruning
-from pipelines.train.checkpoint import damage, load_weights, newest_checkpoint
+from pipelines.train.checkpoint import HEADS, damage, load_weights, newest_checkpoint
 from pipelines.train.metrics import read_lines
 
 OWN = "vllm"  # the layout of every family, read by vLLM itself or by our plugin
@@ -103,12 +103,12 @@ def find_checkpoint(path):
         if not newest:
             raise UserError(f"{path} has no whole checkpoint yet; let the run reach its first one")
         path = newest
-    elif not (path / "speculator.json").is_file():
+    elif not (path / HEADS).is_file():
         raise UserError(f"{path} is no checkpoint of a run; give RUN/checkpoints/step-N or RUN")
     elif problem := damage(path):
         raise UserError(f"checkpoint {path} is damaged ({problem}); give another one, or RUN for the newest whole one")
-    file = path / "speculator.json"
-    return path, check_config(read_json(file, "give another checkpoint"), file, Description)
+    file = path / HEADS
+    return path.resolve(), check_config(read_json(file, "give another checkpoint"), file, Description)  # its run is two folders above
 
 
 def read_weights(checkpoint, config):

@@ -46,6 +46,12 @@ def test_batches_have_the_promised_shapes_and_segments_follow_the_documents(prep
         assert segments.tolist() == (ends.cumsum(0) - ends).tolist()  # a document ends with its end-of-text token
 
 
+def test_the_longest_document_of_the_rows_is_found(prepared):
+    reader = RowReader(prepared, batch_size=52, seed=0)
+    segments = next(reader).segment_ids
+    assert reader.longest_document() == max(int(row.bincount().max()) for row in segments)
+
+
 def test_a_row_keeps_its_number_across_epochs_and_seeds(prepared):
     rows = {}
     for seed in range(3):

@@ -59,6 +59,14 @@ def test_an_export_says_of_its_weights_what_they_are_and_leaves_nothing_beside_i
     load_speculator(out, base_model)
 
 
+def test_a_checkpoint_named_from_within_its_own_folder_is_of_its_run(run, tmp_path, monkeypatch):
+    export(run, tmp_path / "whole")
+    monkeypatch.chdir(run / "checkpoints")
+    export(Path("step-00000008"), tmp_path / "within")
+    cards = [(tmp_path / name / "README.md").read_text().replace(f"{tmp_path / name}", "") for name in ("whole", "within")]
+    assert cards[0] == cards[1] and "revision" in cards[0]
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_what_has_a_name_like_a_partial_export_is_the_users_and_stays(run, tmp_path, folder):
     mine = tmp_path / "speculator.partial"

@@ -3,10 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from conftest import write_model
 
+from data.prepare.run import prepare
 from fms_spec.errors import UserError
 from pipelines.plan.feasible import check_sizes
 from pipelines.plan.plan import Sizes
+from pipelines.train.planned import plan_of
+from pipelines.train.run import read_data, train
 
 SIZES = Sizes(seq_length=64, prompt_length=8, rows=12, prompts=9)
 
@@ -34,6 +38,24 @@ def test_a_run_that_just_fits_is_let_pass(config_file):
 def test_sizes_that_cannot_be_are_refused_by_name(config_file, changes, message):
     with pytest.raises(UserError, match=message):
         check_sizes(config_file(**changes), SIZES, memory=1e9)
+
+
+def test_rows_with_a_document_over_the_context_are_refused_by_a_run_and_its_plan(tmp_path, config_file, monkeypatch):
+    monkeypatch.setattr("pipelines.train.run.load_base_model", lambda *_: pytest.fail("the base model was loaded"))
+    short, other = {"base_model.name": write_model(tmp_path / "short", max_position_embeddings=48)}, {"schedule.pattern": "[[phase2, 1]]"}
+    message = "rows hold a document of 64 tokens, over the context of .*short, 48; prepare it with --seq_length=48 or less"
+    with pytest.raises(UserError, match=message):
+        train(config_file(**short), tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        plan_of(config_file(**short), device="h100")
+    read_data(config_file(**short, **other))  # where no row is read
+    (tmp_path / "texts").mkdir()
+    for number in range(12):
+        (tmp_path / f"texts/{number}.txt").write_text("w1 w2 w3 w4 " * 8 + f"w{number}")
+    prepare(
+        source=str(tmp_path / "texts"), tokenizer=str(tmp_path / "short"), out_dir=str(tmp_path / "data"), seq_length=64, prompt_length=8
+    )
+    read_data(config_file(**short, **{"data.dir": tmp_path / "data", "validation.prompts": 0}))  # several short ones in a row
 
 
 def test_validations_own_prompts_may_be_longer_than_those_that_are_continued(config_file):

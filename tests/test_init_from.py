@@ -1,5 +1,7 @@
 """A run that goes on from heads that are there: exported ones, or published ones in a layout that is read."""
 
+import json
+import os
 import shutil
 
 import forked
@@ -8,8 +10,10 @@ import torch
 from test_plan import ENVIRONMENT
 
 from fms_spec.errors import UserError
-from fms_spec.speculators.directory import read_speculator, read_speculator_config
+from fms_spec.speculators.directory import describe, read_speculator, read_speculator_config, save_speculator
+from fms_spec.speculators.medusa import MedusaSpeculator
 from pipelines.export import export
+from pipelines.train.loop import Trainer
 from pipelines.train.planned import plan_of
 from pipelines.train.run import train
 
@@ -43,6 +47,62 @@ def test_a_run_begins_with_the_weights_it_is_given_and_is_resumed_without_them(t
     assert [each.returncode for each in planned] == [0, 1] and f"speculator {heads}: no such directory" in planned[1].stderr
     ended = train(config, tmp_path / "run", resume=True).speculator
     assert any(not torch.equal(value, begun[key]) for key, value in copied(ended).items())
+
+
+def killed(config, out_dir, monkeypatch):
+    """A run that ends in its sixth step and is gone on with to its end: its `Trainer`."""
+    step = Trainer.train_step
+
+    def until_the_sixth(self, *job):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        step(self, *job)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "train_step", until_the_sixth)
+        train(config, out_dir)
+    return train(config, out_dir, resume=True)
+
+
+@pytest.mark.parametrize("family", ["hidden_state", "eagle3"])
+def test_a_run_from_heads_of_another_draft_vocabulary_is_resumed_to_the_same_bits(tmp_path, config_file, monkeypatch, family):
+    first = train(config_file(family), tmp_path / "first").speculator.draft_ids
+    export(tmp_path / "first", tmp_path / "heads", draft_vocab_size=40)
+    config = config_file(family, seed=7, **{"speculator.init_from": tmp_path / "heads", "speculator.draft_vocab_size": 40})
+    whole, resumed = train(config, tmp_path / "whole").speculator, killed(config, tmp_path / "killed", monkeypatch).speculator
+    own = train(config_file(family, **{"speculator.draft_vocab_size": 40}), tmp_path / "own").speculator.draft_ids
+    assert set(whole.draft_ids.tolist()) < set(first.tolist()) and not torch.equal(whole.draft_ids, own)
+    assert all(torch.equal(value, copied(whole)[key]) for key, value in copied(resumed).items())
+
+
+ROPE = {"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+PUBLISHED = {"rms_norm_eps": 1e-3, "norm_before_residual": True, **ROPE}
+
+
+def test_what_no_setting_says_of_published_heads_is_kept_by_a_run_and_when_it_is_resumed(tmp_path, config_file, exported, monkeypatch):
+    file = exported("eagle3") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | PUBLISHED))
+    config = config_file("eagle3", **{"speculator.init_from": tmp_path / "heads"})
+    resumed = killed(config, tmp_path / "run", monkeypatch).speculator
+    assert PUBLISHED.items() <= resumed.saved_config().items()
+    whole = train(config, tmp_path / "whole").speculator
+    assert all(torch.equal(value, copied(whole)[key]) for key, value in copied(resumed).items())
+
+
+def test_heads_without_the_biases_that_ours_have_are_gone_on_from(tmp_path, config_file, base_model):
+    heads = MedusaSpeculator(base_model.width, base_model.vocab_size, 3, bias=False)
+    save_speculator(tmp_path / "heads", heads, describe(heads, base_model))
+    trained = train(config_file("medusa", **{"speculator.init_from": tmp_path / "heads"}), tmp_path / "run").speculator
+    assert trained.bias is False and copied(trained).keys() == heads.published_state().keys()
+
+
+def test_heads_whose_weights_hang_on_how_many_there_are_are_refused_another_number(tmp_path, config_file, exported):
+    with pytest.raises(UserError, match="its n_predict is 3, and the config's speculator section makes 4"):
+        train(config_file("mlp", **{"speculator.init_from": exported("mlp"), "speculator.n_predict": 4}), tmp_path / "run")
+
+
+def test_a_tilde_is_ones_own_folder_before_heads_too(config_file):
+    assert config_file(**{"speculator.init_from": "~/heads"}).speculator.init_from == os.path.expanduser("~/heads")
 
 
 def test_heads_that_do_not_fit_are_refused_in_one_line_by_a_run_and_its_plan_before_anything_is_loaded(

@@ -101,9 +101,10 @@ def test_a_killed_run_resumed_ends_with_the_bits_of_an_uninterrupted_one(tmp_pat
 
 def test_weights_that_fit_and_mean_something_else_are_not_gone_on_from(tmp_path, config_file, monkeypatch):
     train(config_file("mlp"), tmp_path / "run", resume=False)
-    said = MLPSpeculator.saved_config
-    monkeypatch.setattr(MLPSpeculator, "saved_config", lambda heads: said(heads) | {"scale_input": "as another version had it"})
-    with pytest.raises(UserError, match="its heads have scale_input True, these 'as another version had it'"):
+    build = MLPSpeculator.build
+    monkeypatch.setattr(MLPSpeculator, "build", lambda settings, *rest: build(settings.model_copy(update={"scale_input": False}), *rest))
+    message = "checkpoint .*step-00000009: its scale_input is True, and the config's speculator section makes False"
+    with pytest.raises(UserError, match=message):
         train(config_file("mlp"), tmp_path / "run", resume=True)
 
 
@@ -112,6 +113,12 @@ def test_a_hidden_state_cache_changes_nothing_but_the_time(tmp_path, config_file
     train(config_file(hidden_state_cache="true"), tmp_path / "cached", resume=False)
     for (_, _, plain), (_, _, cached) in zip(losses(tmp_path / "plain"), losses(tmp_path / "cached"), strict=True):
         assert cached == pytest.approx(plain, rel=1e-4)
+
+
+def test_states_are_kept_of_the_phases_that_are_trained_in(tmp_path, config_file):
+    trainer = train(config_file(hidden_state_cache=True, **{"schedule.pattern": "[[phase2, 1]]", "schedule.steps": 2}), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/hidden_states").iterdir()] == ["phase2"]
+    assert trainer.states["phase1"].nbytes == 0 < trainer.states["phase2"].nbytes
 
 
 def test_accumulated_micro_batches_give_the_gradients_of_one_large_batch(tmp_path, config_file):
@@ -174,7 +181,7 @@ def test_masters_stay_fp32_while_the_base_model_computes_in_bf16(tmp_path, confi
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
-def test_a_trace_of_chosen_steps_is_written_and_changes_nothing(tmp_path, config_file):
+def test_a_trace_of_chosen_steps_is_written_and_changes_nothing(tmp_path, config_file, capsys):
     train(config_file(), tmp_path / "plain", resume=False)
     train(config_file(), tmp_path / "traced", resume=False, profile="3:5")
     assert losses(tmp_path / "traced") == losses(tmp_path / "plain")
@@ -182,6 +189,9 @@ def test_a_trace_of_chosen_steps_is_written_and_changes_nothing(tmp_path, config
     events = json.loads(trace.read_text())["traceEvents"]
     assert trace.name == "steps-3-5-process-0.json" and any("fused_adamw" in event.get("name", "").lower() for event in events)
     assert {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")} == {"ProfilerStep#3", "ProfilerStep#4"}
+    capsys.readouterr()
+    train(config_file(), tmp_path / "plain", resume=True, profile="3:5")
+    assert "no step is traced: those of --profile=3:5 were taken before" in capsys.readouterr().out
     for wrong in ("5:3", "3", "0:100", "a:b"):
         with pytest.raises(UserError, match=f"--profile={wrong}"):
             train(config_file(), tmp_path / "new", resume=False, profile=wrong)

@@ -65,6 +65,7 @@ class Eagle3Speculator(Speculator):
     sample_rows = 8  # for the scale of the deepest state
     needs_embedding, distinct_heads, vllm_method = True, 1, "eagle3"
     layouts: ClassVar = {"speculators": eagle3_layout.as_speculators}
+    inherited = frozenset({"max_position_embeddings", "norm_before_residual", "rms_norm_eps", "rope_scaling", "rope_theta"})
     draft_ids: torch.Tensor
     layers: Any  # `nn.ModuleList` of a `FirstLayer` and further `DraftLayer`s
 

@@ -26,7 +26,7 @@ from fms_spec.losses import LossWeights, head_losses
 from fms_spec.mixture import LEAST, mixed
 from fms_spec.passes import arithmetic_of
 from fms_spec.read_out import read_out
-from fms_spec.settings import Section
+from fms_spec.settings import Place, Section
 from fms_spec.speculators.tensor_files import form
 
 Size = Annotated[int, Field(ge=1, le=2**24)]  # a matrix of two such can be counted in 64 bits
@@ -63,7 +63,7 @@ class Settings(Section):
 
     family: str
     n_predict: int = Field(3, ge=1, le=64)
-    init_from: str | None = Field(None, exclude_if=lambda name: name is None)  # heads to go on from; none: a run is recorded as before
+    init_from: Place | None = Field(None, exclude_if=lambda name: name is None)  # heads to go on from; none: a run is recorded as before
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class Speculator(nn.Module):
     needs_embedding = False  # whether `attach` takes the base model's token embedding; the lm_head is there in any case
     vllm_method: str | None = None  # vLLM's own, by which it serves what is exported without us; None: our plugin serves it
     predicts_states = False  # whether there is a `state_distance`
+    inherited: frozenset[str] = frozenset()  # of `saved_config`, what no setting decides: heads that are gone on from keep theirs
+    any_depth = True  # whether `n_predict` may be another one where heads share their weights
     base_layers: tuple[int, ...] = ()  # what `BaseModel.give_layers` is to be told, and `start` is given behind the final states
     context_width = 0  # w of what `keep` keeps of each slot of a text, see `context`; 0: nothing is kept
     copies = False  # whether what is kept is what `point` copies from

@@ -63,7 +63,7 @@ class MedusaSpeculator(Speculator):
 
     name, model_type, architecture = "medusa", "medusa_speculator", "MedusaHeads"
     settings, sizes = MedusaSettings, MedusaSizes
-    draft_ids = None
+    draft_ids, inherited = None, frozenset({"bias"})
 
     def __init__(self, emb_dim: int, vocab_size: int, n_predict: int, layers: int = 1, bias: bool = True) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ class MLPSpeculator(Speculator):
 
     name, model_type, architecture = "mlp", "mlp_speculator", "MLPSpeculatorPreTrainedModel"
     settings, sizes = MLPSettings, MLPSizes
-    draft_ids = None
+    draft_ids, any_depth = None, False  # how a token weighs against the state hangs on `n_predict`
 
     def __init__(
         self, emb_dim: int, vocab_size: int, n_predict: int = 3, inner_dim: int = 4096, tie_weights: bool = True, scale_input: bool = True,

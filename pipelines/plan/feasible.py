@@ -58,6 +58,25 @@ def check_sizes(config, sizes, processes=1, memory=None):
     check_memory(TRAINED * count_weights(config.speculator, base) // shards, memory, what, mend)
 
 
+def check_documents(config, rows):
+    """Refuse rows with a document, or a piece of one, over the base model's context, which would end a run at the step that meets it.
+
+    rows: phase 1's `RowReader`.
+
+    Raises:
+        UserError: there is one; and as `read_config`.
+    """
+    context = context_length(read_config(resolve_base_model(config.base_model.name)))
+    if rows.seq_length <= context or "phase1" not in config.schedule.build().phase_steps():
+        return
+    longest = rows.longest_document()
+    if longest > context:
+        raise UserError(
+            f"{config.data.dir}: its rows hold a document of {longest} tokens, over the context of {config.base_model.name}, {context}; "
+            f"prepare it with --seq_length={context} or less"
+        )
+
+
 def count_weights(settings, base):
     """Trained weights of a family's settings on a base model's config; the heads are made without data."""
     with torch.device("meta"):

@@ -23,7 +23,7 @@ from fms_spec.files import read_json, sha256_of, sync, write_json
 from pipelines.parallel.processes import Processes
 
 NAME = re.compile(r"step-(\d{8,})")
-CHECKSUMS = "checksums.json"
+CHECKSUMS, HEADS = "checksums.json", "speculator.json"
 FILE_BYTES = 2**26  # of tensors in a file: torch keeps a whole file's bytes in memory while it writes it
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -48,7 +48,7 @@ def save_checkpoint(directory, step, speculator, optimizer, description, progres
         own = {path.name: entry_of(path) for path in partial.glob(f"shard-{processes.rank + 1:05d}-*")}
         entries = {name: entry for share in processes.gather(own) for name, entry in share.items()}
         if processes.main:
-            for name, value in (("speculator.json", description), ("progress.json", progress)):
+            for name, value in ((HEADS, description), ("progress.json", progress)):
                 write_json(partial / name, value)
                 entries[name] = entry_of(partial / name)
             write_json(partial / CHECKSUMS, entries)
@@ -153,7 +153,7 @@ def problem_of(path, names=()):
         return f"{CHECKSUMS} is missing or can't be read"
     except (OSError, AttributeError, KeyError, TypeError) as error:
         return f"{getattr(error, 'filename', None) or CHECKSUMS} can't be read"
-    missing = sorted({"progress.json", "speculator.json"} - entries.keys())
+    missing = sorted({"progress.json", HEADS} - entries.keys())
     return f"{CHECKSUMS} lacks {missing[0]}" if missing else None
 
 

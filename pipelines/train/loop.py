@@ -1,6 +1,5 @@
 """The training loop: both phases on the frozen base model, in the order the schedule says."""
 
-import json
 import math
 import sys
 from functools import cached_property
@@ -14,8 +13,7 @@ from fms_spec.acceptance import pooled_acceptance
 from fms_spec.alignment import choose_positions, make_windows, usable_positions
 from fms_spec.batch import upload
 from fms_spec.draft_shape import DraftShape
-from fms_spec.errors import UserError, first_difference
-from fms_spec.files import read_json
+from fms_spec.errors import UserError
 from fms_spec.seeds import mixed
 from fms_spec.speculators.directory import describe
 from fms_spec.timing import Stopwatch
@@ -69,24 +67,14 @@ class Trainer:
             mend = "bring it back, or remove metrics.jsonl to begin again"
             raise UserError(f"{self.out_dir / 'checkpoints'}: holds none, and metrics.jsonl tells of step {logged}; {mend}")
         if newest:
-            self.check_made_alike(newest)
             progress = load_checkpoint(newest, self.speculator, self.optimizer)
+            self.speculator.attach(self.base_model)  # what is frozen is chosen by the draft vocabulary, which has only now been read
             self.step, self.tokens, self.log_lines = progress["step"], progress["tokens"], progress["log_lines"]
             self.saved_step = self.step
             self.watch = Stopwatch(progress["seconds"])
             for phase, state in progress["batches"].items():
                 self.batches[phase].load_state_dict(state)
         return self.step
-
-    def check_made_alike(self, checkpoint):
-        """Raises UserError where its weights fit these heads and mean something else, as of another version with another default."""
-        saved = read_json(checkpoint / "speculator.json", "take another checkpoint")
-        own = json.loads(json.dumps(self.speculator.saved_config()))  # lists for tuples, as in the file
-        difference = first_difference({key: saved.get(key) for key in own}, own)
-        if difference:
-            key, before, now = difference
-            what = f"its heads have {key} {before!r}, these {now!r}"
-            raise UserError(f"checkpoint {checkpoint}: {what}; set speculator to what it was, or begin again")
 
     def save(self):
         """Write a checkpoint of this moment; returns its directory."""

@@ -7,7 +7,7 @@ from fms_spec.errors import UserError
 from pipelines.plan.devices import find_device
 from pipelines.plan.feasible import check_sizes
 from pipelines.plan.plan import Plan, Ranks, Sizes
-from pipelines.train.build import check_init
+from pipelines.train.build import given_heads
 from pipelines.train.run import check_processes, read_data, sizes_of
 
 
@@ -20,7 +20,7 @@ def plan_of(config, processes=None, per_node=None, device=None, fresh=True):
         fresh: whether the run is yet to begin; one that is resumed reads no `speculator.init_from`.
 
     Raises:
-        UserError: a device that isn't known, numbers of processes that can't be, a config that fits no base model, or as `check_init`.
+        UserError: a device that isn't known, numbers of processes that can't be, a config that fits no base model, or as `given_heads`.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1)) if processes is None else processes
     per_node = min(8, processes) if per_node is None else per_node
@@ -30,7 +30,7 @@ def plan_of(config, processes=None, per_node=None, device=None, fresh=True):
         )
     check_processes(config, Ranks(processes, per_node))
     if fresh:
-        check_init(config)
+        given_heads(config)
     if Path(config.data.dir).is_dir():
         sizes, note = sizes_of(*read_data(config)), f"rows and prompts as in {config.data.dir}"
         check_sizes(config, sizes, processes, memory=float("inf"))

@@ -17,10 +17,10 @@ from pipelines.generate.supply import open_store, open_supply
 from pipelines.machine.environment import environment
 from pipelines.parallel.mesh import load_base_model, own_prompts
 from pipelines.parallel.processes import Processes
-from pipelines.plan.feasible import check_sizes
+from pipelines.plan.feasible import check_documents, check_sizes
 from pipelines.plan.plan import Sizes
 from pipelines.show.prepared import summary_of
-from pipelines.train.build import build_speculator, check_init
+from pipelines.train.build import build_speculator, given_heads
 from pipelines.train.checkpoint import checkpoints
 from pipelines.train.compiled import check_compiler
 from pipelines.train.device_metrics import DeviceMetrics
@@ -58,14 +58,13 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None, ba
         if processes.main:
             print("\n".join(summary_of(config.data.dir, rows.train_on)))
         check_sizes(config, sizes, processes.count)
-        fresh = not checkpoints(out_dir / "checkpoints")
-        if fresh:
-            check_init(config)
+        saved = checkpoints(out_dir / "checkpoints")
+        given = given_heads(config, saved)
         folder = config.data.continuations or out_dir / "continuations"
         store = open_store(folder, config.data.dir, prompts, config.base_model, config.generation, config.seed)
         with closing(open_supply(config, store, out_dir, processes)) as supply:  # before anything large is loaded: it may not be to be had
             base_model = base_model or load_base_model(config, processes)
-            speculator = build_speculator(config, base_model, processes, fresh)
+            speculator = build_speculator(config, base_model, processes, given, fresh=not saved)
             claim(out_dir, config, processes, inputs, base_model, speculator, sizes)
             trainer = make_trainer(config, out_dir, processes, base_model, speculator, supply, rows, prompts, held_out)
             go_through(trainer, before, profiled)
@@ -81,6 +80,8 @@ def go_through(trainer, before, profiled):
     if trainer.config.hidden_state_cache:
         fill_cache(trainer)
     before(trainer)
+    if profiled and step >= profiled[1] and trainer.processes.main:
+        print(f"no step is traced: those of --profile={profiled[0]}:{profiled[1]} were taken before")
     if profiled and step < profiled[1]:
         with profiling(trainer.out_dir, *profiled, step, trainer.processes.rank) as profiler:
             trainer.train(profiler)
@@ -108,6 +109,7 @@ def read_data(config):
     """(phase 1's `RowReader`, phase 2's `Prompts`, list of validation's prompts, int64 [n] each) of a config."""
     data = config.data
     rows = RowReader(data.dir, batch_size=config.phase1.batch_size, seed=config.seed, rows=data.rows, train_on=data.train_on)
+    check_documents(config, rows)
     held_out = read_prompts(data.dir, "held_out").tokens[-config.validation.prompts :] if config.validation.prompts else []
     return rows, read_prompts(data.dir, limit=data.prompts), held_out
 
@@ -120,8 +122,9 @@ def claim(out_dir, config, processes, inputs, base_model, speculator, sizes):
     """Make `out_dir` this run's, now that all it needs is there, the disk's room included."""
     if processes.main:
         texts = sizes.prompts * (sizes.prompt_length + config.generation.max_new_tokens)
+        read = {"phase1": sizes.rows * sizes.seq_length, "phase2": texts}
         state = base_model.state_width * base_model.dtype.itemsize
-        kept = state * (sizes.rows * sizes.seq_length + texts) if config.hidden_state_cache else 0
+        kept = state * sum(read[phase] for phase in config.schedule.build().phase_steps()) if config.hidden_state_cache else 0
         check_space(out_dir, speculator, config.checkpoint.keep, kept, texts * TOKEN_BYTES)
         claim_out_dir(out_dir, config, processes.count, inputs, environment())
     processes.wait_for_all()
@@ -137,7 +140,8 @@ def make_trainer(config, out_dir, processes, base_model, speculator, supply, row
     best_tokens = partial(speculator.best_base_tokens, base_model) if asked else None
     length = prompts.longest + config.generation.max_new_tokens
     tables = {"phase1": (rows.table_rows, rows.seq_length, len(rows)), "phase2": (len(prompts), length, len(prompts))}
-    kept = {phase: out_dir / "hidden_states" / phase if config.hidden_state_cache else None for phase in tables}
+    cached = config.schedule.build().phase_steps() if config.hidden_state_cache else ()
+    kept = {phase: out_dir / "hidden_states" / phase if phase in cached else None for phase in tables}
     states = {phase: HiddenStates(base_model, best_tokens, kept[phase], *table) for phase, table in tables.items()}
     sources = {"phase1": rows, "phase2": Continuations(supply.store, config.phase2.batch_size)}
     batches = {phase: DistributedBatches(source, processes.rank, processes.count) for phase, source in sources.items()}
@@ -146,11 +150,13 @@ def make_trainer(config, out_dir, processes, base_model, speculator, supply, row
 
 
 def fill_cache(trainer):
-    """Keep phase 1's hidden states on disk before the first step."""
+    """Keep phase 1's hidden states on disk before the first step, where it has any."""
     config, processes = trainer.config, trainer.processes
     size = sum(source.nbytes for source in trainer.states.values())
     if processes.main:
         print(f"hidden-state cache: up to {size / 1e9:.2f} GB in {trainer.out_dir / 'hidden_states'}")
+    if "phase1" not in trainer.phase_steps:
+        return
     reader = RowReader(config.data.dir, batch_size=FILL_ROWS, seed=config.seed, rows=config.data.rows)
     rounds = -(-len(reader) // (FILL_ROWS * processes.count))
     with trainer.watch.measure("base_model"):
