@@ -5,6 +5,7 @@ import multiprocessing
 import sys
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 from forked import FORKS
@@ -130,7 +131,17 @@ def test_a_report_holds_every_line_and_every_ratio(results, tmp_path, capsys):
     assert len(ratios(lines)) == sum(len(json.dumps(line).split("over_")) - 1 for line in lines if line["name"] != "pruned_heads") + 2 * 4
 
 
+def test_a_report_is_made_of_several_files_given_with_commas_between(results, tmp_path):
+    lines = read_results([results])
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(lines[0]) + "\n")
+    finished = forked.run("scripts.benchmark", "report", f"--results={results},{other}", f"--out={tmp_path / 'report'}", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "report/report.md").read_text() == markdown(lines + lines[:1])
+
+
 def test_lines_of_other_benchmarks_are_reported_too():
-    line = {"benchmark": "decode", "name": "batch", "batch": 4, "tokens_per_s": {"plain": 84.0}, "speedup": 0.86, "environment": {}}
-    assert rows([line]) == [["decode", "batch", "batch 4", "tokens_per_s.plain 84, speedup 0.86"]]
-    assert ratios([line]) == [("decode batch (4): speedup", 0.86)]
+    measured = {"tokens_per_s": {"plain": 84.0}, "speculator_over_plain": 0.86}
+    line = {"benchmark": "decode", "name": "batch", "batch": 4, **measured, "environment": {}}
+    assert rows([line]) == [["decode", "batch", "batch 4", "tokens_per_s.plain 84, speculator_over_plain 0.86"]]
+    assert ratios([line]) == [("decode batch (4): speculator_over_plain", 0.86)]

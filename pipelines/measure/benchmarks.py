@@ -51,7 +51,7 @@ def run_train_step(parsed):
 
 
 def run_report(parsed):
-    lines = read_results([parsed.results] if isinstance(parsed.results, str) else parsed.results)
+    lines = read_results(parsed.results.split(",") if isinstance(parsed.results, str) else parsed.results)
     out = Path(parsed.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,9 @@ from fms_spec.lookup import PromptLookup
 from fms_spec.options import DecodingOptions
 from fms_spec.proposers import Step
 from pipelines.measure.figures import figures
-from pipelines.measure.samples import decode_in_turn, logit_gap, side_by_side
+from pipelines.measure.samples import decode_in_turn, first_within, logit_gap, side_by_side
 from pipelines.measure.suggestion import REPEATS, forward_at, forward_seconds, seconds_behind_forward
-from pipelines.timer import in_turn, median_seconds, medians, texts_in_turn
+from pipelines.timer import in_turn, median_seconds, texts_in_turn
 
 DTYPE = "bfloat16"
 SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 13, 17)  # tokens of a forward: 9 verifies 8 candidates
@@ -115,18 +115,24 @@ def against_prompt_lookup(base_model, speculator, generate, prompts, shape, new_
 
 
 def batches(base_model, speculator, prompts, shape, new_tokens):
-    """Speculation against plain decoding at each batch size, without reading the prompts, which are used again where there are few."""
-    proposer = shape.proposer(speculator)
+    """Speculation and prompt lookup against plain decoding at each batch size, over all prompts, without reading them.
+
+    The last batch is filled up with the first prompts, and there are three or more. Nothing takes the place of a text that ends.
+    """
+    methods = {"plain": None, "speculator": shape.proposer(speculator), "prompt_lookup": PromptLookup(LOOKUP_TOKENS)}
     options = DecodingOptions(max_new_tokens=new_tokens, ignore_eos=True)
+
+    def tokens_and_seconds(proposer, texts):
+        results, timing = decode(base_model, texts, options, proposer)
+        return sum(len(result.tokens) - 1 for result in results), timing.decoding
+
     for batch in BATCHES:
-        chosen = [prompts[index % len(prompts)] for index in range(batch)]
-
-        def rate(method, _, chosen=chosen):
-            results, timing = decode(base_model, chosen, options, method)
-            return sum(len(result.tokens) - 1 for result in results) / timing.decoding
-
-        rates = medians(in_turn({"plain": None, "speculator": proposer}, range(3), rate))
-        yield {"name": "batch", "batch": batch, "tokens_per_s": rates, "speedup": rates["speculator"] / rates["plain"]}
+        firsts = range(0, max(len(prompts), 3 * batch), batch)
+        groups = [[prompts[index % len(prompts)] for index in range(first, first + batch)] for first in firsts]
+        totals = {name: map(sum, zip(*pairs)) for name, pairs in in_turn(methods, groups, tokens_and_seconds).items()}
+        rates = {name: tokens / seconds for name, (tokens, seconds) in totals.items()}
+        ratios = {f"{name}_over_plain": rate / rates["plain"] for name, rate in rates.items() if name != "plain"}
+        yield {"name": "batch", "batch": batch, "tokens_per_s": rates, **ratios}
 
 
 @torch.inference_mode()
@@ -154,18 +160,25 @@ def contexts(base_model, speculator):
 
 
 def benchmark_decode(base_model, speculator, prompts, spec_bench, new_tokens, shape=DraftShape()):
-    """Everything above, as an iterator of JSON values.
+    """Everything above, as an iterator of JSON values. Prompts over the base model's context are left out.
 
     Args:
         prompts, spec_bench: prompts as for `samples.decode_in_turn`; spec_bench may be empty. shape: of the trees in comparisons.
+
+    Raises:
+        UserError: every one of `prompts` is over the context.
     """
+    whole_depth = speculator.n_predict
+    ending = DraftShape(min_probability=0.1), DraftShape(min_probability=0.1, lookup=LOOKUP_TOKENS)
+    compared = [shape, DraftShape(), *ending, DraftShape(nodes=whole_depth + 1), DraftShape(nodes=max(8, whole_depth))]
+    candidates = max(LOOKUP_TOKENS, *(each.proposer(speculator).lookahead for each in compared))
+    room = base_model.context_length - new_tokens - candidates
+    first_within(room, prompts, base_model)
+    prompts, spec_bench = ([prompt for prompt in given if len(prompt.tokens([])) <= room] for given in (prompts, spec_bench))
     tokens = [prompt.tokens([]) for prompt in prompts]
     yield forwards(base_model)
     generate = Generate(base_model)
     yield plain(base_model, generate, tokens, new_tokens)
-    whole_depth = speculator.n_predict
-    ending = DraftShape(min_probability=0.1), DraftShape(min_probability=0.1, lookup=LOOKUP_TOKENS)
-    compared = [shape, DraftShape(), *ending, DraftShape(nodes=whole_depth + 1), DraftShape(nodes=max(8, whole_depth))]
     yield from trees(base_model, speculator, prompts, list(dict.fromkeys(compared)), new_tokens)
     yield from against_prompt_lookup(base_model, speculator, generate, prompts, shape, new_tokens)
     yield from against_prompt_lookup(base_model, speculator, generate, spec_bench, shape, new_tokens)
