@@ -137,7 +137,7 @@ def read_words(argument_class, words, overrides):
 
     Raises:
         UserError: a flag that `argument_class` lacks (names the nearest one it has), without its value or given twice, a required one not
-        given, or a word that is none of these.
+        given, a text that isn't UTF-8, or a word that is none of these.
     """
     parameters, words = inspect.signature(argument_class).parameters, list(words)
     if "--help" in words or "-h" in words:
@@ -162,7 +162,7 @@ def read_words(argument_class, words, overrides):
             value = "True"
         if not value:
             raise UserError(f"--{name} needs a value")
-        given[name] = value if name in TEXTS else os.path.expanduser(value)  # the shell leaves the ~ of --name=~/place as it is
+        given[name] = checked_text(name, value) if name in TEXTS else os.path.expanduser(value)  # the shell leaves a ~ behind = as it is
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in given:
             raise UserError(f"--{name} is required; --help lists all flags")
@@ -177,6 +177,15 @@ def check_name(name, parameters, given):
         raise UserError(f"unknown flag --{name}{hint}")
     if name in given:
         raise UserError(f"--{name} is given twice; leave one out")
+
+
+def checked_text(name, value):
+    """The text that a flag is given, as it is typed; raises UserError where it isn't UTF-8, which a path may be and no text."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--{name}={shown(value)}: not UTF-8, it may be cut within a character; give it whole") from None
+    return value
 
 
 def fail(message, code=1):

@@ -1,6 +1,6 @@
 """The run's configuration: strict YAML, every key checked before any work starts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
@@ -230,4 +230,6 @@ def known_keys(problem, values):
     section = RunConfig
     for part in problem["loc"][:-1]:
         section = section.model_fields[part].annotation
-    return (FAMILIES[values["speculator"]["family"]].settings if section is Settings else section).model_fields
+        section = FAMILIES[values["speculator"]["family"]].settings if section is Settings else section
+        section, *_ = get_args(section) or [section]  # one that may be left out is told as `Section | None`
+    return section.model_fields

@@ -112,7 +112,8 @@ def scaled(count, scale, least):
 def scaled_config(out, scale, chat, dtype):
     """The shipped config with this run's paths and dtype, and with its budget scaled; no step reads more than is prepared."""
     path = CONFIGS / ("quickstart_chat.yaml" if chat else "quickstart.yaml")
-    overrides = [f"base_model.name={out / 'base_model'}", f"data.dir={out / 'data'}", f"base_model.dtype={dtype}"]
+    own = {"base_model.name": str(out / "base_model"), "data.dir": str(out / "data"), "base_model.dtype": dtype}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in own.items()]
     full, tables = load_config(path, overrides), read_manifest(out / "data")["tables"]
     rows, prompts = (tables[name]["rows"] for name in ("rows-train", "prompts-train"))
     smaller = {

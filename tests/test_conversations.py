@@ -2,8 +2,10 @@
 
 import json
 import shutil
-from datetime import date
+from datetime import date, datetime
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_templates import CHATML, TEMPLATES, unmarked, write_chat_tokenizer
@@ -225,6 +227,18 @@ def test_answers_are_written_anew_with_the_models_own_earlier_ones_in_context(tm
     assert found == expected and {len(one["messages"]) for one in expected} == {2, 4}
     assert sum(manifest["left_out"].values()) == 20 - len(found)
     assert len(write(chat_model, tmp_path / "first", **settings, conversations=8)[0]) < len(found)
+
+
+def test_fields_of_messages_that_have_no_form_in_json_are_written_as_a_template_writes_them(tmp_path, chat_model):
+    day = datetime(2024, 5, 1, 12)
+    rows = [{"messages": [message | {"content": f"w{number}", "at": day} for message in CONVERSATION[:2]]} for number in range(3, 23)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "given.parquet")
+    settings = {"tokenizer": str(chat_model), "seq_length": 64}
+    assert prepare(source=str(tmp_path / "given.parquet"), out_dir=str(tmp_path / "given"), **settings)["source"]["documents_read"] == 20
+    found, _ = write(chat_model, tmp_path / "chats", source=str(tmp_path / "given.parquet"))
+    assert {one["messages"][0]["at"] for one in found} == {"2024-05-01 12:00:00"}
+    source = str(tmp_path / "chats/conversations.jsonl")
+    assert prepare(source=source, out_dir=str(tmp_path / "data"), **settings)["source"]["documents_read"] == len(found)
 
 
 def test_a_template_that_asks_for_the_date_is_given_that_of_the_day_on_which_the_folder_was_begun(tmp_path, chat_model, monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from chat_templates import CHATML, LLAMA3, unmarked, write_chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from data.manifest import data_fingerprint
@@ -81,6 +82,9 @@ def contents_in(source, format=None):
         ({"messages": TALK, "category": "math"}, Conversation(TALK, None, "math")),
         ({"instruction": "w1", "output": "w2", "category": 3}, Conversation(TALK[:2], None, "3")),
         ({"prompt": "w1", "completion": "w2", "category": ""}, Conversation(TALK[:2])),
+        ({"messages": TALK, "category": 3.0}, Conversation(TALK, None, "3")),
+        ({"messages": TALK, "category": 0.5}, Conversation(TALK, None, "0.5")),
+        ({"messages": TALK, "category": float("nan")}, Conversation(TALK)),
     ],
 )
 def test_a_conversation_is_told_by_its_columns_in_every_kind_of_file(tmp_path, row, conversation):
@@ -285,6 +289,18 @@ def test_prompts_end_where_any_of_the_answers_begins_within_the_limit(tmp_path, 
         prepared(tmp_path, tokenizer, CHATS, out="none", prompt_length=3, held_out=5)
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["plain", "begun"])
+def test_an_answer_that_nothing_comes_before_has_no_prompt(tmp_path, begun):
+    folder = write_chat_tokenizer(tmp_path / "t", "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}")
+    if begun:  # as texts are, and no conversation by this template
+        begin_texts(folder)
+    rows = [{"messages": answered(number)[1 : 4 if number < 10 else 2]} for number in range(30)]
+    chats = prepared(tmp_path, folder, rows, held_out=8)
+    for split, count in (("train", 2), ("held_out", 8)):
+        prompts = read_prompts(chats, split)
+        assert prompts.turns == [2] * count and all(map(len, prompts.tokens))
+
+
 def test_a_prompt_says_which_answer_it_asks_for_and_what_its_row_says_it_is(tmp_path, tokenizer):
     rows = [row | ({"category": f"kind {number % 3}"} if number % 3 else {}) for number, row in enumerate(CHATS)]
     folder = prepared(tmp_path, tokenizer, rows, held_out=8)
@@ -314,6 +330,11 @@ def test_a_prompt_says_whose_message_its_answer_follows_where_that_was_kept(tmp_
     (folder / "manifest.json").write_text(json.dumps(manifest))
     before = read_prompts(folder)
     assert before.roles == [None] * 30 and before.turns == prompts.turns
+
+
+def test_a_category_that_utf8_cannot_spell_has_a_mark_in_its_place(tmp_path, tokenizer):
+    prompts = read_prompts(prepared(tmp_path, tokenizer, [row | {"category": "kind \ud800"} for row in CHATS]))
+    assert {*prompts.categories} == {"kind \ufffd"}
 
 
 def test_conversations_of_several_sources_are_of_the_category_of_their_row_or_else_of_their_source(tmp_path, tokenizer):
@@ -356,13 +377,17 @@ def test_the_same_conversations_give_the_same_bytes_and_another_template_another
     assert data_fingerprint(other) != data_fingerprint(first)
 
 
-def test_a_beginning_of_text_stands_once_before_conversations_and_only_where_the_template_has_it(tmp_path):
-    folder = write_chat_tokenizer(tmp_path / "t", unmarked(CHATML))
-    from tokenizers import processors
-
+def begin_texts(folder):
+    """Have a tokenizer put <s> before texts; returns it as it is served."""
     served = AutoTokenizer.from_pretrained(folder)
     served.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     served.save_pretrained(folder)
+    return served
+
+
+def test_a_beginning_of_text_stands_once_before_conversations_and_only_where_the_template_has_it(tmp_path):
+    folder = write_chat_tokenizer(tmp_path / "t", unmarked(CHATML))
+    served = begin_texts(folder)
     for number, (begin, first) in enumerate((("", "<|im_start|>"), ("{{ bos_token }}", "<s>"))):
         (tmp_path / "t.jinja").write_text(begin + unmarked(CHATML))
         out = prepared(tmp_path, folder, CHATS, out=f"{number}", chat_template=str(tmp_path / "t.jinja"), max_tokens=640)

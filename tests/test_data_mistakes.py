@@ -194,6 +194,17 @@ def test_an_out_dir_that_no_path_leads_to_is_refused_in_one_line(tmp_path):
         assert out in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_path_that_parquet_files_cannot_have_is_refused_in_one_line(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(UserError, match="prepared: is not UTF-8, as the path of a Parquet file must be; give another --out_dir"):
+        prepare_small(tmp_path, out=f"{folder.name}/prepared")
+    assert not folder.exists()
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["w1"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").rename(folder / "a.parquet")
+    assert "a.parquet: its path is not UTF-8, as that of a Parquet file must be; rename it" in refused(tmp_path, folder)
+
+
 def test_an_empty_folder_may_be_written(tmp_path):
     (tmp_path / "prepared").mkdir()
     assert (prepare_small(tmp_path) / "manifest.json").exists()

@@ -86,6 +86,14 @@ def test_every_file_that_a_source_may_be_is_one_to_evaluate_on(tmp_path, loaded,
     assert not Evaluation(str(path), loaded).overlap(None, as_text([1, 2, 3, *QUESTION[1:], 4]))
 
 
+def test_tables_of_several_kinds_may_lie_in_one_folder_to_evaluate_on(tmp_path, loaded):
+    texts = [spelt(range(first, first + RUN)) for first in range(3)]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": texts[0]}))
+    (tmp_path / "b.csv").write_text(f"question\n{texts[1]}\n")
+    pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": texts[2]}]}]), tmp_path / "c.parquet")
+    assert Evaluation(str(tmp_path), loaded).texts == 3
+
+
 def test_what_system_and_tools_say_is_no_question(tmp_path, loaded):
     said = lambda role, text: {"role": role, "content": text}  # noqa: E731
     other = spelt(range(RUN))

@@ -236,6 +236,18 @@ def test_text_that_utf8_cannot_spell_is_skipped(tmp_path):
     assert manifest["source"]["documents_read"] == 1 and manifest["source"]["skipped"] == {"not UTF-8": 1}
 
 
+def test_a_source_and_its_files_may_have_names_that_are_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_corpus(folder / "texts", distinct_documents(3, 20))
+    (folder / os.fsdecode(b"\xe9.jsonl")).write_text('{"text": "w1 w2 w3 w4"}\n{"text": 1}\n')
+    settings = {"tokenizer": write_tokenizer(tmp_path / "t"), "seq_length": 4, "prompt_length": 3}
+    prepare(source=str(folder / "texts"), out_dir=str(tmp_path / "texts"), **settings)
+    assert read_manifest(tmp_path / "texts")["source"]["name"] == f"{tmp_path}/caf\ufffd/texts"
+    prepare(source=f"{folder}/*.jsonl", out_dir=str(tmp_path / "rows"), on_bad_row="skip", **settings)
+    first = read_manifest(tmp_path / "rows")["source"]["firsts"]["unreadable"]
+    assert first.startswith(f"\ufffd.jsonl#1 (unreadable: {tmp_path}/caf\ufffd/\ufffd.jsonl:2: column 'text' holds int")
+
+
 def test_an_interrupted_run_leaves_nothing_and_a_killed_one_is_written_over(tmp_path, monkeypatch):
     whole = prepare_small(tmp_path)
 

@@ -13,13 +13,14 @@ from fms_spec.errors import UserError
 from fms_spec.vllm import versions as vllm_versions
 from pipelines.machine import doctor
 from pipelines.measure.benchmarks import run_continuations, run_serving
+from pipelines.show.console import print_findings
 
 
 def state(finding):
     return finding.state, finding.detail
 
 
-def test_without_vllm_its_lines_say_that_it_is_missing_and_what_to_install(monkeypatch):
+def test_without_vllm_its_lines_say_that_it_is_missing_and_what_to_install(monkeypatch, capsys):
     real = vllm_versions.version_of
     for module in (vllm_versions, doctor):
         monkeypatch.setattr(module, "version_of", lambda name: None if name.startswith("vllm") else real(name))
@@ -27,6 +28,8 @@ def test_without_vllm_its_lines_say_that_it_is_missing_and_what_to_install(monke
     assert kinds["prepare, train, decode"].state == "works"
     assert kinds["continuations by vLLM"].state == "missing" and "fms-spec[vllm]" in kinds["continuations by vLLM"].detail
     assert kinds["serving in vLLM"].state == kinds["vllm serve"].state == "missing"
+    print_findings(kinds.values())
+    assert "pip install 'fms-spec[vllm]'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("benchmark", [run_continuations, run_serving])
@@ -50,6 +53,19 @@ def test_a_plugin_that_is_left_out_by_the_environment_is_told(monkeypatch):
     assert state(doctor.plugin()) == ("broken", "VLLM_PLUGINS=something_else leaves the plugin out; add fms_spec to it")
     monkeypatch.setenv("VLLM_PLUGINS", "something_else,fms_spec")
     assert doctor.plugin().state == "works"
+
+
+@pytest.mark.parametrize(
+    "statement, error",
+    [
+        ("pass", None),
+        ("raise ImportError('no such symbol')", "ImportError: no such symbol"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "killed by SIGILL"),
+        ("import os; os._exit(3)", "exit code 3"),
+    ],
+)
+def test_what_an_import_fails_with_is_told_also_where_it_says_nothing(statement, error):
+    assert doctor.error_of(statement) == error
 
 
 @pytest.mark.slow

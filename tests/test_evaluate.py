@@ -16,10 +16,11 @@ from fms_spec.loading import load_for_decoding
 from fms_spec.options import DecodingOptions
 from fms_spec.speculators.directory import describe, save_speculator
 from pipelines.generate import vllm_engine
+from pipelines.measure.decode import benchmark_decode
 from pipelines.measure.evaluate import evaluate
 from pipelines.measure.figures import TURNS, context_range, losslessness, summary
 from pipelines.measure.samples import before_step, decode_in_turn, logit_gap, parting, settle, usual_methods
-from pipelines.show.console import GROUPS, print_groups
+from pipelines.show.console import GROUPS, print_groups, print_results, print_values
 from scripts.evaluate import Arguments
 
 NEW_TOKENS = 24
@@ -255,6 +256,13 @@ def test_texts_are_grouped_by_source_and_by_whose_message_they_answer_where_that
     assert "from chats" in printed and "to tool" in printed and "turn 1" not in printed
 
 
+def test_what_looks_like_markup_stands_in_tables_as_it_is(capsys):
+    print_values({"[a]": "[/b] :x:"}, "[/c]")
+    print_results(["[/d]"], [("decode", "[e]", "'[,]'", "[/f]")])
+    printed = capsys.readouterr().out
+    assert not [text for text in ("[a]", "[/b] :x:", "[/c]", "[/d]", "[e]", "'[,]'", "[/f]") if text not in printed]
+
+
 @pytest.mark.parametrize("found", [(None, "vLLM is not installed"), ("0.9.0", "leaves vLLM 0.9.0 as it is")])
 def test_against_a_vllm_that_cannot_serve_is_one_line_before_anything_is_read(monkeypatch, found):
     monkeypatch.setattr(vllm_engine, "installed_vllm", lambda: found)
@@ -285,3 +293,15 @@ def test_an_evaluation_that_looks_up_first_sets_the_heads_own_chain_beside_vllm(
     assert asked == [report["against"]["num_speculative_tokens"]] == [2] and len(report["against"]["chain_acceptance_per_position"]) == 2
     assert (report["lookahead"], report["lookup"], report["min_probability"]) == (10, 10, 0.1)
     assert known == [10]  # tokens behind each text, as many as the deepest candidates that are compared
+
+
+def test_a_benchmark_of_decoding_leaves_out_prompts_over_the_context_and_decodes_batches_of_all_others(place):
+    loaded, speculator, _ = load_for_decoding(str(place / "base_model"), str(place / "speculator"), dtype="bfloat16", device="cpu")
+    prompts = [Prompt(None, tokens) for tokens in prompts_of(8, 9, 10, 11, 250)]
+    lines = list(benchmark_decode(loaded, speculator, prompts, prompts[-2:], 4))
+    batches = [line for line in lines if line["name"] == "batch"]
+    assert [line["batch"] for line in batches] == [1, 2, 4, 8, 16]
+    assert all(set(line["tokens_per_s"]) == {"plain", "speculator", "prompt_lookup"} for line in batches)
+    assert {line["texts"]["equal"] + line["texts"]["parted"] for line in lines if line["name"] == "tree"} == {4}
+    with pytest.raises(UserError, match="every prompt, the shortest of 250 tokens, is over the context"):
+        next(benchmark_decode(loaded, speculator, prompts[-1:], [], 4))

@@ -87,6 +87,8 @@ STEP = "--base_model=base --data=data --parts=loss"
         ("train", f"{TRAIN} --resume=maybe", "--resume: "),
         ("train", f"{TRAIN} seed=[1", "override 'seed=[1': line 1"),
         ("decode", "--base_model=base --prompt", "--prompt needs a value"),
+        ("decode", "--base_model=base --dtype=float32 --prompt=w1\udcc3", r"--prompt='w1\udcc3': not UTF-8"),
+        ("decode", f"{DECODE} --stop=\udcc3", r"--stop='\udcc3': not UTF-8"),
         ("decode", f"{DECODE} --seed=-1", "--seed: "),
         ("decode", f"{DECODE} --seed={2**63}", "--seed: "),
         ("decode", f"{DECODE} --temperature=1e999", "--temperature: "),

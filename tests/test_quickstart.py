@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"{PACKAGE} carries the small base model; make test installs it")
 def test_a_quickstart_stopped_in_training_goes_on_and_ends_with_a_lossless_report(tmp_path):
-    out = tmp_path / "quickstart"
+    out = tmp_path / "quickstart: a #2"  # which YAML would take for more than a name
     command = [sys.executable, "-m", "scripts.quickstart", f"--out_dir={out}", "--scale=0.05"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 900

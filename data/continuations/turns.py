@@ -56,7 +56,7 @@ def rewritten(conversation):
 
     Calls of tools stay: what the tools gave back answers those very calls.
     """
-    if LONE_SURROGATE.search(json.dumps(conversation, ensure_ascii=False)):
+    if LONE_SURROGATE.search(as_json(conversation)):
         return Dialogue([], ended="not UTF-8")
     messages = [
         {"role": "assistant"} if message["role"] == "assistant" and "tool_calls" not in message else message
@@ -64,6 +64,11 @@ def rewritten(conversation):
     ]
     asks = messages and messages[-1]["role"] in ("user", "tool")
     return Dialogue(messages + [{"role": "assistant"}] * bool(asks), conversation.tools)
+
+
+def as_json(value):
+    """A value as one line of JSON; what has no form there, such as a date in a Parquet file, as the text that a template makes of it."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 class Turns:
@@ -148,7 +153,7 @@ class Turns:
 
     def is_copy(self, messages, tools):
         """Whether the same was asked before; from now on it was."""
-        digest = hashlib.blake2b(json.dumps([messages, tools]).encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(as_json([messages, tools]).encode(errors="surrogatepass"), digest_size=16).digest()
         known = digest in self._seen
         self._seen.add(digest)
         return known

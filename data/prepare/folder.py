@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.manifest import MANIFEST, check_sizes, read_manifest, shown
+from data.prepare.rows import LONE_SURROGATE
 from fms_spec.errors import UserError, first_difference
 from fms_spec.files import OWNER, PARTIAL, cannot_write, owned, write_json
 
@@ -19,9 +20,11 @@ def finished_set(out_dir, inputs):
     """The manifest of a whole set that was prepared from the same `inputs`; None if `out_dir` is free to be written.
 
     Raises:
-        UserError: `out_dir` holds a set of other inputs, or anything that is not ours.
+        UserError: `out_dir` holds a set of other inputs, or anything that is not ours, or Parquet files can't be written there.
     """
     folder = Path(out_dir)
+    if LONE_SURROGATE.search(str(folder)):
+        raise UserError(f"out_dir {out_dir}: is not UTF-8, as the path of a Parquet file must be; give another --out_dir")
     try:
         if not os.path.lexists(folder):
             return None

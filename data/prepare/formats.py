@@ -67,7 +67,7 @@ def has_conversations(file, wanted):
     """
     if table_suffix(file) == ".parquet":
         with readable(file), parquet_file(file) as opened:
-            return arrow_layout(opened.schema_arrow, wanted, file).format != "text"
+            return arrow_layout(opened.schema_arrow, wanted, file).conversations
     if not table_suffix(file):
         if wanted.format not in (None, "text", ANY_TEXT):
             raise UserError(f"source {file}: is one text, and --format={wanted.format} asks for tables; name those with a pattern")
@@ -103,6 +103,8 @@ def readable(file):
             yield
         except UnicodeDecodeError:
             raise UserError(f"source {file}: not UTF-8; save it as UTF-8") from None
+        except UnicodeEncodeError:  # pyarrow's, of a path
+            raise UserError(f"source {file}: its path is not UTF-8, as that of a Parquet file must be; rename it") from None
         except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
             raise UserError(f"source {file}: cannot be read, it may be cut short ({reason(error)})") from None
 
@@ -208,7 +210,7 @@ def arrow_contents(file, wanted):
 def batch_contents(batches, layout, file, wanted):
     """(row from 0, content) of Arrow batches one after the other."""
     rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(arrow_rows(rows, layout.format != "text")):
+    for number, row in enumerate(arrow_rows(rows, layout.conversations)):
         yield number, wanted.tried(layout.read, row, f"{file} row {number + 1}")
 
 

@@ -27,15 +27,16 @@ def read_documents(spool, mixture, tokenizer, template, settings, unwanted, each
             documents = part.documents(settings.generator(READING, number))  # of the first as with READING alone
             talks = part.source.conversations
             for document, encoded in encode_documents(documents, tokenizer, template if talks else None, part.skipped, each):
-                tokens, answers, _ = encoded
+                tokens, answers, prefixed = encoded
                 if tokenizer.overflows:
                     refuse_unknown(tokens, tokenizer.embedding_size, tokenizer.backend, part.label(document.file, document.row))
                 found = next(filter(None, (test(document, encoded) for test in (part.misfit, *unwanted))), None)
                 if found:
                     part.skipped.add(found[0], document, found[1])
                     continue
+                prefix = tokenizer.prefix if prefixed else []
                 # A text has an end-of-text token, which no prompt has.
-                promptable = has_prompt(answers[:, 0], settings.prompt_length, tokenizer.prefix).any() if talks else len(tokens) > pieces
+                promptable = has_prompt(answers[:, 0], settings.prompt_length, prefix).any() if talks else len(tokens) > pieces
                 about = (document.content.category, document.content.asked_by) if talks else (None, ())
                 spool.append(encoded, number, document.file, document.row, promptable, about)
                 read += 1

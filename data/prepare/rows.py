@@ -1,6 +1,7 @@
 """What a row of a table holds, told by its columns or named: a text, or a conversation in one of the spellings that are in use."""
 
 import difflib
+import math
 import re
 from functools import partial
 from itertools import pairwise
@@ -79,6 +80,11 @@ class Layout(NamedTuple):
     columns: list
     read: Any
 
+    @property
+    def conversations(self):
+        """Whether its rows are read as those, not as texts."""
+        return self.format in READERS
+
 
 def check_format(name, text_column):
     """Raise UserError for a --format that isn't known, or has no text for --text_column to name."""
@@ -147,10 +153,17 @@ def texts_within(value):
 
 
 def conversation_of(row, where, read):
-    """A row's conversation as `read` finds it, with its category, a text or the number of a class."""
+    """A row's conversation as `read` finds it, with its category, a text or a number, such as that of a class."""
     category = row.get("category")
-    name = str(category) if isinstance(category, int) else checked(category or "", f"{where}: category")
-    return read(row, where)._replace(category=name or None)
+    if isinstance(category, float):  # a table whose rows don't all have a number makes floats of them
+        category = None if math.isnan(category) else int(category) if category.is_integer() else category
+    name = str(category) if isinstance(category, int | float) else checked(category or "", f"{where}: category")
+    return read(row, where)._replace(category=spellable(name) or None)
+
+
+def spellable(text):
+    """A text with a mark in the place of what UTF-8 cannot spell."""
+    return LONE_SURROGATE.sub("\ufffd", text)
 
 
 def messages_of(row, where, column="messages"):

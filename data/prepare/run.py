@@ -3,6 +3,7 @@
 The documents are tokenised once into a file on disk (documents.DocumentSpool); everything after that works on document numbers.
 """
 
+import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -19,10 +20,11 @@ from data.prepare.mixture import Mixture
 from data.prepare.near import NearCopies
 from data.prepare.overlap import Evaluation
 from data.prepare.reading import read_documents
+from data.prepare.rows import spellable
 from data.prepare.tables import PROMPT_LENGTH, write_tables
 from data.tokenizer import load_tokenizer, use_threads
 from fms_spec.errors import UserError
-from fms_spec.files import write_json
+from fms_spec.files import write_whole
 from fms_spec.timing import Stopwatch
 
 UNSAID = {
@@ -119,7 +121,8 @@ def prepare_by(each, *, source, tokenizer, out_dir, format=None, chat_template=N
             **({"evaluation": evaluated.identity()} if evaluated else {}),
             "tables": tables,
         }
-        write_json(folder / MANIFEST, manifest, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
+        write_whole(folder / MANIFEST, f"{spellable(text)}\n".encode())  # paths may be any bytes
     tell_left_out(mixture)
     rate = spool.token_count / watch.seconds["all"]
     print(f"{out_dir}: {summary(manifest)}; {rate:,.0f} tokens/s")

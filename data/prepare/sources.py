@@ -141,7 +141,7 @@ class HubSource:
             raise UserError(f"source {source}: not to be had from the Hub so ({reason(error)}); correct name, config or split") from None
         self.stream = chain(first, rows)
         self.wanted, self.layout = wanted, layout_of(list(first[0]), wanted, f"source {source}") if first else None
-        self.conversations = bool(first) and self.layout.format != "text"
+        self.conversations = bool(first) and self.layout.conversations
 
     def fingerprint(self):
         """The dataset's commit on the Hub, with its config and split."""

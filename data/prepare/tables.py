@@ -85,8 +85,10 @@ def shares_of(used, spool, mixture):
 
 
 def has_prompt(lengths, limit, prefix):
-    """Whether prompts of these lengths, -1 for none, are within `limit` with the prefix before them: bool, in the shape of `lengths`."""
-    return (lengths >= 0) & (lengths + len(prefix) <= limit)
+    """Whether prompts of these lengths, -1 for none, have any tokens and at most `limit` with the prefix before them: bool, in the shape of
+    `lengths`."""
+    whole = lengths + len(prefix)
+    return (lengths >= 0) & (whole > 0) & (whole <= limit)
 
 
 def piece_length(length, mixture):

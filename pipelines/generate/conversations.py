@@ -1,6 +1,5 @@
 """Conversations that the base model writes, or whose answers it writes anew, turn by turn."""
 
-import json
 import re
 from collections import Counter
 from datetime import date
@@ -12,7 +11,7 @@ import torch
 
 from data.continuations.shard import read_made_by
 from data.continuations.store import ContinuationStore
-from data.continuations.turns import Turns, own_dialogues, rewritten
+from data.continuations.turns import Turns, as_json, own_dialogues, rewritten
 from data.manifest import MANIFEST
 from data.parquet import shard_entry
 from data.prepare.chat import ChatTemplate
@@ -136,7 +135,7 @@ def finish(out_dir, dialogues, written):
     told = "".join(f"; {name}: {listed(counts)}" for name, counts in (("left out", left_out), ("shortened", shortened)) if counts)
     if not kept:
         raise UserError(f"{out_dir}: none of {len(dialogues)} conversations came to an answer{told}; give another --max_tokens")
-    lines = [json.dumps({"messages": one.answered} | ({"tools": one.tools} if one.tools else {}), ensure_ascii=False) for one in kept]
+    lines = [as_json({"messages": one.answered} | ({"tools": one.tools} if one.tools else {})) for one in kept]
     write_whole(out_dir / CONVERSATIONS, "".join(f"{line}\n" for line in lines).encode(errors="surrogatepass"))
     reasons = sum((Counter(turn["finish_reasons"]) for turn in written), Counter())
     counts = {"conversations": len(dialogues), "kept": len(kept), "left_out": left_out, "shortened": shortened}

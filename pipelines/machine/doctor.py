@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -98,6 +99,9 @@ def command():
 
 
 def error_of(statement):
-    """Last line of what a Python statement in a process of its own fails with, or None."""
+    """What a Python statement in a process of its own fails with, None where it works: the last line that it says, or how it ended."""
     finished = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True)
-    return finished.stderr.strip().splitlines()[-1][:200] if finished.returncode else None
+    if finished.returncode < 0:
+        return f"killed by {signal.Signals(-finished.returncode).name}"
+    said = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+    return said[-1][:200] if finished.returncode else None

@@ -2,7 +2,6 @@
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 # Groups of texts, and what one is called.
 GROUPS = {"categories": "{}", "sources": "from {}", "turns": "turn {}", "roles": "to {}", "contexts": "{} tokens"}
@@ -48,7 +47,7 @@ def print_groups(values):
                 told = f" ({span(group[f'{figure}_interval'])})" if group["prompts"] > 1 else ""  # one prompt says nothing of others
                 cells += [f"{group[figure]:.2f}{told}"]
                 cells += [f"{group[theirs]:.2f}"] if theirs in group else []
-            table.add_row(Text(shown_as.format(name)), str(group["texts"]), *cells)  # a category may look like rich's markup
+            table.add_row(shown_as.format(name), str(group["texts"]), *cells)
         table.add_section()
     if table.row_count:
         show(table)
@@ -68,9 +67,10 @@ def against_rows(values):
 
 
 def show(table):
-    """Print to stdout."""
+    """Print to stdout, all texts as they are: a name or a mend may look like rich's markup."""
     console = Console()
-    Console(width=None if console.is_terminal else max(console.width, WIDTH)).print(table)
+    width = None if console.is_terminal else max(console.width, WIDTH)
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def short(value):
