@@ -48,17 +48,20 @@ def read_or_none(path):
 
 
 class Parts:
-    """Runs each part once, and remembers over restarts which are done and how many seconds they took."""
+    """Runs each part once, and remembers over restarts which are done, how many seconds they took, and the most memory any start took."""
 
     def __init__(self, path):
-        self.path, seconds = path, read_or_none(path)
-        self.seconds = seconds if isinstance(seconds, dict) else {}  # parts that are done end at once: only their seconds are lost
+        self.path, known = path, read_or_none(path)
+        whole = isinstance(known, dict) and {"seconds", "peak_memory_gb"} <= known.keys()
+        # Parts that are done end at once: only their figures are lost.
+        self.seconds, self.peak = (known["seconds"], known["peak_memory_gb"]) if whole else ({}, 0.0)
 
     def run(self, name, work):
         if name not in self.seconds:
             print(f"== {name}", flush=True)
             _, self.seconds[name] = timed(work)
-            write_json(self.path, self.seconds)
+            self.peak = max(self.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)  # Linux counts in KiB
+            write_json(self.path, {"seconds": self.seconds, "peak_memory_gb": self.peak})
 
 
 def quickstart(out, scale, chat):
@@ -85,7 +88,7 @@ def go_through(out, scale, chat, dtype):
     if not isinstance(read_or_none(out / "evaluation.json"), dict):
         parts.seconds.pop("evaluation", None)
     parts.run("evaluation", lambda: measure(out, scale))
-    write_report(out, config, parts.seconds)
+    write_report(out, config, parts.seconds, parts.peak)
 
 
 def claim(out, scale, chat):
@@ -165,7 +168,7 @@ def decode_prompts(load, prompts):
     return samples, summary(samples, proposer) | chain
 
 
-def write_report(out, config, seconds):
+def write_report(out, config, seconds, peak):
     """Write report.json and print it as a table."""
     progress = read_progress(newest_checkpoint(out / "run/checkpoints"))
     steps = config.schedule.build().phase_steps()
@@ -176,7 +179,7 @@ def write_report(out, config, seconds):
         "phase2_steps": steps["phase2"],
         "seconds_by_part": seconds | {f"training: {part}": spent for part, spent in progress["seconds"].items()},
         "seconds_in_all": sum(seconds.values()),
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,  # Linux counts in KiB
+        "peak_memory_gb": peak,
     }
     write_json(out / "report.json", numbers(values | {"environment": environment()}), allow_nan=False)
     print_values({name: value for name, value in values.items() if name not in GROUPS}, str(out / "report.json"))

@@ -1,18 +1,22 @@
 """What each process of tests/test_parallel.py runs: python -m torch.distributed.run ... parallel_worker.py JOBS.json
 
 Several runs one after the other in one start, which takes longer than they do. JOBS.json: list of {config, out_dir, overrides, resume,
-fails: how the last process ends in its third step, or "never"; each process then says its id beside out_dir}.
+fails: how the last process ends in its third step, or "never"; each process then says its id beside out_dir. late: the last process is
+so many seconds late when groups for the speculator are made, twice as many as any may be silent}.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from torch.distributed import distributed_c10d
 
+import pipelines.parallel.processes
+import pipelines.train.build
 from fms_spec.errors import UserError
 from pipelines.cli import fail
 from pipelines.config import load_config
@@ -41,6 +45,18 @@ def fail_in_the_third_step(how):
     Trainer.train_step = failing
 
 
+def be_late(seconds, last):
+    """Have the last process take so many seconds longer to load its base model."""
+    distribute = pipelines.train.build.distribute_speculator
+    pipelines.parallel.processes.SILENCE_SECONDS = seconds / 2
+
+    def distribute_late(*parts):
+        time.sleep(seconds * last)
+        distribute(*parts)
+
+    pipelines.train.build.distribute_speculator = distribute_late
+
+
 def found_around(folder):
     """What a producer of this process sees in its environment, and how long each of its groups waits for the others, in seconds."""
     producers = Producers([sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"], [{}], folder)
@@ -57,6 +73,8 @@ def main(jobs):
                 Path(job["out_dir"]).with_suffix(f".{processes.rank}").write_text(str(os.getpid()))
             if job.get("fails", "never") != "never" and processes.rank == processes.count - 1:
                 fail_in_the_third_step(job["fails"])
+            if "late" in job:
+                be_late(job["late"], processes.rank == processes.count - 1)
             config = load_config(job["config"], job["overrides"])
             trainer = train(config, Path(job["out_dir"]), job.get("resume", False), processes)
             held = {"base_model": bytes_held(trainer.base_model.model), "speculator": bytes_held(trainer.speculator)}

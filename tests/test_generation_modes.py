@@ -17,6 +17,7 @@ from test_training import losses, records, weights_of
 
 import pipelines.generate.supply
 import pipelines.train.run
+from data.continuations.store import ContinuationStore
 from data.continuations.supply import Alongside
 from fms_spec.errors import UserError
 from pipelines.config import GenerationSection
@@ -99,6 +100,15 @@ def test_producers_keep_the_asked_distance_and_may_die_without_a_bit_of_differen
     assert last["time_share/waiting"] > 0.2 and last["time_share/generation"] == 0 and last["producer/tokens_per_s"] > 0
     assert any(record.get("producer/waiting_share", 0) > 0.2 for record in records(tmp_path / "run"))
     assert producers_of(tmp_path / "run") == []
+
+
+def test_a_whole_folder_of_continuations_is_only_read_whatever_the_mode(tmp_path, config_file, inline, monkeypatch):
+    for touch in ("post_shards_begun", "claim", "_write"):
+        monkeypatch.setattr(ContinuationStore, touch, lambda *_: pytest.fail("something was written to it"))
+    for mode in ("inline", "alongside"):
+        words = SMALL | {"generation.mode": mode, "data.continuations": inline[0] / "continuations"}
+        train(config_file(**words), tmp_path / mode, resume=False)
+        assert weights_of(tmp_path / mode, tmp_path) == inline[1]
 
 
 def test_a_killed_trainer_takes_its_producers_with_it_and_its_run_goes_on_to_the_same_bits(tmp_path, config_file, inline):

@@ -1,6 +1,7 @@
 """Absurd command lines, in this process: one line that names the thing, before any work, and nothing left behind."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -205,7 +206,10 @@ def test_damaged_records_of_a_quickstart_are_taken_as_not_written_where_nothing_
     parts.run("data", lambda: done.append("data"))
     parts = Parts(tmp_path / "parts.json")
     parts.run("data", lambda: done.append("again"))
-    assert done == ["data"] and list(parts.seconds) == ["data"]
+    assert done == ["data"] and list(parts.seconds) == ["data"] and parts.peak > 0
+    (tmp_path / "parts.json").write_text(json.dumps({"seconds": parts.seconds, "peak_memory_gb": 1e6}))
+    Parts(tmp_path / "parts.json").run("export", lambda: None)
+    assert Parts(tmp_path / "parts.json").peak == 1e6  # of the start that took most
 
 
 @pytest.mark.parametrize("text, message", [("", None), ('{"data"', None), ('{"data"', "shared.json: can't be read")])

@@ -249,7 +249,8 @@ def test_two_nodes_with_a_copy_each_train_as_one_process_does_and_an_error_is_to
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     ways = {"parallel.base_model": "hybrid", "parallel.speculator": "hybrid"}
-    jobs = [job(place, "nodes", **settings(4, **ways)), job(place, "nodes_broken", **settings(4, **ways)) | {"fails": "mistake"}]
+    late, broken = (job(place, name, **settings(4, **ways)) for name in ("nodes", "nodes_broken"))
+    jobs = [late | {"late": 20}, broken | {"fails": "mistake"}]
     words = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
     nodes = [launch(place, words, jobs) for _ in range(2)]
     outputs = [node.communicate(timeout=300)[0] for node in nodes]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pipelines.config import load_config
 from pipelines.generate.vllm_engine import GPU_OVERHEAD
 from pipelines.plan.devices import CPU_FRAMEWORK, CPU_HEAP, DEVICES, Device, find_device
 from pipelines.plan.plan import Plan, Ranks, Sizes, mend, verdict
+from pipelines.train.planned import plan_of
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 CPU = Device("cpu", 64e9, 1e11, 1e10, 1e9, framework=CPU_FRAMEWORK, heap=CPU_HEAP)
@@ -104,6 +106,24 @@ def test_what_a_cpus_allocator_keeps_of_freed_blocks_is_not_added_to_heads_of_a_
 
 def test_a_run_that_no_setting_makes_fit_is_told_what_it_takes(llama):
     assert "it takes a larger --device, or more --processes" in verdict(Plan(llama("70B"), Sizes(), Ranks(), DEVICES["rtx4090"]))
+
+
+def test_a_base_model_that_no_processes_can_share_is_offered_no_sharing_and_refused_it(llama, tmp_path):
+    ranks, device = Ranks(4, 4), DEVICES["rtx4090"]
+    alone = {"base_model.backend": "transformers"}
+    told = verdict(Plan(llama("70B", **alone), Sizes(), ranks, device))
+    assert "parallel.base_model" not in told and told.endswith("it takes a larger --device")
+    with pytest.raises(UserError, match="only what ibm-fms runs can be shared; set parallel.base_model=replicate"):
+        Plan(llama("70B", **alone, **{"parallel.base_model": "shard"}), Sizes(), ranks, device)
+    with pytest.raises(UserError, match="64 heads in 8 groups can't be split over 3 processes"):
+        Plan(llama("70B", **{"parallel.base_model": "tensor"}), Sizes(), Ranks(3, 3), device)
+
+
+def test_a_plan_with_prepared_data_needs_no_weights_of_the_base_model(tmp_path, config_file, model_dir):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(model_dir / "config.json", tmp_path / "bare")
+    plan, note = plan_of(config_file(**{"base_model.name": tmp_path / "bare"}), device="h100")
+    assert plan.fits and "rows and prompts as in" in note
 
 
 def test_a_draft_vocabulary_or_texts_over_the_base_models_are_refused(llama):

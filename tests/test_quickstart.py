@@ -33,7 +33,7 @@ def test_a_quickstart_stopped_in_training_goes_on_and_ends_with_a_lossless_repor
     first.send_signal(signal.SIGKILL)
     first.wait()
     parts = json.loads((out / "parts.json").read_text())
-    assert set(parts) == {"base model", "data"}
+    assert set(parts["seconds"]) == {"base model", "data"} and parts["peak_memory_gb"] > 0
 
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=os.environ | {"COLUMNS": "120"})
     assert second.returncode == 0, second.stderr[-3000:]

@@ -20,7 +20,7 @@ from pipelines.train.checkpoint import checkpoints
 from pipelines.train.loop import Trainer
 from pipelines.train.metrics import Metrics
 from pipelines.train.run import train
-from pipelines.train.run_state import examine_run
+from pipelines.train.run_state import examine_run, launcher_of
 
 
 def test_a_run_that_has_no_room_says_so_before_it_writes(finished, tmp_path, monkeypatch):
@@ -52,6 +52,22 @@ def test_the_doctor_says_of_a_run_how_far_it_is_what_is_damaged_and_how_to_go_on
     assert told()["to go on"][0] == told()["run.json"][0] == "broken"
     with pytest.raises(UserError, match="holds no run"):
         examine_run(run / "continuations")
+
+
+@pytest.mark.parametrize(
+    "counts, words",
+    [
+        ({"processes": 1, "processes_per_node": 1}, "python"),
+        ({"processes": 2}, "torchrun --standalone --nproc_per_node=2"),  # as records of before say
+        ({"processes": 8, "processes_per_node": 8}, "torchrun --standalone --nproc_per_node=8"),
+        (
+            {"processes": 32, "processes_per_node": 8},
+            "torchrun --nnodes=4 --rdzv_backend=c10d --rdzv_endpoint=HEAD:29500 --nproc_per_node=8",
+        ),
+    ],
+)
+def test_a_run_of_several_processes_is_gone_on_with_by_as_many_on_each_node(counts, words):
+    assert launcher_of(counts) == words.split()
 
 
 def test_a_signal_just_after_the_data_was_had_loses_no_data(finished, tmp_path, monkeypatch):

@@ -153,7 +153,8 @@ class Alongside(Supply):
             self.producers.start()
 
     def have(self, index, begun):
-        self.store.post_shards_begun(begun)
+        if self.missing:
+            self.store.post_shards_begun(begun)
         return {"waiting": timed(lambda: self.wait(index, begun))[1]}
 
     def wait(self, index, begun):

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 
 from fms_spec import fms_backend
 from fms_spec.base_model import BaseModel
-from fms_spec.errors import UserError
 
 
 class DistributedBaseModel(BaseModel):
@@ -36,9 +35,6 @@ class DistributedBaseModel(BaseModel):
         self.copy, self.copies = mesh.get_local_rank("replicate"), mesh["replicate"].size()
         self._apart = False  # whether processes of the group may call for different numbers of forwards
         super().__init__(name, **settings)
-
-    def _load_transformers(self):
-        raise UserError(f"base model {self.name}: only what ibm-fms runs can be shared; set parallel.base_model=replicate")
 
     @contextmanager
     def together(self):
@@ -110,13 +106,7 @@ class TensorParallelBaseModel(DistributedBaseModel):
         return rows
 
     def _load_fms(self):
-        heads, groups = self.query_heads, self.kv_groups
-        if heads % self.size or (groups % self.size and self.size % groups):
-            raise UserError(
-                f"base model {self.name}: {heads} heads in {groups} groups can't be split over {self.size} processes; "
-                "give a parallel.group_size that divides them"
-            )
-        self.query_heads, self.kv_groups = heads // self.size, max(1, groups // self.size)
+        self.query_heads, self.kv_groups = self.query_heads // self.size, max(1, self.kv_groups // self.size)
         return fms_backend.load(self.path, self.config, self.dtype, self.device, group=self.group)
 
     def hidden_states(self, tokens, segment_ids):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from fms_spec.base_model import BaseModel
 from fms_spec.errors import UserError
-from fms_spec.model_config import read_config, resolve_base_model
+from fms_spec.model_config import attention_heads, read_config, resolve_base_model
 from fms_spec.proof import settle_backend
 from pipelines.parallel.distributed_base_model import ShardedBaseModel, TensorParallelBaseModel
 from pipelines.parallel.processes import PATIENCE
@@ -37,11 +37,24 @@ def group_size(kind, settings, processes):
     return size
 
 
+def check_shared(name, backend, config, kind, size):
+    """Refuse a base model, run by `backend`, whose copies `size` processes can't share as `kind` says; config: its own."""
+    if size > 1 and backend != "fms":
+        raise UserError(f"base model {name}: only what ibm-fms runs can be shared; set parallel.base_model=replicate")
+    heads, groups = attention_heads(config)
+    if kind == "tensor" and (heads % size or (groups % size and size % groups)):
+        raise UserError(
+            f"base model {name}: {heads} heads in {groups} groups can't be split over {size} processes; "
+            "give a parallel.group_size that divides them"
+        )
+
+
 def mesh_of(size, processes):
     """A ("replicate", "shard") mesh whose copies are split over `size` neighbouring processes.
 
     Its groups are made here: those that torch makes for a mesh give up after its own ten or thirty minutes.
     """
+    processes.wait_for_all()  # who waits for others while a group is made isn't heard meanwhile, which 60 s later looks like its end
     ranks = torch.arange(processes.count).view(-1, size)
     group_of = lambda line: dist.group.WORLD if len(line) == processes.count else dist.new_group(line, timeout=PATIENCE)  # noqa: E731
     groups = []
@@ -59,13 +72,12 @@ def load_base_model(config, processes):
         UserError: as `BaseModel`; a model that the setting can't split.
     """
     section, kind = config.base_model, config.parallel.base_model
-    backend = None
+    path, backend, size = resolve_base_model(section.name), None, group_size(kind, config.parallel, processes)
     if processes.main:  # its proof is that of all
-        path = resolve_base_model(section.name)
         backend = settle_backend(section.name, path, read_config(path), section.backend, BaseModel)
     backend = processes.gather(backend)[0]
+    check_shared(section.name, backend, read_config(path), kind, size)
     settings = {"dtype": section.dtype, "backend": backend, "device": processes.device, "proved": True}
-    size = group_size(kind, config.parallel, processes)
     if size == 1:
         return BaseModel(section.name, **settings)
     shared = TensorParallelBaseModel if kind == "tensor" else ShardedBaseModel

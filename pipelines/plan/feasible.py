@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from fms_spec.errors import UserError
-from fms_spec.model_config import DTYPES, context_length, read_config, resolve_base_model
+from fms_spec.model_config import DTYPES, context_length, read_config
 from fms_spec.speculators.registry import FAMILIES
 from pipelines.plan.devices import device_memory
 
@@ -27,7 +27,7 @@ def check_sizes(config, sizes, processes=1, memory=None):
         validation over its context, or heads and hidden states over the memory; and as `read_config`.
     """
     memory = device_memory() if memory is None else memory
-    base = read_config(resolve_base_model(config.base_model.name))
+    base = read_config(config.base_model.name)
     width = base.hidden_size * (1 + len(FAMILIES[config.speculator.family].base_layers_of(config.speculator, model_sizes(base))))
     heads, written = config.speculator.n_predict, config.generation.max_new_tokens
     tables = {
@@ -66,7 +66,7 @@ def check_documents(config, rows):
     Raises:
         UserError: there is one; and as `read_config`.
     """
-    context = context_length(read_config(resolve_base_model(config.base_model.name)))
+    context = context_length(read_config(config.base_model.name))
     if rows.seq_length <= context or "phase1" not in config.schedule.build().phase_steps():
         return
     longest = rows.longest_document()

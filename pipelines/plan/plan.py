@@ -12,7 +12,7 @@ from fms_spec.passes import arithmetic_of
 from pipelines.config import FILL_ROWS
 from pipelines.generate.engines import sampling_of
 from pipelines.generate.vllm_engine import GPU_OVERHEAD
-from pipelines.parallel.mesh import group_size
+from pipelines.parallel.mesh import check_shared, group_size
 from pipelines.plan.devices import ACROSS_NODES
 from pipelines.plan.rehearsal import nbytes, rehearsal_of
 
@@ -57,6 +57,9 @@ class Plan:
         self.run = rehearsal_of(config.base_model, config.speculator)
         self.base_shards = group_size(config.parallel.base_model, config.parallel, ranks)
         self.head_shards = group_size(config.parallel.speculator, config.parallel, ranks)
+        model, kind = self.run.base_model, config.parallel.base_model
+        check_shared(model.name, model.backend, model.config, kind, self.base_shards)
+        self.can_share = model.backend == "fms"
         self.phases = list(config.schedule.build().phase_steps())
         base, itemsize = self.run.base_model, self.run.base_model.dtype.itemsize
         self.lengths = {"phase1": sizes.seq_length, "phase2": sizes.prompt_length + config.generation.max_new_tokens}
@@ -254,8 +257,9 @@ def changes(plan):
             size = getattr(getattr(config, section), key)
             updates += [{section: {key: size // 2**i}} for i in range(1, size.bit_length())]
     if plan.ranks.count > 1:
-        updates += [{"parallel": {part: "shard"}} for part in ("speculator", "base_model") if getattr(config.parallel, part) == "replicate"]
-        updates.append({"parallel": {"speculator": "shard", "base_model": "shard"}})
+        shared = ("speculator", "base_model") if plan.can_share else ("speculator",)
+        updates += [{"parallel": {part: "shard"}} for part in shared if getattr(config.parallel, part) == "replicate"]
+        updates.append({"parallel": dict.fromkeys(shared, "shard")})
     if config.base_model.dtype == "float32":
         updates.append({"base_model": {"dtype": "bfloat16"}})
     return updates
@@ -273,5 +277,6 @@ def verdict(plan):
     words, mended = mend(plan)
     if mended.fits:
         return f"does not fit: {need}; with {' '.join(words)} it fits: {mended.peak / 1e9:.1f} GB"
-    remedy = "a larger --device" if plan.ranks.count > 1 else "a larger --device, or more --processes with parallel.base_model=shard"
+    more = plan.ranks.count == 1 and plan.can_share
+    remedy = "a larger --device" + ", or more --processes with parallel.base_model=shard" * more
     return f"does not fit: {need}, and {mended.peak / 1e9:.1f} GB with {' '.join(words) or 'any one setting changed'}; it takes {remedy}"

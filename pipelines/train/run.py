@@ -59,7 +59,8 @@ def train(config, out_dir, resume=False, processes=Processes(), profile=None, ba
             print("\n".join(summary_of(config.data.dir, rows.train_on)))
         check_sizes(config, sizes, processes.count)
         saved = checkpoints(out_dir / "checkpoints")
-        given = given_heads(config, saved)
+        begun = (saved, given_heads(config, saved)) if processes.main else None
+        saved, given = processes.gather(begun)[0]  # on a network disk each may see another moment
         folder = config.data.continuations or out_dir / "continuations"
         store = open_store(folder, config.data.dir, prompts, config.base_model, config.generation, config.seed)
         with closing(open_supply(config, store, out_dir, processes)) as supply:  # before anything large is loaded: it may not be to be had
@@ -126,7 +127,7 @@ def claim(out_dir, config, processes, inputs, base_model, speculator, sizes):
         state = base_model.state_width * base_model.dtype.itemsize
         kept = state * sum(read[phase] for phase in config.schedule.build().phase_steps()) if config.hidden_state_cache else 0
         check_space(out_dir, speculator, config.checkpoint.keep, kept, texts * TOKEN_BYTES)
-        claim_out_dir(out_dir, config, processes.count, inputs, environment())
+        claim_out_dir(out_dir, config, processes, inputs, environment())
     processes.wait_for_all()
 
 

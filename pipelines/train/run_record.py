@@ -80,5 +80,6 @@ def what_decides(config, processes):
 def claim_out_dir(out_dir, config, processes, inputs, environment):
     """Write run.json (resolved config, processes, inputs, versions, git revision, command), unless the run has one from its first start."""
     if read_record(out_dir) is None:
-        made_by = {"config": config.model_dump(mode="json"), "processes": processes, "inputs": inputs} | environment
+        counts = {"processes": processes.count, "processes_per_node": processes.local_count}
+        made_by = {"config": config.model_dump(mode="json"), **counts, "inputs": inputs} | environment
         write_json(out_dir / RECORD, made_by)

@@ -119,6 +119,15 @@ def how_to_go_on(record, whole, paths, owner):
         return Finding(name, "works", f"finished: {steps} steps; scripts.export writes its speculator")
     script, *words = shlex.split(record["command"])
     words = [word for word in words if word != "--resume"] + ["--resume"] * (script == "train.py")
-    launcher = ["torchrun", f"--nproc_per_node={record['processes']}"] if record["processes"] > 1 else ["python"]
-    again = shlex.join([*launcher, "-m", f"scripts.{script.removesuffix('.py')}", *words])
+    again = shlex.join([*launcher_of(record), "-m", f"scripts.{script.removesuffix('.py')}", *words])
     return Finding(name, "works", f"step {step} of {steps} is saved: {again}")
+
+
+def launcher_of(record):
+    """Words that start as many processes as a run had, on each of its nodes."""
+    count = record["processes"]
+    each = record.get("processes_per_node", count)  # records of before don't say
+    if count == 1:
+        return ["python"]
+    several = [f"--nnodes={count // each}", "--rdzv_backend=c10d", "--rdzv_endpoint=HEAD:29500"] if count > each else ["--standalone"]
+    return ["torchrun", *several, f"--nproc_per_node={each}"]
