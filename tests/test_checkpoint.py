@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,21 @@ def test_a_renamed_checkpoint_is_not_believed_to_be_of_another_step(finished, ru
         train(finished[0], run, resume=True)
 
 
+@contextmanager
+def killed_in_the_sixth_step(monkeypatch):
+    """What runs within ends there; its newest checkpoint is an earlier one."""
+    step = Trainer.train_step
+
+    def until_the_sixth(self, *job):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        step(self, *job)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "train_step", until_the_sixth)
+        yield
+
+
 def test_a_damaged_newer_checkpoint_never_costs_the_one_that_was_just_written(finished, run, monkeypatch):
     config = finished[0].model_copy(update={"checkpoint": finished[0].checkpoint.model_copy(update={"keep": 1})})
     record = json.loads((run / "run.json").read_text())
@@ -126,15 +142,7 @@ def test_a_damaged_newer_checkpoint_never_costs_the_one_that_was_just_written(fi
     (run / "run.json").write_text(json.dumps(record))
     for checkpoint in checkpoints(run / "checkpoints")[1:]:
         flip(checkpoint / FILES[0])
-    step = Trainer.train_step
-
-    def killed_at_the_fifth(self, *job):
-        if self.step == 5:
-            raise KeyboardInterrupt
-        step(self, *job)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Trainer, "train_step", killed_at_the_fifth)
+    with killed_in_the_sixth_step(monkeypatch):
         train(config, run, resume=True)
     assert newest_checkpoint(run / "checkpoints").name == "step-00000004"
     train(config, run, resume=True)

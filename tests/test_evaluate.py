@@ -295,10 +295,11 @@ def test_an_evaluation_that_looks_up_first_sets_the_heads_own_chain_beside_vllm(
     assert known == [10]  # tokens behind each text, as many as the deepest candidates that are compared
 
 
-def test_a_benchmark_of_decoding_leaves_out_prompts_over_the_context_and_decodes_batches_of_all_others(place):
+def test_a_benchmark_of_decoding_leaves_out_prompts_over_the_context_and_decodes_batches_of_all_others(place, capsys):
     loaded, speculator, _ = load_for_decoding(str(place / "base_model"), str(place / "speculator"), dtype="bfloat16", device="cpu")
     prompts = [Prompt(None, tokens) for tokens in prompts_of(8, 9, 10, 11, 250)]
     lines = list(benchmark_decode(loaded, speculator, prompts, prompts[-2:], 4))
+    assert "warning: 2 of 7 prompts are over the context and left out" in capsys.readouterr().err
     batches = [line for line in lines if line["name"] == "batch"]
     assert [line["batch"] for line in batches] == [1, 2, 4, 8, 16]
     assert all(set(line["tokens_per_s"]) == {"plain", "speculator", "prompt_lookup"} for line in batches)

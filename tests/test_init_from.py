@@ -7,13 +7,13 @@ import shutil
 import forked
 import pytest
 import torch
+from test_checkpoint import killed_in_the_sixth_step
 from test_plan import ENVIRONMENT
 
 from fms_spec.errors import UserError
 from fms_spec.speculators.directory import describe, read_speculator, read_speculator_config, save_speculator
 from fms_spec.speculators.medusa import MedusaSpeculator
 from pipelines.export import export
-from pipelines.train.loop import Trainer
 from pipelines.train.planned import plan_of
 from pipelines.train.run import train
 
@@ -50,16 +50,8 @@ def test_a_run_begins_with_the_weights_it_is_given_and_is_resumed_without_them(t
 
 
 def killed(config, out_dir, monkeypatch):
-    """A run that ends in its sixth step and is gone on with to its end: its `Trainer`."""
-    step = Trainer.train_step
-
-    def until_the_sixth(self, *job):
-        if self.step == 5:
-            raise KeyboardInterrupt
-        step(self, *job)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Trainer, "train_step", until_the_sixth)
+    """A run that is killed and gone on with to its end: its `Trainer`."""
+    with killed_in_the_sixth_step(monkeypatch):
         train(config, out_dir)
     return train(config, out_dir, resume=True)
 

@@ -1,5 +1,6 @@
 """How fast decoding is here, as ratios of things measured in turn in one run. Batch 1 unless said otherwise."""
 
+import sys
 from functools import partial
 
 import torch
@@ -160,7 +161,7 @@ def contexts(base_model, speculator):
 
 
 def benchmark_decode(base_model, speculator, prompts, spec_bench, new_tokens, shape=DraftShape()):
-    """Everything above, as an iterator of JSON values. Prompts over the base model's context are left out.
+    """Everything above, as an iterator of JSON values. Prompts over the base model's context are left out, and counted on stderr.
 
     Args:
         prompts, spec_bench: prompts as for `samples.decode_in_turn`; spec_bench may be empty. shape: of the trees in comparisons.
@@ -174,7 +175,10 @@ def benchmark_decode(base_model, speculator, prompts, spec_bench, new_tokens, sh
     candidates = max(LOOKUP_TOKENS, *(each.proposer(speculator).lookahead for each in compared))
     room = base_model.context_length - new_tokens - candidates
     first_within(room, prompts, base_model)
-    prompts, spec_bench = ([prompt for prompt in given if len(prompt.tokens([])) <= room] for given in (prompts, spec_bench))
+    given = len(prompts) + len(spec_bench)
+    prompts, spec_bench = ([prompt for prompt in each if len(prompt.tokens([])) <= room] for each in (prompts, spec_bench))
+    if left_out := given - len(prompts) - len(spec_bench):
+        print(f"warning: {left_out} of {given} prompts are over the context and left out", file=sys.stderr)
     tokens = [prompt.tokens([]) for prompt in prompts]
     yield forwards(base_model)
     generate = Generate(base_model)

@@ -17,7 +17,7 @@ from fms_spec.base_model import BaseModel
 
 
 class DistributedBaseModel(BaseModel):
-    """What both ways of sharing have in common.
+    """What both ways of sharing have in common, of a base model that `mesh.check_shared` let pass.
 
     Args:
         mesh: see `parallel.mesh_of`. settings: as for `BaseModel`.
@@ -26,7 +26,7 @@ class DistributedBaseModel(BaseModel):
         group: the process group that holds one copy. rank, size: of this process in it, and its processes.
 
     Raises:
-        UserError: as `BaseModel`; a model that only `transformers` runs.
+        UserError: as `BaseModel`.
     """
 
     def __init__(self, name, mesh, **settings):

@@ -257,9 +257,9 @@ def changes(plan):
             size = getattr(getattr(config, section), key)
             updates += [{section: {key: size // 2**i}} for i in range(1, size.bit_length())]
     if plan.ranks.count > 1:
-        shared = ("speculator", "base_model") if plan.can_share else ("speculator",)
-        updates += [{"parallel": {part: "shard"}} for part in shared if getattr(config.parallel, part) == "replicate"]
-        updates.append({"parallel": dict.fromkeys(shared, "shard")})
+        parts = ["speculator"] + ["base_model"] * plan.can_share
+        updates += [{"parallel": {part: "shard"}} for part in parts if getattr(config.parallel, part) == "replicate"]
+        updates += [{"parallel": dict.fromkeys(parts, "shard")}] * plan.can_share
     if config.base_model.dtype == "float32":
         updates.append({"base_model": {"dtype": "bfloat16"}})
     return updates

@@ -49,8 +49,8 @@ def check_made_alike(settings, base, given, what):
     with torch.device("meta"):
         made, theirs = family.build(settings, base), from_config(given)
     values = [heads.saved_config() for heads in (made, theirs)]
-    shallower = family.any_depth and made.distinct_heads == theirs.distinct_heads
-    free = {*family.inherited} | ({"n_predict"} if shallower else set())
+    shared = family.any_depth and made.distinct_heads == theirs.distinct_heads
+    free = family.inherited | ({"n_predict"} if shared else set())
     difference = first_difference(*({key: value for key, value in each.items() if key not in free} for each in values))
     if difference:
         key, ours, other = difference

@@ -81,9 +81,10 @@ def go_through(trainer, before, profiled):
     if trainer.config.hidden_state_cache:
         fill_cache(trainer)
     before(trainer)
-    if profiled and step >= profiled[1] and trainer.processes.main:
+    missed = profiled and step >= profiled[1]
+    if missed and trainer.processes.main:
         print(f"no step is traced: those of --profile={profiled[0]}:{profiled[1]} were taken before")
-    if profiled and step < profiled[1]:
+    if profiled and not missed:
         with profiling(trainer.out_dir, *profiled, step, trainer.processes.rank) as profiler:
             trainer.train(profiler)
     else:
